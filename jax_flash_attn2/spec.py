@@ -47,6 +47,38 @@ class Spec:
         return self.bias_axes is not None
 
     @property
+    def bias_batch(self) -> bool:
+        """Whether the bias has a batch axis."""
+        return self.bias_axes is not None and self.bias_axes[0]
+
+    @property
+    def bias_heads(self) -> bool:
+        """Whether the bias has a head axis."""
+        return self.bias_axes is not None and self.bias_axes[1]
+
+    @property
+    def bias_rows(self) -> bool:
+        """Whether the bias has a query axis."""
+        return self.bias_axes is not None and self.bias_axes[2]
+
+    @property
+    def bias_cols(self) -> bool:
+        """Whether the bias has a key axis."""
+        return self.bias_axes is not None and self.bias_axes[3]
+
+    @property
+    def dbias_partial(self) -> "Spec":
+        """A `Spec` whose bias is what the bias-gradient kernel writes.
+
+        A bias with both sequence axes is summed over batches and heads by the kernel itself, so nothing larger
+        than the gradient is ever held. One that lacks a sequence axis comes out per batch and head: that is
+        small, and the sum over them is left to XLA.
+        """
+        in_kernel = self.bias_rows and self.bias_cols
+        axes = (self.bias_batch or not in_kernel, self.bias_heads or not in_kernel, self.bias_rows, self.bias_cols)
+        return dataclasses.replace(self, bias_axes=axes)
+
+    @property
     def block_d(self) -> int:
         """`head_dim` as a tile width: a power of two, at least 16 (`tl.dot`)."""
         return max(16, next_power_of_two(self.head_dim))
@@ -55,11 +87,6 @@ class Spec:
     def block_dv(self) -> int:
         """`v_dim` as a tile width."""
         return max(16, next_power_of_two(self.v_dim))
-
-    @property
-    def rows_may_be_empty(self) -> bool:
-        """Whether a row with keys in reach may still see none of them (a bias of -inf hides a key)."""
-        return self.has_bias
 
 
 @dataclasses.dataclass(frozen=True)

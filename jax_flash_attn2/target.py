@@ -1,0 +1,89 @@
+"""The GPU that kernels are made for: the one that is here, or one that `gpu_target` names."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+# Bytes of shared memory that one block may use (CUDA C Programming Guide, "Technical Specifications per Compute
+# Capability"); AMD's CDNA chips have 64 KiB of LDS.
+_SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}  # fmt: skip
+
+_capability = jax.make_user_context(None)  # part of jit's cache key, so a new target retraces
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU to compile for."""
+
+    capability: int
+    """CUDA compute capability times ten (90 for Hopper); 0 for AMD."""
+
+    @property
+    def name(self) -> str:
+        """As the vendor spells it: sm_90."""
+        return f"sm_{self.capability}" if self.capability else "AMD GPU"
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that one block may use."""
+        if not self.capability:
+            return 65536
+        return _SHARED_MEMORY[max(c for c in _SHARED_MEMORY if c <= self.capability)]
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether the chip has a tensor memory accelerator, which reads through descriptors made on the host."""
+        return self.capability >= 90
+
+
+@contextlib.contextmanager
+def gpu_target(*, compute_capability: int) -> Iterator[None]:
+    """Lowers for the named GPU inside the `with` block, whether or not one is present.
+
+    For ahead-of-time use on a machine without a GPU (with a CUDA plugin of JAX installed):
+
+        with gpu_target(compute_capability=90):
+            jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",))
+
+    Args:
+      compute_capability: times ten, as NVIDIA names its architectures: 80 (A100), 86, 89, 90 (H100), 100 (B200) ...
+
+    Raises:
+      ValueError: below 80: the kernels need bf16 tensor cores and asynchronous copies.
+    """
+    if not isinstance(compute_capability, int) or isinstance(compute_capability, bool) or compute_capability < 80:
+        raise ValueError(
+            f"compute_capability must be an integer of at least 80 (Ampere), such as 80, 86, 89, 90 or 100, "
+            f"got {compute_capability!r}"
+        )
+    with _capability(compute_capability):
+        yield
+
+
+def named() -> Target | None:
+    """The target that an enclosing `gpu_target` names, if any."""
+    return None if _capability.value is None else Target(_capability.value)
+
+
+def present() -> Target:
+    """The NVIDIA GPU of this machine.
+
+    Raises:
+      ValueError: there is none, or it is older than Ampere.
+    """
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        raise ValueError(
+            "lowering for cuda on a machine without an NVIDIA GPU needs to be told for which one: "
+            "wrap it in `with jax_flash_attn2.gpu_target(compute_capability=90):`"
+        ) from None
+    capability = int(float(device.compute_capability) * 10 + 0.5)
+    if capability < 80:
+        raise ValueError(
+            f"the Triton kernels need compute capability 8.0 (Ampere) or later, got {device.device_kind} with "
+            f'{device.compute_capability}; use implementation="xla"'
+        )
+    return Target(capability)

@@ -1,0 +1,154 @@
+"""Which `Config` a kernel runs with. The rows are data; `python -m benchmarks.codegen` compiles every one.
+
+A row is chosen by architecture, pass, tile width (`Spec.block_d` or `block_dv`, the wider) and size of the operands'
+dtype. Where a caller fixes some fields, the rest follow from the row.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from .spec import Config, Spec
+from .target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: 16-bit operands unless `bits` says 32."""
+
+    arch: int
+    name: str
+    width: int
+    config: Config
+    bits: int = 16
+
+
+def _row(arch, name, width, m, n, warps, stages, *, block_ptr=False, maxnreg=None, bits=16) -> Row:
+    return Row(arch, name, width, Config(m, n, warps, stages, maxnreg, block_ptr), bits)
+
+
+# None of these has been timed on a GPU yet. They are the largest tiles that `benchmarks.codegen --check` passes (no
+# spill in a loop, no serialised wgmma, shared memory within the chip, asynchronous copies), near the sizes that
+# FlashAttention-2 and FlexAttention publish for each chip. Where both memory variants are offered, the first is tuned.
+ROWS = (
+    _row(80, "fwd", 64, 128, 64, 4, 3),
+    _row(80, "fwd", 128, 128, 32, 4, 3),
+    _row(80, "fwd", 256, 64, 64, 8, 2),
+    _row(80, "dq", 64, 128, 32, 4, 3),
+    _row(80, "dq", 128, 128, 32, 8, 2),
+    _row(80, "dq", 256, 64, 32, 8, 2),
+    _row(80, "dkdv", 64, 64, 64, 4, 2),
+    _row(80, "dkdv", 128, 64, 64, 8, 2),
+    _row(80, "dkdv", 256, 16, 64, 8, 2),
+    _row(86, "fwd", 64, 128, 64, 4, 2),
+    _row(89, "fwd", 64, 128, 64, 4, 2),
+    _row(86, "fwd", 128, 128, 32, 4, 2),
+    _row(89, "fwd", 128, 128, 32, 4, 2),
+    _row(86, "fwd", 256, 64, 32, 4, 2),
+    _row(89, "fwd", 256, 64, 32, 4, 2),
+    _row(86, "dq", 64, 64, 32, 4, 2),
+    _row(89, "dq", 64, 64, 32, 4, 2),
+    _row(86, "dq", 128, 64, 32, 4, 2),
+    _row(89, "dq", 128, 64, 32, 4, 2),
+    _row(86, "dq", 256, 32, 32, 4, 1),
+    _row(89, "dq", 256, 32, 32, 4, 1),
+    _row(86, "dkdv", 64, 32, 64, 4, 2),
+    _row(89, "dkdv", 64, 32, 64, 4, 2),
+    _row(86, "dkdv", 128, 32, 64, 4, 2),
+    _row(89, "dkdv", 128, 32, 64, 4, 2),
+    _row(86, "dkdv", 256, 16, 64, 8, 1),
+    _row(89, "dkdv", 256, 16, 64, 8, 1),
+    _row(90, "fwd", 64, 128, 64, 4, 3, block_ptr=True),
+    _row(90, "fwd", 64, 128, 64, 4, 3),
+    _row(90, "fwd", 128, 128, 128, 8, 2, block_ptr=True),
+    _row(90, "fwd", 128, 128, 128, 8, 2),
+    _row(90, "fwd", 256, 128, 64, 8, 2, block_ptr=True),
+    _row(90, "fwd", 256, 128, 64, 8, 2),
+    _row(90, "dq", 64, 128, 64, 4, 3, block_ptr=True),
+    _row(90, "dq", 64, 128, 64, 4, 3),
+    _row(90, "dq", 128, 128, 64, 8, 2, block_ptr=True),
+    _row(90, "dq", 128, 128, 64, 8, 2),
+    _row(90, "dq", 256, 64, 64, 8, 2, block_ptr=True),
+    _row(90, "dq", 256, 64, 64, 8, 2),
+    _row(90, "dkdv", 64, 64, 128, 8, 2),
+    _row(90, "dkdv", 64, 64, 128, 8, 2, block_ptr=True),
+    _row(90, "dkdv", 128, 64, 128, 8, 2),
+    _row(90, "dkdv", 128, 64, 128, 8, 2, block_ptr=True),
+    _row(90, "dkdv", 256, 32, 64, 8, 2),
+    _row(90, "dkdv", 256, 32, 64, 8, 2, block_ptr=True),
+    _row(100, "fwd", 64, 128, 128, 4, 3, block_ptr=True),
+    _row(100, "fwd", 64, 128, 128, 4, 3),
+    _row(100, "fwd", 128, 128, 64, 4, 2, block_ptr=True),
+    _row(100, "fwd", 128, 128, 64, 4, 2),
+    _row(100, "fwd", 256, 64, 32, 4, 3, block_ptr=True),
+    _row(100, "fwd", 256, 64, 32, 4, 3),
+    _row(100, "dq", 64, 128, 64, 4, 3, block_ptr=True),
+    _row(100, "dq", 64, 128, 64, 4, 3),
+    _row(100, "dq", 128, 128, 64, 8, 2, block_ptr=True),
+    _row(100, "dq", 128, 128, 64, 8, 2),
+    _row(100, "dq", 256, 64, 64, 8, 2, block_ptr=True),
+    _row(100, "dq", 256, 64, 64, 8, 2),
+    _row(100, "dkdv", 64, 64, 128, 8, 2),
+    _row(100, "dkdv", 64, 64, 128, 8, 2, block_ptr=True),
+    _row(100, "dkdv", 128, 64, 128, 8, 2),
+    _row(100, "dkdv", 128, 64, 128, 8, 2, block_ptr=True),
+    _row(100, "dkdv", 256, 32, 64, 8, 2),
+    _row(100, "dkdv", 256, 32, 64, 8, 2, block_ptr=True),
+)
+
+
+def architecture(target: Target) -> int:
+    """The architecture whose rows fit `target`: chips with little shared memory go by sm_86 or sm_89."""
+    if target.capability in (86, 89):
+        return target.capability
+    if target.capability >= 120:
+        return 89
+    if not target.capability:
+        return 0
+    return max(arch for arch in (80, 90, 100) if arch <= target.capability)
+
+
+def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) -> Config:
+    """The config of one pass with every field set (but for `maxnreg`): `wanted` where it says, tuned where not.
+
+    Args:
+      name: one of `passes.PASSES`.
+      spec: what is computed.
+      dtype: of q, k and v.
+      target: the GPU.
+      wanted: what the caller fixed.
+    """
+    bits = np.dtype(dtype).itemsize * 8
+    width = max(spec.block_d, spec.block_dv, 64)
+    row = _find(name, architecture(target), width, 32 if bits > 16 else 16, wanted.block_ptr)
+    if wanted.block_ptr is None and row.block_ptr and min(spec.head_dim, spec.v_dim) * bits // 8 % 16:
+        row = dataclasses.replace(row, block_ptr=False)  # a descriptor's rows are multiples of 16 bytes
+    fixed = {f.name: value for f in dataclasses.fields(wanted) if (value := getattr(wanted, f.name)) is not None}
+    config = dataclasses.replace(row, **fixed)
+    if (config.block_m, config.block_n) != (row.block_m, row.block_n):
+        config = _suit(config, name, spec, bits // 8, target, wanted)
+    return config
+
+
+def _find(name: str, arch: int, width: int, bits: int, block_ptr: bool | None) -> Config:
+    if name == "dbias" or bits == 32 or not arch:
+        return _modest(width, bits, bool(block_ptr))
+    rows = [row.config for row in ROWS if (row.arch, row.name, row.width) == (arch, name, width)]
+    config = next((c for c in rows if block_ptr in (None, c.block_ptr)), rows[0])
+    return config if block_ptr is None else dataclasses.replace(config, block_ptr=block_ptr)
+
+
+def _modest(width: int, bits: int, block_ptr: bool) -> Config:
+    """Small tiles that fit every chip: for fp32, which has no fast tensor cores, for dbias, and for AMD."""
+    size = 64 if width <= 64 else 32 if width * bits <= 128 * 32 else 16
+    return Config(size, size, 4, 2 if bits == 16 else 1, None, block_ptr)
+
+
+def _suit(config: Config, name: str, spec: Spec, itemsize: int, target: Target, wanted: Config) -> Config:
+    """Warps and stages for block sizes that no row has: as many stages as fit, warps by the size of a tile."""
+    warps = 8 if config.block_m * config.block_n >= 128 * 128 or config.block_m * spec.block_d >= 128 * 128 else 4
+    row = (spec.block_d + spec.block_dv) * itemsize
+    kept, streamed = (config.block_n, config.block_m) if name == "dkdv" else (config.block_m, config.block_n)
+    stages = next((s for s in (3, 2) if (kept + s * streamed) * row <= target.shared_memory), 1)
+    return dataclasses.replace(config, num_warps=wanted.num_warps or warps, num_stages=wanted.num_stages or stages)

@@ -1,0 +1,303 @@
+"""The same attention in plain `jax.numpy`, tile by tile: what CPU, TPU and every declined call runs.
+
+Memory is linear in the sequence lengths: scores exist one `[block_m, block_n]` tile at a time, for all
+batches and heads at once, so that batch and head axes shard freely. A ragged sequence is never padded: its
+last tile is moved back to end with the sequence, and what it shares with the tile before is masked.
+
+Two choices are XLA:CPU's. Its fast matrix product (YNNPACK) wants the left operand contracted along its last
+axis, so the backward works on transposed scores, `[keys, queries]`, and on a transposed `dq`. And a tile costs
+a dozen kernel calls of some microseconds each, so tiles are larger than on a GPU.
+
+Inside, the heads that share a key head (a group, G) are rows beside one another: q is `[B, Hkv, Sq * G, D]`.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jax_flash_attn2.spec import Config, Spec
+
+HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
+"""A bias below this (-2.36e38) hides its key, as -inf does: the GPU kernels' base-2 logits overflow there.
+It is also where a running maximum starts: finite, so that `exp(s - m)` is 0, not NaN, for `s` = -inf."""
+
+
+def forward(
+    spec: Spec, config: Config | None, q: Array, k: Array, v: Array, scale: Array, bias: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """Attention and its softmax statistics.
+
+    Args:
+        spec: what to compute.
+        config: block sizes and precision; None for the tuned ones.
+        q: `[B, Sq, H, D]`.
+        k: `[B, Sk, Hkv, D]`.
+        v: `[B, Sk, Hkv, Dv]`.
+        scale: `[]`, at least 0.
+        bias: None or `[1|B, 1|H, 1|Sq, 1|Sk]`; below `HIDDEN` it hides its key.
+
+    Returns:
+        o `[B, Sq, H, Dv]` in q's dtype, and `[B, H, Sq]` each: lse, the maximum m, the sum l of `exp(s - m)`.
+    """
+    t, dtype = _Tiling(spec, config, q, k), q.dtype
+    q, k, v = t.rows(q.astype(t.dtype) * scale.astype(t.dtype)), t.rows(k), t.rows(v)
+
+    def query_block(i, out):
+        start_m = t.start_m(i)
+        q_tile = t.query_tile(q, start_m)
+
+        def key_block(masked, j, carry):
+            m, l, acc = carry
+            start_n = t.start_n(j)
+            s = t.dot(q_tile, t.key_tile(k, start_n), 3, 3)  # [B, Hkv, M * G, N]
+            if bias is not None:
+                s += t.bias_tile(bias, start_m, start_n)
+            if masked:
+                s = jnp.where(t.visible(start_m, j), s, -jnp.inf)
+            m_new = jnp.maximum(m, s.max(-1))
+            p = jnp.exp(s - m_new[..., None])
+            alpha = jnp.exp(m - m_new)
+            acc = acc * alpha[..., None] + t.dot(p, t.key_tile(v, start_n), 3, 2)
+            return m_new, l * alpha + p.sum(-1), acc
+
+        m = jnp.full(q_tile.shape[:3], HIDDEN, t.dtype)
+        carry = (m, jnp.zeros_like(m), jnp.zeros((*m.shape, spec.v_dim), t.dtype))
+        full, end = t.key_span(start_m)
+        carry = _loop(0, full, functools.partial(key_block, False), carry)
+        m, l, acc = _loop(full, end, functools.partial(key_block, True), carry)
+        acc /= jnp.where(l > 0, l, 1)[..., None]
+        return tuple(_put(x, y, start_m * spec.group, 2) for x, y in zip(out, (acc, m, l), strict=True))
+
+    m = jnp.zeros(q.shape[:3], t.dtype)
+    o, m, l = _loop(0, t.blocks_q, query_block, (jnp.zeros((*m.shape, spec.v_dim), t.dtype), m, m))
+    m, l = t.stats_out(m), t.stats_out(l)
+    lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
+    return t.rows_out(o, t.seqlen_q).astype(dtype), lse, m, l
+
+
+def backward(
+    spec: Spec,
+    config: Config | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: Array,
+    bias: Array | None,
+    o: Array,
+    m: Array,
+    l: Array,
+    do: Array,
+    dlse: Array | None,
+    *,
+    bias_grad: bool,
+    scale_grad: bool,
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """Gradients, from the output and the statistics that `forward` returned.
+
+    Args:
+        spec: as in `forward`, and so are config, q, k, v, scale and bias.
+        o: `[B, Sq, H, Dv]`, with m and l `[B, H, Sq]`, from `forward`.
+        do: `[B, Sq, H, Dv]`, the gradient of o.
+        dlse: None or `[B, H, Sq]`, the gradient of lse.
+        bias_grad: whether to return the bias's gradient.
+        scale_grad: whether to return the scale's gradient.
+
+    Returns:
+        dq, dk, dv, dbias and dscale, each of the shape and dtype of what it is the gradient of.
+    """
+    t = _Tiling(spec, config, q, k)
+    args, scale_of = (q, k, v), scale.astype(t.dtype)
+    delta = jnp.einsum("bshd,bshd->bhs", o.astype(t.dtype), do.astype(t.dtype))
+    delta = delta if dlse is None else delta - dlse.astype(t.dtype)
+    # p is exp(s - m) / l. The division moves from the tiles of p to the rows of do and delta.
+    l_inv = jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1), 0)
+    m, delta = t.stats(m), t.stats(jnp.where(l > 0, delta * l_inv, 0))
+    do = t.rows(do.astype(t.dtype) * l_inv.swapaxes(1, 2)[..., None])
+    q, k, v = t.rows(q.astype(t.dtype) * scale_of), t.rows(k), t.rows(v)
+
+    def key_block(j, carry):
+        dqt, dk, dv, dbias = carry
+        start_n = t.start_n(j)
+        k_tile, v_tile = t.key_tile(k, start_n), t.key_tile(v, start_n)
+        kt_tile = k_tile.swapaxes(2, 3)
+
+        def query_block(masked, i, carry):
+            dqt, dk_tile, dv_tile, dbias = carry
+            start_m = t.start_m(i)
+            q_tile, do_tile, m_tile, delta_tile = (t.query_tile(x, start_m) for x in (q, do, m, delta))
+            m_tile = t.hide_repeated_rows(m_tile, i)
+            st = t.dot(k_tile, q_tile, 3, 3)  # [B, Hkv, N, M * G]
+            if bias is not None:
+                st += t.bias_tile(bias, start_m, start_n).swapaxes(2, 3)
+            if masked:
+                st = jnp.where(t.visible(start_m, j).T, st, -jnp.inf)
+            pt = jnp.exp(st - m_tile[:, :, None])
+            dst = pt * (t.dot(v_tile, do_tile, 3, 3) - delta_tile[:, :, None])
+            dv_tile += t.dot(pt, do_tile, 3, 2)
+            dk_tile += t.dot(dst, q_tile, 3, 2)
+            dqt = _add(dqt, t.dot(kt_tile, dst, 3, 2), start_m * spec.group, 3)
+            if dbias is not None:
+                dbias = t.add_bias(dbias, dst.swapaxes(2, 3), start_m, start_n)
+            return dqt, dk_tile, dv_tile, dbias
+
+        first, full = t.query_span(j)
+        carry = (dqt, jnp.zeros_like(k_tile), jnp.zeros_like(v_tile), dbias)
+        carry = _loop(first, full, functools.partial(query_block, True), carry)
+        dqt, dk_tile, dv_tile, dbias = _loop(full, t.blocks_q, functools.partial(query_block, False), carry)
+        return dqt, _add(dk, dk_tile, start_n, 2), _add(dv, dv_tile, start_n, 2), dbias
+
+    dbias = None
+    if bias_grad:  # one with rows and columns gets each element once, and needs no wider accumulator
+        dbias = jnp.zeros(bias.shape, t.dtype if 1 in bias.shape[2:] else bias.dtype)
+    carry = (jnp.zeros_like(q).swapaxes(2, 3), jnp.zeros_like(k), jnp.zeros_like(v), dbias)
+    dqt, dk, dv, dbias = _loop(0, t.blocks_k, key_block, carry)
+    dq = t.rows_out(dqt.swapaxes(2, 3), t.seqlen_q)
+    dscale = jnp.sum(dq * args[0].astype(t.dtype)).astype(scale.dtype) if scale_grad else None
+    dbias = dbias.astype(bias.dtype) if bias_grad else None
+    grads = (dq * scale_of, t.rows_out(dk, t.seqlen_k), t.rows_out(dv, t.seqlen_k))
+    return *(g.astype(x.dtype) for g, x in zip(grads, args, strict=True)), dbias, dscale
+
+
+class _Tiling:
+    """How one call is cut into tiles. Starts and spans are ints where the block number is one."""
+
+    def __init__(self, spec, config, q, k):
+        self.spec, self.config = spec, config
+        self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+        self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
+        block_m, block_n = _choose_blocks(spec, q.shape[0], self.seqlen_q, self.seqlen_k)
+        self.block_m = min((config and config.block_m) or block_m, self.seqlen_q)
+        self.block_n = min((config and config.block_n) or block_n, self.seqlen_k)
+        self.blocks_q, self.blocks_k = -(-self.seqlen_q // self.block_m), -(-self.seqlen_k // self.block_n)
+
+    def start_m(self, i):
+        """First row of query block i."""
+        return _min(i * self.block_m, self.seqlen_q - self.block_m)
+
+    def start_n(self, j):
+        """First row of key block j."""
+        return _min(j * self.block_n, self.seqlen_k - self.block_n)
+
+    def key_span(self, start_m):
+        """Key blocks [0, full) are seen whole by the query block, [full, end) through the mask."""
+        full, end = self.seqlen_k // self.block_n, self.blocks_k
+        if not self.spec.causal:
+            return full, end
+        last = start_m + self.block_m - 1
+        return _min((start_m + 1) // self.block_n, full), _min(last // self.block_n + 1, end)
+
+    def query_span(self, j):
+        """Query blocks [first, full) see the key block through the mask, [full, blocks_q) whole."""
+        start, first, full = self.start_n(j), 0, 0
+        if self.spec.causal:
+            last = start + self.block_n - 1
+            full = _min(-(-last // self.block_m), self.blocks_q)
+            full = _where(last > self.seqlen_q - self.block_m, self.blocks_q, full)
+            first = _min(start // self.block_m, full)
+        return first, _where(start < j * self.block_n, self.blocks_q, full)
+
+    def visible(self, start_m, j):
+        """[M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held."""
+        cols = self.start_n(j) + jnp.arange(self.block_n)[None, :]
+        visible = cols >= j * self.block_n
+        if self.spec.causal:
+            rows = jnp.arange(self.block_m * self.spec.group)[:, None] // self.spec.group
+            visible &= start_m + rows >= cols
+        return visible
+
+    def hide_repeated_rows(self, m_tile, i):
+        """Give rows that query block i - 1 held an infinite maximum: their p is 0."""
+        if self.seqlen_q % self.block_m == 0:
+            return m_tile
+        rows = self.start_m(i) + jnp.arange(m_tile.shape[-1]) // self.spec.group
+        return jnp.where(rows < i * self.block_m, jnp.inf, m_tile)
+
+    def query_tile(self, x, start_m):
+        """[B, Hkv, Sq * G, ...] -> [B, Hkv, M * G, ...]."""
+        group = self.spec.group
+        return lax.dynamic_slice_in_dim(x, start_m * group, self.block_m * group, 2)
+
+    def key_tile(self, x, start_n):
+        """[B, Hkv, Sk, ...] -> [B, Hkv, N, ...]."""
+        return lax.dynamic_slice_in_dim(x, start_n, self.block_n, 2)
+
+    def bias_tile(self, bias, start_m, start_n):
+        """[1|B, 1|H, 1|Sq, 1|Sk] -> [1|B, 1|Hkv, 1|M * G, 1|N]."""
+        if bias.shape[2] > 1:
+            bias = lax.dynamic_slice_in_dim(bias, start_m, self.block_m, 2)
+        if bias.shape[3] > 1:
+            bias = lax.dynamic_slice_in_dim(bias, start_n, self.block_n, 3)
+        b, h, m, n = bias.shape
+        bias = bias.astype(self.dtype)
+        bias = jnp.where(bias < HIDDEN, -jnp.inf, bias)
+        group = self.spec.group
+        if group == 1 or (h == 1 and m == 1):
+            return bias
+        bias = bias.reshape(b, -1, group if h > 1 else 1, m, n).swapaxes(2, 3)
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], self.block_m, group, n))
+        return bias.reshape(b, -1, self.block_m * group, n)
+
+    def add_bias(self, dbias, ds, start_m, start_n):
+        """Add the tile ds [B, Hkv, M * G, N], summed over the axes that the bias lacks."""
+        b, n, _, keys = ds.shape
+        ds = ds.reshape(b, n, self.block_m, -1, keys).swapaxes(2, 3).reshape(b, -1, self.block_m, keys)
+        ds = ds.sum([a for a in range(4) if dbias.shape[a] == 1], keepdims=True).astype(dbias.dtype)
+        start = (0, 0, start_m if dbias.shape[2] > 1 else 0, start_n if dbias.shape[3] > 1 else 0)
+        return lax.dynamic_update_slice(dbias, lax.dynamic_slice(dbias, start, ds.shape) + ds, start)
+
+    def rows(self, x):
+        """[B, S, Hkv * G, D] -> [B, Hkv, S * G, D]."""
+        b, s, h, d = x.shape
+        n = self.spec.kv_heads
+        return x.astype(self.dtype).reshape(b, s, n, h // n * d).swapaxes(1, 2).reshape(b, n, -1, d)
+
+    def rows_out(self, x, seqlen):
+        """[B, Hkv, S * G, D] -> [B, S, Hkv * G, D]: `rows` undone."""
+        b, n, _, d = x.shape
+        return x.reshape(b, n, seqlen, -1).swapaxes(1, 2).reshape(b, seqlen, -1, d)
+
+    def stats(self, x):
+        """[B, H, Sq] -> [B, Hkv, Sq * G]."""
+        b, _, s = x.shape
+        return x.reshape(b, self.spec.kv_heads, -1, s).swapaxes(2, 3).reshape(b, self.spec.kv_heads, -1)
+
+    def stats_out(self, x):
+        """[B, Hkv, Sq * G] -> [B, H, Sq]: `stats` undone."""
+        b, n, _ = x.shape
+        return x.reshape(b, n, self.seqlen_q, -1).swapaxes(2, 3).reshape(b, -1, self.seqlen_q)
+
+    def dot(self, x, y, x_axis, y_axis):
+        """Batches and heads of x times those of y, contracted along one axis of each."""
+        tf32 = self.config is not None and self.config.precision == "tf32"
+        precision = lax.Precision.DEFAULT if tf32 else lax.Precision.HIGHEST
+        return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), precision=precision)
+
+
+def _choose_blocks(spec, batch, seqlen_q, seqlen_k):
+    return 256, 256
+
+
+def _min(x, y):
+    return min(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.minimum(x, y)
+
+
+def _where(c, x, y):
+    return (x if c else y) if isinstance(c, bool) else jnp.where(c, x, y)
+
+
+def _put(x, tile, start, axis):
+    return lax.dynamic_update_slice_in_dim(x, tile, start, axis)
+
+
+def _add(x, tile, start, axis):
+    return _put(x, lax.dynamic_slice_in_dim(x, start, tile.shape[axis], axis) + tile, start, axis)
+
+
+def _loop(start, stop, body, carry):
+    """`lax.fori_loop`, or no loop at all where the bounds are known and at most one step apart."""
+    if isinstance(start, int) and isinstance(stop, int) and stop - start <= 1:
+        return body(start, carry) if start < stop else carry
+    return lax.fori_loop(start, stop, body, carry)

@@ -1,0 +1,63 @@
+"""The forward pass: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 1, with logits in base 2."""
+
+import triton
+import triton.language as tl
+
+from .mask import key_span, visible
+from .tile import LOG2E, load_bias, load_rows, open_rows, program, store_rows, store_vector
+
+
+@triton.jit
+def load_scale(scale):
+    """The softmax scale times log2(e). Callers make it non-negative; a zero must not turn -inf into NaN."""
+    return tl.maximum(tl.load(scale).to(tl.float32) * LOG2E, 1e-37)
+
+
+@triton.jit
+def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """One block of query rows against every key it sees: o, and each row's maximum m (base 2) and sum l."""
+    M: tl.constexpr = CFG.block_m
+    N: tl.constexpr = CFG.block_n
+    D: tl.constexpr = SPEC.block_d
+    DV: tl.constexpr = SPEC.block_dv
+    H_KV: tl.constexpr = SPEC.kv_heads
+    RAGGED_K: tl.constexpr = SPEC.multiple_k < N  # the last tile of keys may be cut short
+    PHASES: tl.constexpr = 2 if SPEC.causal or RAGGED_K else 1
+    block, b, h = program(tl.cdiv(seqlen_q, M), SPEC.heads, SPEC.causal)  # the last rows see most: they go first
+    start_m, h_kv = block * M, h // SPEC.group
+    k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
+    v = open_rows(v, b, seqlen_k, H_KV, SPEC.v_dim, N, DV, CFG)
+    q = open_rows(q, b, seqlen_q, SPEC.heads, SPEC.head_dim, M, D, CFG)
+    q_tile = load_rows(q, b, h, start_m, seqlen_q, SPEC.heads, SPEC.head_dim, M, D, SPEC.multiple_q < M)  # [M, D]
+    scale_log2 = load_scale(scale)
+    rows = start_m + tl.arange(0, M)
+    m = tl.full([M], float("-inf"), tl.float32)
+    l = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DV], tl.float32)
+    full, end = key_span(start_m, seqlen_k, SPEC, CFG)
+    for MASKED in tl.static_range(PHASES):  # one loop body, compiled bare and then masked
+        for n in range(full if MASKED else 0, end if MASKED else full, N):
+            k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and MASKED)
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
+            cols = n + tl.arange(0, N)
+            if SPEC.has_bias:
+                s = s * scale_log2 + load_bias(bias, b, h, rows[:, None], cols[None, :], seqlen_q, seqlen_k, SPEC)
+            if MASKED:
+                s = tl.where(visible(rows[:, None], cols[None, :], seqlen_k, SPEC), s, float("-inf"))
+            if SPEC.has_bias:
+                m_new = tl.maximum(m, tl.max(s, 1))
+                pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen nothing so far
+                p = tl.exp2(s - pivot[:, None])
+                alpha = tl.exp2(m - pivot)
+            else:
+                m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+                p = tl.exp2(s * scale_log2 - m_new[:, None])
+                alpha = tl.exp2(m - m_new)
+            v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and MASKED)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
+            l = l * alpha + tl.sum(p, 1)
+            m = m_new
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a row that sees nothing: o = 0
+    store_rows(o, acc, b, h, start_m, seqlen_q, SPEC.heads, SPEC.v_dim)
+    store_vector(m_out, m, b, h, start_m, seqlen_q, SPEC.heads)
+    store_vector(l_out, l, b, h, start_m, seqlen_q, SPEC.heads)
