@@ -151,7 +151,7 @@ def _fold(size: int, operands, dims):
     """Operands `[B, ...]` with a mapped axis somewhere, or none -> `[size * B, ...]`."""
 
     def fold(x, dim):
-        x = jnp.broadcast_to(x, (size, *x.shape)) if dim is batching.not_mapped else jnp.moveaxis(x, dim, 0)
+        x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
         return x.reshape(size * x.shape[1], *x.shape[2:])
 
     return [fold(x, dim) for x, dim in zip(operands, dims, strict=True)]
@@ -159,9 +159,9 @@ def _fold(size: int, operands, dims):
 
 def _fold_bias(size: int, batch: int, call: Call, bias, dim, shared: bool):
     """A bias `[1 or B, ...]` likewise. One without a batch axis stays as it is if it may be `shared`."""
-    if shared and dim is batching.not_mapped and bias.shape[0] == 1:
+    if shared and dim is None and bias.shape[0] == 1:
         return bias, call
-    bias = jnp.broadcast_to(bias, (size, *bias.shape)) if dim is batching.not_mapped else jnp.moveaxis(bias, dim, 0)
+    bias = jnp.broadcast_to(bias, (size, *bias.shape)) if dim is None else jnp.moveaxis(bias, dim, 0)
     bias = jnp.broadcast_to(bias, (size, batch, *bias.shape[2:])).reshape(size * batch, *bias.shape[2:])
     axes = (size * batch > 1, *call.spec.bias_axes[1:])
     return bias, dataclasses.replace(call, spec=dataclasses.replace(call.spec, bias_axes=axes))
@@ -169,13 +169,13 @@ def _fold_bias(size: int, batch: int, call: Call, bias, dim, shared: bool):
 
 def _map_scale(primitive, operands, dims, params):
     """A scale that is itself mapped: the kernels know one scale, so the calls follow each other."""
-    operands = [x if d is batching.not_mapped else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
-    mapped = [x for x, d in zip(operands, dims, strict=True) if d is not batching.not_mapped]
+    operands = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
+    mapped = [x for x, d in zip(operands, dims, strict=True) if d is not None]
 
     def one(mapped):
         rest = iter(mapped)
         return primitive.bind(
-            *(x if d is batching.not_mapped else next(rest) for x, d in zip(operands, dims, strict=True)), **params
+            *(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params
         )
 
     out = jax.lax.map(one, mapped)
@@ -183,9 +183,9 @@ def _map_scale(primitive, operands, dims, params):
 
 
 def _batch_forward(operands, dims, *, call: Call):
-    if dims[3] is not batching.not_mapped:
+    if dims[3] is not None:
         return _map_scale(_forward_p, operands, dims, {"call": call})
-    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not batching.not_mapped)
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     q, k, v = _fold(size, operands[:3], dims[:3])
     bias = operands[4:]
     if bias:
@@ -197,14 +197,14 @@ def _batch_forward(operands, dims, *, call: Call):
 
 def _batch_backward(operands, dims, *, call: Call, has_dlse: bool, bias_grad: bool, scale_grad: bool):
     params = {"has_dlse": has_dlse, "bias_grad": bias_grad, "scale_grad": scale_grad}
-    if dims[3] is not batching.not_mapped:
+    if dims[3] is not None:
         return _map_scale(_backward_p, operands, dims, {"call": call, **params})
-    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not batching.not_mapped)
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     q, k, v, o, m, l, do = _fold(size, [*operands[:3], *operands[4:8]], [*dims[:3], *dims[4:8]])
     batch, rest, rest_dims = q.shape[0] // size, list(operands[8:]), list(dims[8:])
     bias, own = [], None
     if call.spec.has_bias:
-        own = rest[0].shape[0] if rest_dims[0] is batching.not_mapped else jnp.moveaxis(rest[0], rest_dims[0], 0).shape[1]
+        own = rest[0].shape[0] if rest_dims[0] is None else jnp.moveaxis(rest[0], rest_dims[0], 0).shape[1]
         # Each mapped call has a bias gradient of its own, so a bias that is differentiated is not shared.
         biased, call = _fold_bias(size, batch, call, rest.pop(0), rest_dims.pop(0), shared=not bias_grad)
         bias = [biased]

@@ -106,7 +106,7 @@ def backward(
         scale_grad: whether to return the scale's gradient.
 
     Returns:
-        dq, dk, dv, dbias and dscale, each of the shape and dtype of what it is the gradient of.
+        dq, dk, dv and dbias, each of the shape and dtype of what it is the gradient of, and dscale `[B]`, batch by batch.
     """
     t = _Tiling(spec, config, q, k)
     args, scale_of = (q, k, v), scale.astype(t.dtype)
@@ -155,7 +155,7 @@ def backward(
     carry = (jnp.zeros_like(q).swapaxes(2, 3), jnp.zeros_like(k), jnp.zeros_like(v), dbias)
     dqt, dk, dv, dbias = _loop(0, t.blocks_k, key_block, carry)
     dq = t.rows_out(dqt.swapaxes(2, 3), t.seqlen_q)
-    dscale = jnp.sum(dq * args[0].astype(t.dtype)).astype(scale.dtype) if scale_grad else None
+    dscale = jnp.sum(dq * args[0].astype(t.dtype), (1, 2, 3)).astype(scale.dtype) if scale_grad else None
     dbias = dbias.astype(bias.dtype) if bias_grad else None
     grads = (dq * scale_of, t.rows_out(dk, t.seqlen_k), t.rows_out(dv, t.seqlen_k))
     return *(g.astype(x.dtype) for g, x in zip(grads, args, strict=True)), dbias, dscale
