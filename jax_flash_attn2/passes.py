@@ -21,7 +21,11 @@ PASSES = ("fwd", "dq", "dkdv", "dbias")
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """An operand `[B, S, H, D]` that is read in tiles of `block_shape`: a pointer or a descriptor, as `run` decides."""
+    """An operand `[B, S, H, D]` that a loop reads in tiles of `block_shape`: a pointer or a descriptor, as `run` decides.
+
+    What is read once per program stays a pointer: a descriptor's four axes keep Triton from leaving that tile in
+    shared memory, and then ptxas serialises wgmma.
+    """
 
     array: Array
     rows: int
@@ -52,7 +56,7 @@ def forward(run: Run, spec: Spec, config: Config, q, k, v, scale, bias) -> tuple
     o, m_row, l_row = run(
         attn_fwd_kernel,
         _cdiv(seqlen_q, m) * heads * batch,
-        (Rows(q, m, d), Rows(k, n, d), Rows(v, n, dv), scale, bias, seqlen_q, seqlen_k),
+        (q, Rows(k, n, d), Rows(v, n, dv), scale, bias, seqlen_q, seqlen_k),
         (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, row),
         spec,
         config,
@@ -76,29 +80,32 @@ def backward(
     seqlen_k = k.shape[1]
     row = _struct((batch, heads, seqlen_q), jnp.float32)
 
-    def rows(config: Config):
-        block_m, block_n, d, dv = config.block_m, config.block_n, spec.block_d, spec.block_dv
-        return Rows(q, block_m, d), Rows(k, block_n, d), Rows(v, block_n, dv), Rows(do, block_m, dv)
-
     config = configs["dq"]
-    q_rows, k_rows, v_rows, do_rows = rows(config)
-    o_rows = Rows(o, config.block_m, spec.block_dv)
-    dscale = row if scale_grad else None
-    dq, delta, dscale = run(
+    norm, dscale = row if spec.has_bias else None, row if scale_grad else None
+    dq, delta, shift, norm, dscale = run(
         bwd.attn_bwd_dq_kernel,
         _cdiv(seqlen_q, config.block_m) * heads * batch,
-        (q_rows, k_rows, v_rows, scale, bias, o_rows, m, l, do_rows, dlse, seqlen_q, seqlen_k),
-        (_struct(q.shape, q.dtype), row, dscale),
+        (
+            q,
+            Rows(k, config.block_n, spec.block_d),
+            Rows(v, config.block_n, spec.block_dv),
+            *(scale, bias, o, m, l, do, dlse, seqlen_q, seqlen_k),
+        ),
+        (_struct(q.shape, q.dtype), row, row, norm, dscale),
         spec,
         config,
     )
 
     config = configs["dkdv"]
-    q_rows, k_rows, v_rows, do_rows = rows(config)
     dk, dv = run(
         bwd.attn_bwd_dkdv_kernel,
         _cdiv(seqlen_k, config.block_n) * spec.kv_heads * batch,
-        (q_rows, k_rows, v_rows, scale, bias, m, l, do_rows, delta, seqlen_q, seqlen_k),
+        (
+            Rows(q, config.block_m, spec.block_d),
+            *(k, v, scale, bias),
+            Rows(do, config.block_m, spec.block_dv),
+            *(delta, shift, norm, seqlen_q, seqlen_k),
+        ),
         (_struct(k.shape, k.dtype), _struct(v.shape, v.dtype)),
         spec,
         config,
@@ -107,7 +114,6 @@ def backward(
     dbias = None
     if bias_grad:
         config = configs["dbias"]
-        q_rows, k_rows, v_rows, do_rows = rows(config)
         axes = spec.dbias_partial.bias_axes
         shape = tuple(n if has else 1 for n, has in zip((batch, heads, seqlen_q, seqlen_k), axes, strict=True))
         tiles = (*shape[:2], _cdiv(shape[2], config.block_m), _cdiv(shape[3], config.block_n))
@@ -115,7 +121,7 @@ def backward(
         (dbias,) = run(
             bwd.attn_bwd_dbias_kernel,
             math.prod(tiles),
-            (q_rows, k_rows, v_rows, scale, bias, m, l, do_rows, delta, batch, seqlen_q, seqlen_k),
+            (q, k, v, scale, bias, do, delta, shift, norm, batch, seqlen_q, seqlen_k),
             (_struct(shape, bias.dtype if whole else jnp.float32),),
             spec,
             config,

@@ -50,24 +50,27 @@ def forward(
         q_tile = t.query_tile(q, start_m)
 
         def key_block(masked, j, carry):
-            m, l, acc = carry
             start_n = t.start_n(j)
-            s = t.dot(q_tile, t.key_tile(k, start_n), 3, 3)  # [B, Hkv, M * G, N]
-            if bias is not None:
-                s += t.bias_tile(bias, start_m, start_n)
-            if masked:
-                s = jnp.where(t.visible(start_m, j), s, -jnp.inf)
-            m_new = jnp.maximum(m, s.max(-1))
+            s = t.scores(q_tile, t.key_tile(k, start_n), bias, start_m, j, masked)
+            m_new = s.max(-1)
+            if carry is not None or bias is not None:
+                m_new = jnp.maximum(m_new, HIDDEN if carry is None else carry[0])
             p = jnp.exp(s - m_new[..., None])
+            l_tile, acc_tile = p.sum(-1), t.dot(p, t.key_tile(v, start_n), 3, 2)
+            if carry is None:
+                return m_new, l_tile, acc_tile
+            m, l, acc = carry
             alpha = jnp.exp(m - m_new)
-            acc = acc * alpha[..., None] + t.dot(p, t.key_tile(v, start_n), 3, 2)
-            return m_new, l * alpha + p.sum(-1), acc
+            return m_new, l * alpha + l_tile, acc * alpha[..., None] + acc_tile
 
-        m = jnp.full(q_tile.shape[:3], HIDDEN, t.dtype)
-        carry = (m, jnp.zeros_like(m), jnp.zeros((*m.shape, spec.v_dim), t.dtype))
         full, end = t.key_span(start_m)
-        carry = _loop(0, full, functools.partial(key_block, False), carry)
-        m, l, acc = _loop(full, end, functools.partial(key_block, True), carry)
+        if t.blocks_k == 1:
+            m, l, acc = key_block(spec.causal, 0, None)
+        else:
+            m = jnp.full(q_tile.shape[:3], HIDDEN, t.dtype)
+            carry = (m, jnp.zeros_like(m), jnp.zeros((*m.shape, spec.v_dim), t.dtype))
+            carry = _loop(0, full, functools.partial(key_block, False), carry)
+            m, l, acc = _loop(full, end, functools.partial(key_block, True), carry)
         acc /= jnp.where(l > 0, l, 1)[..., None]
         return tuple(_put(x, y, start_m * spec.group, 2) for x, y in zip(out, (acc, m, l), strict=True))
 
@@ -110,54 +113,51 @@ def backward(
     """
     t = _Tiling(spec, config, q, k)
     args, scale_of = (q, k, v), scale.astype(t.dtype)
-    delta = jnp.einsum("bshd,bshd->bhs", o.astype(t.dtype), do.astype(t.dtype))
-    delta = delta if dlse is None else delta - dlse.astype(t.dtype)
     # p is exp(s - m) / l. The division moves from the tiles of p to the rows of do and delta.
     l_inv = jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1), 0)
-    m, delta = t.stats(m), t.stats(jnp.where(l > 0, delta * l_inv, 0))
     do = t.rows(do.astype(t.dtype) * l_inv.swapaxes(1, 2)[..., None])
+    delta = jnp.sum(t.rows(o) * do, -1)
+    if dlse is not None:
+        delta -= t.stats(jnp.where(l > 0, dlse.astype(t.dtype) * l_inv, 0))
+    m = t.stats(m)
     q, k, v = t.rows(q.astype(t.dtype) * scale_of), t.rows(k), t.rows(v)
 
-    def key_block(j, carry):
-        dqt, dk, dv, dbias = carry
-        start_n = t.start_n(j)
-        k_tile, v_tile = t.key_tile(k, start_n), t.key_tile(v, start_n)
-        kt_tile = k_tile.swapaxes(2, 3)
+    def query_block(i, carry):
+        dq, dkt, dvt, dbias = carry
+        start_m = t.start_m(i)
+        q_tile, do_tile, m_tile, delta_tile = (t.query_tile(x, start_m) for x in (q, do, m, delta))
+        m_tile = t.hide_repeated_rows(m_tile, i)
+        qt_tile, dot_tile = q_tile.swapaxes(2, 3), do_tile.swapaxes(2, 3)
 
-        def query_block(masked, i, carry):
-            dqt, dk_tile, dv_tile, dbias = carry
-            start_m = t.start_m(i)
-            q_tile, do_tile, m_tile, delta_tile = (t.query_tile(x, start_m) for x in (q, do, m, delta))
-            m_tile = t.hide_repeated_rows(m_tile, i)
-            st = t.dot(k_tile, q_tile, 3, 3)  # [B, Hkv, N, M * G]
-            if bias is not None:
-                st += t.bias_tile(bias, start_m, start_n).swapaxes(2, 3)
-            if masked:
-                st = jnp.where(t.visible(start_m, j).T, st, -jnp.inf)
-            pt = jnp.exp(st - m_tile[:, :, None])
-            dst = pt * (t.dot(v_tile, do_tile, 3, 3) - delta_tile[:, :, None])
-            dv_tile += t.dot(pt, do_tile, 3, 2)
-            dk_tile += t.dot(dst, q_tile, 3, 2)
-            dqt = _add(dqt, t.dot(kt_tile, dst, 3, 2), start_m * spec.group, 3)
+        def key_block(masked, j, carry):
+            dq_tile, dkt, dvt, dbias = carry
+            start_n = t.start_n(j)
+            k_tile = t.key_tile(k, start_n)
+            s = t.scores(q_tile, k_tile, bias, start_m, j, masked)
+            p = jnp.exp(s - m_tile[..., None])
+            ds = p * (t.dot(do_tile, t.key_tile(v, start_n), 3, 3) - delta_tile[..., None])
+            dq_tile += t.dot(ds, k_tile, 3, 2)
+            dkt = _add(dkt, t.dot(qt_tile, ds, 3, 2), start_n, 3)
+            dvt = _add(dvt, t.dot(dot_tile, p, 3, 2), start_n, 3)
             if dbias is not None:
-                dbias = t.add_bias(dbias, dst.swapaxes(2, 3), start_m, start_n)
-            return dqt, dk_tile, dv_tile, dbias
+                dbias = t.add_bias(dbias, ds, start_m, start_n)
+            return dq_tile, dkt, dvt, dbias
 
-        first, full = t.query_span(j)
-        carry = (dqt, jnp.zeros_like(k_tile), jnp.zeros_like(v_tile), dbias)
-        carry = _loop(first, full, functools.partial(query_block, True), carry)
-        dqt, dk_tile, dv_tile, dbias = _loop(full, t.blocks_q, functools.partial(query_block, False), carry)
-        return dqt, _add(dk, dk_tile, start_n, 2), _add(dv, dv_tile, start_n, 2), dbias
+        full, end = t.key_span(start_m)
+        carry = (jnp.zeros_like(q_tile), dkt, dvt, dbias)
+        carry = _loop(0, full, functools.partial(key_block, False), carry)
+        dq_tile, dkt, dvt, dbias = _loop(full, end, functools.partial(key_block, True), carry)
+        return _add(dq, dq_tile, start_m * spec.group, 2), dkt, dvt, dbias
 
     dbias = None
     if bias_grad:  # one with rows and columns gets each element once, and needs no wider accumulator
         dbias = jnp.zeros(bias.shape, t.dtype if 1 in bias.shape[2:] else bias.dtype)
-    carry = (jnp.zeros_like(q).swapaxes(2, 3), jnp.zeros_like(k), jnp.zeros_like(v), dbias)
-    dqt, dk, dv, dbias = _loop(0, t.blocks_k, key_block, carry)
-    dq = t.rows_out(dqt.swapaxes(2, 3), t.seqlen_q)
-    dscale = jnp.sum(dq * args[0].astype(t.dtype), (1, 2, 3)).astype(scale.dtype) if scale_grad else None
+    carry = (jnp.zeros_like(q), *(jnp.zeros_like(x).swapaxes(2, 3) for x in (k, v)), dbias)
+    dq, dkt, dvt, dbias = _loop(0, t.blocks_q, query_block, carry)
+    dq = t.rows_out(dq, t.seqlen_q)
+    dscale = jnp.sum(dq * args[0].astype(t.dtype)).astype(scale.dtype) if scale_grad else None
     dbias = dbias.astype(bias.dtype) if bias_grad else None
-    grads = (dq * scale_of, t.rows_out(dk, t.seqlen_k), t.rows_out(dv, t.seqlen_k))
+    grads = (dq * scale_of, *(t.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
     return *(g.astype(x.dtype) for g, x in zip(grads, args, strict=True)), dbias, dscale
 
 
@@ -189,16 +189,6 @@ class _Tiling:
         last = start_m + self.block_m - 1
         return _min((start_m + 1) // self.block_n, full), _min(last // self.block_n + 1, end)
 
-    def query_span(self, j):
-        """Query blocks [first, full) see the key block through the mask, [full, blocks_q) whole."""
-        start, first, full = self.start_n(j), 0, 0
-        if self.spec.causal:
-            last = start + self.block_n - 1
-            full = _min(-(-last // self.block_m), self.blocks_q)
-            full = _where(last > self.seqlen_q - self.block_m, self.blocks_q, full)
-            first = _min(start // self.block_m, full)
-        return first, _where(start < j * self.block_n, self.blocks_q, full)
-
     def visible(self, start_m, j):
         """[M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held."""
         cols = self.start_n(j) + jnp.arange(self.block_n)[None, :]
@@ -207,6 +197,13 @@ class _Tiling:
             rows = jnp.arange(self.block_m * self.spec.group)[:, None] // self.spec.group
             visible &= start_m + rows >= cols
         return visible
+
+    def scores(self, q_tile, k_tile, bias, start_m, j, masked):
+        """Logits of one tile [B, Hkv, M * G, N]; -inf where the mask hides them."""
+        s = self.dot(q_tile, k_tile, 3, 3)
+        if bias is not None:
+            s += self.bias_tile(bias, start_m, self.start_n(j))
+        return jnp.where(self.visible(start_m, j), s, -jnp.inf) if masked else s
 
     def hide_repeated_rows(self, m_tile, i):
         """Give rows that query block i - 1 held an infinite maximum: their p is 0."""
@@ -282,10 +279,6 @@ def _choose_blocks(spec, batch, seqlen_q, seqlen_k):
 
 def _min(x, y):
     return min(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.minimum(x, y)
-
-
-def _where(c, x, y):
-    return (x if c else y) if isinstance(c, bool) else jnp.where(c, x, y)
 
 
 def _put(x, tile, start, axis):

@@ -7,11 +7,10 @@ of their group; the bias gradient, if asked for, last. No kernel adds into memor
 import triton
 import triton.language as tl
 
-from .fwd import load_scale
-from .mask import key_span, query_span, visible
+from .fwd import load_scale, logits
+from .mask import key_span, query_span
 from .tile import (
     bias_offsets,
-    load_bias,
     load_rows,
     load_vector,
     open_rows,
@@ -22,14 +21,12 @@ from .tile import (
 
 
 @triton.jit
-def load_stats(m_in, l_in, b, h, start_m, seqlen_q, M: tl.constexpr, SPEC: tl.constexpr):
-    """What turns logits into probabilities: p = exp2(s - shift) * norm.
+def row_constants(m, l, SPEC: tl.constexpr):
+    """What turns a row's logits into probabilities: p = exp2(s - shift) * norm.
 
-    Without a bias one number per row does, m + log2(l). With one, m may be so large (-1e9 is a common way to hide
-    a key) that log2(l) would be lost in it. Rows that see nothing, and rows past the end, get p = 0.
+    Without a bias the shift alone does, m + log2(l). With one, m may be so large (-1e9 is a common way to hide a
+    key) that log2(l) would be lost in it. Rows that see nothing, and rows past the end, get p = 0.
     """
-    m = load_vector(m_in, b, h, start_m, seqlen_q, SPEC.heads, M)
-    l = load_vector(l_in, b, h, start_m, seqlen_q, SPEC.heads, M)
     if SPEC.has_bias:
         return tl.where(l == 0.0, float("inf"), m), 1.0 / tl.where(l == 0.0, 1.0, l)
     else:
@@ -37,22 +34,11 @@ def load_stats(m_in, l_in, b, h, start_m, seqlen_q, M: tl.constexpr, SPEC: tl.co
 
 
 @triton.jit
-def logits(qk, bias, b, h, rows, cols, scale_log2, seqlen_q, seqlen_k, MASKED: tl.constexpr, SPEC: tl.constexpr):
-    """Base-2 logits of a tile of products; rows and cols broadcast against each other, in either order."""
-    s = qk * scale_log2
-    if SPEC.has_bias:
-        s += load_bias(bias, b, h, rows, cols, seqlen_q, seqlen_k, SPEC)
-    if MASKED:
-        s = tl.where(visible(rows, cols, seqlen_k, SPEC), s, float("-inf"))
-    return s
-
-
-@triton.jit
 def attn_bwd_dq_kernel(
-    q, k, v, scale, bias, o, m, l, do, dlse, seqlen_q, seqlen_k, dq, delta_out, dscale,
+    q, k, v, scale, bias, o, m, l, do, dlse, seqlen_q, seqlen_k, dq, delta_out, shift_out, norm_out, dscale,
     SPEC: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
-    """One block of query rows: delta, dq = scale * ds k, and each row's share of the scale's gradient."""
+    """One block of query rows: dq = scale * ds k, its share of the scale's gradient, and what the others need of it."""
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
     D: tl.constexpr = SPEC.block_d
@@ -66,17 +52,19 @@ def attn_bwd_dq_kernel(
     start_m, h_kv = block * M, h // SPEC.group
     k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
     v = open_rows(v, b, seqlen_k, H_KV, SPEC.v_dim, N, DV, CFG)
-    q = open_rows(q, b, seqlen_q, H, SPEC.head_dim, M, D, CFG)
-    do = open_rows(do, b, seqlen_q, H, SPEC.v_dim, M, DV, CFG)
-    o = open_rows(o, b, seqlen_q, H, SPEC.v_dim, M, DV, CFG)
     q_tile = load_rows(q, b, h, start_m, seqlen_q, H, SPEC.head_dim, M, D, RAGGED_Q)  # [M, D]
     do_tile = load_rows(do, b, h, start_m, seqlen_q, H, SPEC.v_dim, M, DV, RAGGED_Q)  # [M, DV]
     o_tile = load_rows(o, b, h, start_m, seqlen_q, H, SPEC.v_dim, M, DV, RAGGED_Q)
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
     if dlse is not None:  # lse is a result too: d lse / d s = p
         delta -= load_vector(dlse, b, h, start_m, seqlen_q, H, M)
+    shift, norm = row_constants(
+        load_vector(m, b, h, start_m, seqlen_q, H, M), load_vector(l, b, h, start_m, seqlen_q, H, M), SPEC
+    )
     store_vector(delta_out, delta, b, h, start_m, seqlen_q, H)
-    shift, norm = load_stats(m, l, b, h, start_m, seqlen_q, M, SPEC)
+    store_vector(shift_out, shift, b, h, start_m, seqlen_q, H)
+    if norm_out is not None:
+        store_vector(norm_out, norm, b, h, start_m, seqlen_q, H)
     scale_log2 = load_scale(scale)
     rows = start_m + tl.arange(0, M)
     acc = tl.zeros([M, D], tl.float32)
@@ -87,8 +75,10 @@ def attn_bwd_dq_kernel(
             v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and MASKED)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
             cols = n + tl.arange(0, N)
-            s = logits(qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC)
-            p = tl.exp2(s - shift[:, None])
+            s, unit = logits(
+                qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC
+            )
+            p = tl.exp2(s * unit - shift[:, None])
             if SPEC.has_bias:
                 p *= norm[:, None]
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)  # [M, N]
@@ -101,7 +91,7 @@ def attn_bwd_dq_kernel(
 
 @triton.jit
 def attn_bwd_dkdv_kernel(
-    q, k, v, scale, bias, m, l, do, delta, seqlen_q, seqlen_k, dk, dv, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, scale, bias, do, delta, shift, norm, seqlen_q, seqlen_k, dk, dv, SPEC: tl.constexpr, CFG: tl.constexpr
 ):
     """One block of keys and values: dv = p' do and dk = scale * ds' q, summed over the heads that share them.
 
@@ -118,8 +108,6 @@ def attn_bwd_dkdv_kernel(
     FIRST: tl.constexpr = 0 if SPEC.causal else 1  # without causality no tile needs the mask
     block, b, h_kv = program(tl.cdiv(seqlen_k, N), H_KV, False)  # the first keys are seen most
     start_n = block * N
-    k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
-    v = open_rows(v, b, seqlen_k, H_KV, SPEC.v_dim, N, DV, CFG)
     q = open_rows(q, b, seqlen_q, H, SPEC.head_dim, M, D, CFG)
     do = open_rows(do, b, seqlen_q, H, SPEC.v_dim, M, DV, CFG)
     k_tile = load_rows(k, b, h_kv, start_n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K)  # [N, D]
@@ -135,15 +123,14 @@ def attn_bwd_dkdv_kernel(
             for i in range(full if BARE else begin, seqlen_q if BARE else tl.minimum(full, seqlen_q), M):
                 q_tile = load_rows(q, b, h, i, seqlen_q, H, SPEC.head_dim, M, D, RAGGED_Q)  # [M, D]
                 do_tile = load_rows(do, b, h, i, seqlen_q, H, SPEC.v_dim, M, DV, RAGGED_Q)  # [M, DV]
-                shift, norm = load_stats(m, l, b, h, i, seqlen_q, M, SPEC)
                 qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=CFG.precision)  # [N, M]
                 rows = i + tl.arange(0, M)
-                s = logits(
+                s, unit = logits(
                     qk, bias, b, h, rows[None, :], cols[:, None], scale_log2, seqlen_q, seqlen_k, not BARE, SPEC
                 )
-                p = tl.exp2(s - shift[None, :])
+                p = tl.exp2(s * unit - load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))[None, :])
                 if SPEC.has_bias:
-                    p *= norm[None, :]
+                    p *= load_vector(norm, b, h, i, seqlen_q, H, M)[None, :]
                 dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=CFG.precision)
                 dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=CFG.precision)  # [N, M]
                 ds = p * (dp - load_vector(delta, b, h, i, seqlen_q, H, M)[None, :])
@@ -154,7 +141,7 @@ def attn_bwd_dkdv_kernel(
 
 @triton.jit
 def attn_bwd_dbias_kernel(
-    q, k, v, scale, bias, m, l, do, delta, batch, seqlen_q, seqlen_k, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, scale, bias, do, delta, shift, norm, batch, seqlen_q, seqlen_k, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
 ):
     """One tile of the bias gradient: ds summed over the axes along which the bias is broadcast.
 
@@ -196,8 +183,9 @@ def attn_bwd_dbias_kernel(
             for i in range(m_begin, m_end, M):
                 q_tile = load_rows(q, b, h, i, seqlen_q, H, SPEC.head_dim, M, D, SPEC.multiple_q < M)
                 do_tile = load_rows(do, b, h, i, seqlen_q, H, SPEC.v_dim, M, DV, SPEC.multiple_q < M)
-                shift, norm = load_stats(m, l, b, h, i, seqlen_q, M, SPEC)
                 delta_row = load_vector(delta, b, h, i, seqlen_q, H, M)
+                shift_row = load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))
+                norm_row = load_vector(norm, b, h, i, seqlen_q, H, M)
                 rows = i + tl.arange(0, M)
                 last = key_span(i, n_end, SPEC, CFG)[1]
                 for n in range(n_begin, last, N):
@@ -205,10 +193,10 @@ def attn_bwd_dbias_kernel(
                     v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, SPEC.multiple_k < N)
                     cols = n + tl.arange(0, N)
                     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-                    s = logits(
+                    s, unit = logits(
                         qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, True, SPEC
                     )
-                    p = tl.exp2(s - shift[:, None]) * norm[:, None]
+                    p = tl.exp2(s * unit - shift_row[:, None]) * norm_row[:, None]
                     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)
                     acc += p * (dp - delta_row[:, None])
     rows, cols = m_begin + tl.arange(0, M)[:, None], n_begin + tl.arange(0, N)[None, :]

@@ -14,6 +14,21 @@ def load_scale(scale):
 
 
 @triton.jit
+def logits(qk, bias, b, h, rows, cols, scale_log2, seqlen_q, seqlen_k, MASKED: tl.constexpr, SPEC: tl.constexpr):
+    """A tile of logits and the unit that makes them base-2 logits: exp2(s * unit - m) is one FMA and one EX2.
+
+    rows and cols broadcast against each other, in either order. A bias needs the unit to be 1.
+    """
+    s, unit = qk, scale_log2
+    if SPEC.has_bias:
+        s = qk * scale_log2 + load_bias(bias, b, h, rows, cols, seqlen_q, seqlen_k, SPEC)
+        unit = 1.0
+    if MASKED:
+        s = tl.where(visible(rows, cols, seqlen_k, SPEC), s, float("-inf"))
+    return s, unit
+
+
+@triton.jit
 def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, SPEC: tl.constexpr, CFG: tl.constexpr):
     """One block of query rows against every key it sees: o, and each row's maximum m (base 2) and sum l."""
     M: tl.constexpr = CFG.block_m
@@ -27,7 +42,6 @@ def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, S
     start_m, h_kv = block * M, h // SPEC.group
     k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
     v = open_rows(v, b, seqlen_k, H_KV, SPEC.v_dim, N, DV, CFG)
-    q = open_rows(q, b, seqlen_q, SPEC.heads, SPEC.head_dim, M, D, CFG)
     q_tile = load_rows(q, b, h, start_m, seqlen_q, SPEC.heads, SPEC.head_dim, M, D, SPEC.multiple_q < M)  # [M, D]
     scale_log2 = load_scale(scale)
     rows = start_m + tl.arange(0, M)
@@ -40,19 +54,15 @@ def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, S
             k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and MASKED)
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
             cols = n + tl.arange(0, N)
-            if SPEC.has_bias:
-                s = s * scale_log2 + load_bias(bias, b, h, rows[:, None], cols[None, :], seqlen_q, seqlen_k, SPEC)
-            if MASKED:
-                s = tl.where(visible(rows[:, None], cols[None, :], seqlen_k, SPEC), s, float("-inf"))
-            if SPEC.has_bias:
-                m_new = tl.maximum(m, tl.max(s, 1))
-                pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen nothing so far
-                p = tl.exp2(s - pivot[:, None])
-                alpha = tl.exp2(m - pivot)
-            else:
-                m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-                p = tl.exp2(s * scale_log2 - m_new[:, None])
-                alpha = tl.exp2(m - m_new)
+            s, unit = logits(
+                s, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC
+            )
+            m_new = tl.maximum(m, tl.max(s, 1) * unit)
+            pivot = m_new
+            if SPEC.has_bias:  # -inf hides a key, so a row may have seen nothing so far
+                pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.exp2(s * unit - pivot[:, None])  # [M, N]
+            alpha = tl.exp2(m - pivot)
             v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and MASKED)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
             l = l * alpha + tl.sum(p, 1)

@@ -69,10 +69,10 @@ def store_rows(x, tile, b, h, start, seqlen, H: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_vector(x, b, h, start, seqlen, H: tl.constexpr, ROWS: tl.constexpr):
-    """x[b, h, start:start+ROWS] of an array [B, H, seqlen]; reads 0 past seqlen."""
+def load_vector(x, b, h, start, seqlen, H: tl.constexpr, ROWS: tl.constexpr, PAST: tl.constexpr = 0.0):
+    """x[b, h, start:start+ROWS] of an array [B, H, seqlen]; reads PAST past seqlen."""
     rows = tl.arange(0, ROWS)
-    return tl.load(x + (tl.cast(b, tl.int64) * H + h) * seqlen + start + rows, mask=start + rows < seqlen, other=0.0)
+    return tl.load(x + (tl.cast(b, tl.int64) * H + h) * seqlen + start + rows, mask=start + rows < seqlen, other=PAST)
 
 
 @triton.jit

@@ -1,0 +1,202 @@
+"""Compiles every row of the tuning table for its GPU, without one, and checks the machine code.
+
+    python -m benchmarks.codegen                    # a table of registers, spills, shared memory, instruction mix
+    python -m benchmarks.codegen --check            # exit status 1 if a row breaks a rule
+    python -m benchmarks.codegen --only arch=90,name=dkdv --json out.json
+
+The kernels are compiled as `jax_flash_attn2` launches them, from the same operands, and assembled by the ptxas that
+Triton carries with the options that JAX uses. A GPU is needed to say how fast a kernel is; that it spills, waits
+for every product or loads without overlap can be read off here.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from jax_flash_attn2 import passes, tuning
+from jax_flash_attn2.passes import Rows
+from jax_flash_attn2.spec import Config, Spec
+from jax_flash_attn2.target import Target
+
+_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# Shared memory and warps of one multiprocessor (CUDA C Programming Guide, "Technical Specifications").
+_MULTIPROCESSOR = {80: (167936, 64), 86: (102400, 48), 89: (102400, 48), 90: (233472, 64), 100: (233472, 64)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One kernel to compile."""
+
+    arch: int
+    name: str
+    head_dim: int
+    causal: bool
+    config: Config
+
+    @property
+    def title(self) -> str:
+        c = self.config
+        variant = "block-ptr" if c.block_ptr else "ptr-block"
+        return (
+            f"sm_{self.arch} {self.name:4} hd{self.head_dim:<3} {'causal' if self.causal else 'full  '} {variant} "
+            f"{c.block_m:>3}x{c.block_n:<3} w{c.num_warps} s{c.num_stages}{f' r{c.maxnreg}' if c.maxnreg else ''}"
+        )
+
+
+def points() -> list[Point]:
+    """Every 16-bit row of the table, causal and not."""
+    return [Point(r.arch, r.name, r.width, causal, r.config) for r in tuning.ROWS for causal in (False, True)]
+
+
+def launches(point: Point, *, seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> list[tuple]:
+    """What `passes` would launch: (kernel, operands, outputs, spec, config) of each kernel of the point's pass."""
+    seen = []
+
+    def run(kernel, programs, operands, outputs, spec, config):
+        seen.append((kernel, operands, outputs, spec, config))
+        return tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in outputs)
+
+    spec = Spec(8, 8, point.head_dim, point.head_dim, point.causal, None, min(seqlen & -seqlen, 128), min(seqlen & -seqlen, 128))
+    x = jax.ShapeDtypeStruct((2, seqlen, 8, point.head_dim), dtype)
+    row = jax.ShapeDtypeStruct((2, 8, seqlen), jnp.float32)
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    if point.name == "fwd":
+        jax.eval_shape(lambda *a: passes.forward(run, spec, point.config, *a, None), x, x, x, scale)
+        return seen
+    configs = dict.fromkeys(passes.PASSES, point.config)
+
+    def backward(q, k, v, scale, o, m, l, do):
+        grads = {"bias_grad": False, "scale_grad": False}
+        return passes.backward(run, spec, configs, q, k, v, scale, None, o, m, l, do, None, **grads)
+
+    jax.eval_shape(backward, x, x, x, scale, x, row, row, x)
+    return [launch for launch in seen if point.name in launch[0].__name__]
+
+
+def compile_point(point: Point):
+    """The machine code of one point."""
+    from .sass import compile_kernel
+
+    (kernel, operands, outputs, spec, config), = launches(point)
+    kinds = [_kind(x, config, Target(point.arch)) for x in (*operands, *outputs)]
+    names = [*kernel.arg_names]
+    signature = dict(zip(names, [*kinds, "constexpr", "constexpr"], strict=True))
+    constants = {name: None for name, kind in signature.items() if kind == "constexpr"} | {"SPEC": spec, "CFG": config}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if config.maxnreg:
+        options["maxnreg"] = config.maxnreg
+    return compile_kernel(kernel, signature, constants, point.arch, options)
+
+
+def _kind(x: Any, config: Config, target: Target) -> str:
+    """The type of a kernel's argument, as Triton writes it."""
+    if x is None:
+        return "constexpr"
+    if isinstance(x, int):
+        return "i32"
+    if isinstance(x, Rows):
+        element = _TYPES[x.array.dtype.name]
+        if config.block_ptr and target.has_tma:
+            return f"tensordesc<{element}[{','.join(map(str, x.block_shape))}]>"
+        return f"*{element}"
+    return f"*{_TYPES[x.dtype.name]}"
+
+
+def broken_rules(point: Point, code) -> list[str]:
+    """What is wrong with a kernel's code; nothing, for a row that may stay in the table."""
+    limit = Target(point.arch).shared_memory
+    loops = code.loops
+    rules = {
+        "no hot loop found": not loops,
+        f"{code.shared} bytes of shared memory, the chip has {limit}": code.shared > limit,
+        "a spill in a loop": any(loop["local"] for loop in loops),
+        f"{code.registers} registers and yet spills": code.registers < 64 and code.spill_bytes > 0,
+        "wgmma serialised by ptxas": code.serialized,
+        "a wait behind every wgmma": any(loop["depbar"] > 4 + 4 for loop in loops),
+        "no asynchronous copy in a loop": any(not loop["cp.async"] + loop["tma"] for loop in loops),
+        "tiles loaded without asynchronous copies": any(loop["wide ldg"] for loop in loops),
+        "no fused multiply-add before each exp2": any(loop["ffma"] < 0.9 * loop["ex2"] for loop in loops),
+        "a layout conversion in the forward loop": (
+            point.name == "fwd" and point.arch < 100 and any(loop["sts"] for loop in loops)
+        ),
+    }
+    return [rule for rule, broken in rules.items() if broken]
+
+
+def _measure(point: Point) -> dict[str, Any]:
+    """One line of the table, as plain data."""
+    line: dict[str, Any] = {"title": point.title, **dataclasses.asdict(point)}
+    try:
+        code = compile_point(point)
+    except Exception as error:  # one row that does not compile must not lose the others
+        return line | {"broken": [f"{type(error).__name__}: {error}"[:500]]}
+    line |= dataclasses.asdict(code)
+    return line | {"ctas_per_sm": code.ctas_per_sm(*_MULTIPROCESSOR[point.arch]), "broken": broken_rules(point, code)}
+
+
+_COLUMNS = "regs spill  shared CTAs | instructions of each hot loop: total (mma wgmma ex2 ffma | cp.async tma ldg sts)"
+
+
+def _format(line: dict[str, Any]) -> str:
+    if "loops" not in line:
+        return f"{line['title']} | did not compile"
+    loops = "   ".join(
+        f"{x['total']:>4} ({x['mma']} {x['wgmma']} {x['ex2']} {x['ffma']} | {x['cp.async']} {x['tma']} {x['ldg']} {x['sts']})"
+        for x in line["loops"]
+    )
+    return (
+        f"{line['title']} {line['registers']:>4} {line['spill_bytes']:>5} {line['shared']:>7} "
+        f"{line['ctas_per_sm']:>4} | {loops}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a row breaks a rule")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was read off")
+    parser.add_argument("--only", default="", metavar="KEY=VALUE,...", help="arch=90,name=fwd,head_dim=128,causal=True")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled side by side")
+    options = parser.parse_args(argv)
+    wanted = dict(part.split("=") for part in options.only.split(",") if part)
+    chosen = [p for p in points() if all(str(getattr(p, key)) == value for key, value in wanted.items())]
+    if not chosen:
+        parser.error(f"no row matches --only {options.only}")
+    lines = list(measure_all(chosen, options.jobs))
+    print(f"{'':58} {_COLUMNS}")
+    for line in lines:
+        print(_format(line))
+    broken = [line for line in lines if line["broken"]]
+    for line in broken:
+        print(f"BROKEN {line['title']}: {'; '.join(line['broken'])}")
+    print(f"{len(lines)} kernels, {len(broken)} break a rule")
+    if options.json:
+        options.json.write_text(json.dumps({"versions": versions(), "kernels": lines}, indent=1) + "\n")
+    return 1 if options.check and broken else 0
+
+
+def measure_all(chosen: list[Point], jobs: int | None):
+    """The lines of `chosen`, in order, with a progress bar."""
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        yield from tqdm(pool.map(_measure, chosen), total=len(chosen), desc="compiling", unit="kernel")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What the code was made with."""
+    import triton
+
+    return {"python": sys.version.split()[0], "jax": jax.__version__, "triton": triton.__version__}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Compiles a kernel for an NVIDIA GPU that need not be there, and reads the machine code that comes out."""
+
+import collections
+import dataclasses
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource, make_backend
+
+_BIN = Path(nvidia.__file__).parent / "bin"
+_MMA = re.compile(r"HMMA|IMMA|QMMA|HGMMA|QGMMA|UTC[A-Z]*MMA|FFMA")
+_CLASSES = {
+    "mma": r"[HQI]MMA|[HQI]GMMA|UTC[A-Z]*MMA",
+    "wgmma": r"[HQI]GMMA",
+    "ex2": r"MUFU\.EX2",
+    "ffma": r"FFMA",
+    "cp.async": r"LDGSTS",
+    "tma": r"UTMALDG",
+    "ldg": r"LDG(\.|$)",
+    "wide ldg": r"LDG\.\S*(64|128)",
+    "sts": r"STS(\.|$)|STSM",
+    "local": r"LDL|STL",
+    "bar": r"BAR",
+    "depbar": r"WARPGROUP\.DEPBAR",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """What ptxas made of a kernel."""
+
+    registers: int
+    """Per thread."""
+    spill_bytes: int
+    """Spill stores anywhere in the kernel."""
+    shared: int
+    """Bytes of shared memory."""
+    warps: int
+    serialized: bool
+    """ptxas says that it made wgmma synchronous."""
+    loops: tuple[dict[str, int], ...]
+    """Instructions by class, and in all ("total"), of each innermost loop that multiplies matrices."""
+
+    def ctas_per_sm(self, shared_per_sm: int, warps_per_sm: int) -> int:
+        """How many blocks run side by side on one multiprocessor."""
+        by_registers = 65536 // (-(-32 * self.registers // 256) * 256 * self.warps)
+        return min(by_registers, shared_per_sm // (self.shared + 1024), warps_per_sm // self.warps)
+
+
+def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, Any], arch: int, options: dict) -> Code:
+    """Compiles with Triton down to PTX, and assembles as JAX does.
+
+    Args:
+      kernel: the `triton.jit` function.
+      signature: the type of every argument ("*bf16", "i32", "tensordesc<bf16[1,128,1,64]>", "constexpr").
+      constants: values of the compile-time arguments.
+      arch: 80, 90 ...
+      options: num_warps, num_stages, maxnreg ...
+    """
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    parsed = backend.parse_options(dict(options))
+    context = triton._C.libtriton.ir.context()
+    triton._C.libtriton.ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = source.make_ir(
+        target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context
+    )
+    metadata: dict[str, Any] = {"target": target, **parsed.__dict__}
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    for name in ("ttir", "ttgir", "llir", "ptx"):
+        module = stages[name](module, metadata)
+    return _assemble(module, arch, metadata["shared"], options["num_warps"])
+
+
+def _assemble(ptx: str, arch: int, shared: int, warps: int) -> Code:
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        source.write_text(ptx)
+        name = re.search(r"^\.target (sm_\w+)", ptx, re.M)[1]
+        ptxas = [nvidia.get_ptxas(arch).path, "-v", f"--gpu-name={name}", source, "-o", cubin]
+        log = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
+        disassemble = [_BIN / "nvdisasm", "-c", cubin]
+        sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
+    return Code(
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        spill_bytes=int(re.search(r"(\d+) bytes spill stores", log)[1]),
+        shared=shared,
+        warps=warps,
+        serialized="serialized" in log,
+        loops=tuple(_loops(sass)),
+    )
+
+
+def _loops(sass: str):
+    """Instruction counts of the innermost loops that hold matrix products, in program order."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
+            if instruction[1].startswith("BRA") and (goal := re.search(r"`\((\.L_\w+)\)", instruction[2])):
+                branches.append((len(opcodes), goal[1]))
+            opcodes.append(instruction[1])
+    # A branch backwards closes a loop, unless it leads back from an out-of-line wait behind the last EXIT.
+    spans = {(labels[goal], at) for at, goal in branches if labels.get(goal, at + 1) <= at}
+    spans = {(a, z) for a, z in spans if "EXIT" not in opcodes[a:z] and any(map(_MMA.match, opcodes[a : z + 1]))}
+    for a, z in sorted(spans):
+        if not any((b, y) != (a, z) and a <= b and y <= z for b, y in spans):
+            body = opcodes[a : z + 1]
+            counts = collections.Counter({name: sum(bool(re.match(p, op)) for op in body) for name, p in _CLASSES.items()})
+            yield {"total": len(body), **counts}
