@@ -7,13 +7,16 @@ times slower than a GPU. Outputs start as NaN, so an element that a kernel fails
 import functools
 import os
 import threading
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from .passes import Rows
 from .spec import Config, Spec
+from .target import Target
 
 
 # XLA may run independent callbacks side by side, but the interpreter keeps the program id in a global.
@@ -25,31 +28,31 @@ def enabled() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class _Storage:
+class _Tensor:
     """As much of a torch tensor as Triton's interpreter asks for, over a NumPy array."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
 
-    dtype = property(lambda self: _Dtype(self.array.dtype))
+    dtype = property(lambda self: _dtype(self.array.dtype))
     shape = property(lambda self: self.array.shape)
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data
 
-    def untyped_storage(self) -> "_Storage":
+    def untyped_storage(self) -> "_Tensor":
         return self
 
-    def cpu(self) -> "_Storage":
+    def cpu(self) -> "_Tensor":
         return self
 
-    def copy_(self, other: "_Storage") -> None:  # host and "device" are the same memory
+    def copy_(self, other: "_Tensor") -> None:  # host and "device" are the same memory
         assert other.array is self.array
 
-    def new_empty(self, *_: Any, **__: Any) -> "_Storage":
-        return _Storage(self.array)
+    def new_empty(self, *_: Any, **__: Any) -> "_Tensor":
+        return _Tensor(self.array)
 
-    def set_(self, storage: "_Storage", *_: Any) -> None:
+    def set_(self, storage: "_Tensor", *_: Any) -> None:
         self.array = storage.array
 
     def storage_offset(self) -> int:
@@ -75,6 +78,12 @@ class _Dtype:
 
 
 @functools.cache
+def _dtype(dtype: np.dtype) -> _Dtype:
+    """One object per dtype, for good: Triton caches what it reads by the object's identity."""
+    return _Dtype(dtype)
+
+
+@functools.cache
 def _mend_bfloat16() -> None:
     """tl.dot in the interpreter multiplies the bit patterns of bf16 operands (triton#11584); widen them first."""
     import triton.language as tl
@@ -95,32 +104,45 @@ def _mend_bfloat16() -> None:
     builder.create_dot = create_dot_widened
 
 
-def run(kernel: Any, programs: int, operands: tuple, outputs: tuple, spec: Spec, config: Config) -> tuple:
-    """Interprets `kernel` through a host callback, so that it works inside jit."""
+def _guarded(array: np.ndarray) -> np.ndarray:
+    """A copy with NaN in the memory on either side, so that a read outside the array does not go unseen."""
+    guard = 4096  # elements
+    memory = np.full(array.size + 2 * guard, np.nan, array.dtype)
+    inside = memory[guard : guard + array.size].reshape(array.shape)
+    inside[...] = array
+    return inside
+
+
+def run(
+    target: Target, kernel: Any, programs: int, operands: tuple, outputs: tuple, spec: Spec, config: Config
+) -> tuple[Array | None, ...]:
+    """Interprets one kernel through a host callback, so that it works inside jit; see `launch.run`."""
     _mend_bfloat16()
-    operands = tuple(operands)
-    leaves, tree = jax.tree.flatten([x.array if isinstance(x, Rows) else x for x in operands])
+    arrays = [x.array if isinstance(x, Rows) else x for x in operands]
     present = [x for x in outputs if x is not None]
 
-    def callback(*leaves):
+    def callback(*values):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        results = [_Storage(np.full(x.shape, np.nan, x.dtype)) for x in present]
+        values = iter(values)
+        results = [_Tensor(np.full(x.shape, np.nan, x.dtype)) for x in present]
         waiting = iter(results)
         args: list[Any] = []
-        for operand, leaf in zip(operands, jax.tree.unflatten(tree, leaves), strict=True):
-            if leaf is None or isinstance(operand, int):
+        for operand in operands:
+            if operand is None or isinstance(operand, int):
                 args.append(operand)
                 continue
-            array = _Storage(np.ascontiguousarray(leaf))
-            if isinstance(operand, Rows) and config.block_ptr and array.array.shape[-1] * array.dtype.itemsize % 16 == 0:
-                args.append(TensorDescriptor(array, array.shape, array.stride(), list(operand.block_shape)))
+            tensor = _Tensor(_guarded(np.asarray(next(values))))
+            if isinstance(operand, Rows) and config.block_ptr and target.has_tma:
+                args.append(TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(operand.block_shape)))
             else:
-                args.append(array)
+                args.append(tensor)
         args += [None if x is None else next(waiting) for x in outputs]
-        with _one_at_a_time:
+        with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy about NaN, which a GPU does not mention either
             kernel[(programs,)](*args, SPEC=spec, CFG=config)
         return tuple(x.array for x in results)
 
-    results = iter(jax.pure_callback(callback, tuple(present), *leaves, vmap_method="sequential"))
+    values = [x for x in arrays if x is not None and not isinstance(x, int)]
+    results = iter(jax.pure_callback(callback, tuple(present), *values, vmap_method="sequential"))
     return tuple(None if x is None else next(results) for x in outputs)

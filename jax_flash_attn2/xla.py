@@ -2,13 +2,13 @@
 
 Memory is linear in the sequence lengths: scores exist one `[block_m, block_n]` tile at a time, for all
 batches and heads at once, so that batch and head axes shard freely. A ragged sequence is never padded: its
-last tile is moved back to end with the sequence, and what it shares with the tile before is masked.
+last tile is moved back to end with the sequence, and what it shares with the tile before counts once.
 
-Two choices are XLA:CPU's. Its fast matrix product (YNNPACK) wants the left operand contracted along its last
-axis, so the backward works on transposed scores, `[keys, queries]`, and on a transposed `dq`. And a tile costs
-a dozen kernel calls of some microseconds each, so tiles are larger than on a GPU.
+Some choices are XLA:CPU's. Its fast matrix product (YNNPACK) wants the left operand contracted along its
+last axis, so dk and dv are summed transposed. It fuses a mask that is added, not one that is selected. And a
+tile costs a dozen kernel calls of some microseconds each, so tiles are larger than on a GPU.
 
-Inside, the heads that share a key head (a group, G) are rows beside one another: q is `[B, Hkv, Sq * G, D]`.
+Inside, the G heads that share a key head are rows beside one another: q is `[B, Hkv, Sq * G, D]`.
 """
 
 import functools
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jax_flash_attn2.spec import Config, Spec
+from .spec import Config, Spec
 
 HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
 """A bias below this (-2.36e38) hides its key, as -inf does: the GPU kernels' base-2 logits overflow there.
@@ -31,18 +31,19 @@ def forward(
     """Attention and its softmax statistics.
 
     Args:
-        spec: what to compute.
-        config: block sizes and precision; None for the tuned ones.
-        q: `[B, Sq, H, D]`.
-        k: `[B, Sk, Hkv, D]`.
-        v: `[B, Sk, Hkv, Dv]`.
-        scale: `[]`, at least 0.
-        bias: None or `[1|B, 1|H, 1|Sq, 1|Sk]`; below `HIDDEN` it hides its key.
+      spec: what to compute.
+      config: block sizes and precision; None for the tuned ones.
+      q: `[B, Sq, H, D]`.
+      k: `[B, Sk, Hkv, D]`.
+      v: `[B, Sk, Hkv, Dv]`.
+      scale: `[]`, at least 0.
+      bias: None or `[1|B, 1|H, 1|Sq, 1|Sk]`; below `HIDDEN` it hides its key.
 
     Returns:
-        o `[B, Sq, H, Dv]` in q's dtype, and `[B, H, Sq]` each: lse, the maximum m, the sum l of `exp(s - m)`.
+      o `[B, Sq, H, Dv]` in q's dtype; then, `[B, H, Sq]` each, lse, a row's maximum m, and l, its sum of
+      `exp(s - m)`. A row that sees nothing has o = 0 and lse = -inf.
     """
-    t, dtype = _Tiling(spec, config, q, k), q.dtype
+    t, dtype = _Tiling(spec, config, q, k, whole_rows=True), q.dtype
     q, k, v = t.rows(q.astype(t.dtype) * scale.astype(t.dtype)), t.rows(k), t.rows(v)
 
     def query_block(i, out):
@@ -101,17 +102,18 @@ def backward(
     """Gradients, from the output and the statistics that `forward` returned.
 
     Args:
-        spec: as in `forward`, and so are config, q, k, v, scale and bias.
-        o: `[B, Sq, H, Dv]`, with m and l `[B, H, Sq]`, from `forward`.
-        do: `[B, Sq, H, Dv]`, the gradient of o.
-        dlse: None or `[B, H, Sq]`, the gradient of lse.
-        bias_grad: whether to return the bias's gradient.
-        scale_grad: whether to return the scale's gradient.
+      spec: as in `forward`, and so are config, q, k, v, scale and bias.
+      o: `[B, Sq, H, Dv]`, with m and l `[B, H, Sq]`, from `forward`.
+      do: `[B, Sq, H, Dv]`, the gradient of o.
+      dlse: None or `[B, H, Sq]`, the gradient of lse.
+      bias_grad: whether to return the bias's gradient.
+      scale_grad: whether to return the scale's gradient.
 
     Returns:
-        dq, dk, dv and dbias, each of the shape and dtype of what it is the gradient of, and dscale `[B]`, batch by batch.
+      dq, dk, dv and dbias, each of the shape and dtype of what it is the gradient of, and dscale `[B]`, the
+      share of each batch. dbias and dscale are None unless asked for.
     """
-    t = _Tiling(spec, config, q, k)
+    t = _Tiling(spec, config, q, k, whole_rows=False)
     args, scale_of = (q, k, v), scale.astype(t.dtype)
     # p is exp(s - m) / l. The division moves from the tiles of p to the rows of do and delta.
     l_inv = jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1), 0)
@@ -155,20 +157,25 @@ def backward(
     carry = (jnp.zeros_like(q), *(jnp.zeros_like(x).swapaxes(2, 3) for x in (k, v)), dbias)
     dq, dkt, dvt, dbias = _loop(0, t.blocks_q, query_block, carry)
     dq = t.rows_out(dq, t.seqlen_q)
-    dscale = jnp.sum(dq * args[0].astype(t.dtype)).astype(scale.dtype) if scale_grad else None
+    dscale = None
+    if scale_grad:  # the sum of ds * (q k), as a product of vectors, whose sum is more exact than a reduction's
+        dscale = jnp.einsum("bn,bn->b", *(x.astype(t.dtype).reshape(x.shape[0], -1) for x in (dq, args[0])))
+        dscale = dscale.astype(scale.dtype)
     dbias = dbias.astype(bias.dtype) if bias_grad else None
     grads = (dq * scale_of, *(t.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
     return *(g.astype(x.dtype) for g, x in zip(grads, args, strict=True)), dbias, dscale
 
 
 class _Tiling:
-    """How one call is cut into tiles. Starts and spans are ints where the block number is one."""
+    """How one call is cut into tiles. Starts and spans are Python ints where the block number is one."""
 
-    def __init__(self, spec, config, q, k):
+    def __init__(self, spec, config, q, k, whole_rows):
         self.spec, self.config = spec, config
         self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
         self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
-        block_m, block_n = _choose_blocks(spec, q.shape[0], self.seqlen_q, self.seqlen_k)
+        block_m, block_n = _choose_blocks(
+            self.seqlen_q, self.seqlen_k, q.shape[0] * spec.heads, whole_rows and not spec.causal
+        )
         self.block_m = min((config and config.block_m) or block_m, self.seqlen_q)
         self.block_n = min((config and config.block_n) or block_n, self.seqlen_k)
         self.blocks_q, self.blocks_k = -(-self.seqlen_q // self.block_m), -(-self.seqlen_k // self.block_n)
@@ -203,7 +210,9 @@ class _Tiling:
         s = self.dot(q_tile, k_tile, 3, 3)
         if bias is not None:
             s += self.bias_tile(bias, start_m, self.start_n(j))
-        return jnp.where(self.visible(start_m, j), s, -jnp.inf) if masked else s
+        if masked:
+            s += jnp.where(self.visible(start_m, j), 0, -jnp.inf).astype(self.dtype)
+        return s
 
     def hide_repeated_rows(self, m_tile, i):
         """Give rows that query block i - 1 held an infinite maximum: their p is 0."""
@@ -247,14 +256,14 @@ class _Tiling:
 
     def rows(self, x):
         """[B, S, Hkv * G, D] -> [B, Hkv, S * G, D]."""
-        b, s, h, d = x.shape
+        b, s, h, d = x.shape  # G as an axis, even of 1, saves XLA:CPU a copy, as in `rows_out`
         n = self.spec.kv_heads
-        return x.astype(self.dtype).reshape(b, s, n, h // n * d).swapaxes(1, 2).reshape(b, n, -1, d)
+        return x.astype(self.dtype).reshape(b, s, n, h // n, d).swapaxes(1, 2).reshape(b, n, -1, d)
 
     def rows_out(self, x, seqlen):
         """[B, Hkv, S * G, D] -> [B, S, Hkv * G, D]: `rows` undone."""
         b, n, _, d = x.shape
-        return x.reshape(b, n, seqlen, -1).swapaxes(1, 2).reshape(b, seqlen, -1, d)
+        return x.reshape(b, n, seqlen, -1, d).swapaxes(1, 2).reshape(b, seqlen, -1, d)
 
     def stats(self, x):
         """[B, H, Sq] -> [B, Hkv, Sq * G]."""
@@ -273,8 +282,33 @@ class _Tiling:
         return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), precision=precision)
 
 
-def _choose_blocks(spec, batch, seqlen_q, seqlen_k):
-    return 256, 256
+def _choose_blocks(seqlen_q, seqlen_k, batch_heads, whole_rows):
+    """Block sizes that were fast on CPUs with 1 MiB of L2 per core and 32 MiB of L3.
+
+    One tile where it is small: with no running statistics XLA fuses the softmax into the matrix product, and
+    one jit of both passes computes p once. Then whole rows of keys, for the same fusion, in a forward that
+    has no causal tiles to skip. Else squares with about 2**19 scores over all batches and heads.
+    """
+    if batch_heads * seqlen_q * seqlen_k <= 2**21:
+        return seqlen_q, seqlen_k
+    side = min(max(_power_of_two(1.5 * math.sqrt(2**19 / batch_heads)), 128), 512)
+    block_m = side * max(side // seqlen_k, 1)  # a tile that is short one way is long the other
+    block_n = side * max(side // seqlen_q, 1)
+    rows = _power_of_two(2**22 / (batch_heads * seqlen_k))
+    if whole_rows and rows >= min(64, seqlen_q):
+        block_m, block_n = min(rows, max(block_m, 256)), seqlen_k
+    return _even(seqlen_q, block_m), _even(seqlen_k, block_n)
+
+
+def _power_of_two(x):
+    """The largest power of two up to x, at least 1."""
+    return 2 ** int(math.log2(max(x, 1)))
+
+
+def _even(seqlen, block):
+    """As many blocks as `block` makes of a sequence, but of about equal size."""
+    size = -(-seqlen // -(-seqlen // block))
+    return min(-(-size // 16) * 16, block)
 
 
 def _min(x, y):

@@ -1,0 +1,35 @@
+"""Settings of every test process: CPU, eight devices, and JAX at its strictest about dtypes."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+INTERPRETED = ("test_kernels.py",)
+
+
+def pytest_ignore_collect(collection_path):
+    """Interpreter tests live in a process of their own, with TRITON_INTERPRET=1 from its start; others must not."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return True if interpreted != (collection_path.name in INTERPRETED) else None
+
+
+def has_gpu() -> bool:
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,0 +1,135 @@
+"""Each message: the argument, what was wanted, what came, what to do."""
+
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flash_attn2 import Config, flash_attention, get_cached_flash_attention, gpu_target
+
+X = jnp.zeros((2, 10, 4, 16))
+KV = jnp.zeros((2, 12, 2, 16))
+
+
+def call(q=X, k=KV, v=KV, bias=None, **options):
+    return flash_attention(q, k, v, bias, **options)
+
+
+WRONG = {
+    "rank": (lambda: call(q=X[0, 0]), ValueError, "q must have shape [..., sequence, heads, head_dim], so at least 3 axes, got shape (4, 16)"),
+    "batch": (lambda: call(k=KV[:1]), ValueError, "k must have q's batch axes (2,), got (1,)"),
+    "batch_rank": (lambda: call(v=KV[0]), ValueError, "v must have q's batch axes (2,), got ()"),
+    "head_dim": (lambda: call(k=KV[..., :8]), ValueError, "k must have q's head_dim 16, got 8"),
+    "v_length": (lambda: call(v=KV[:, :11]), ValueError, "v must have k's length and heads (12, 2), got (11, 2)"),
+    "heads": (lambda: call(q=X[:, :, :3]), ValueError, "the heads of q must be a multiple of those of k and v, got 3 and 2"),
+    "no_heads": (lambda: call(q=X[:, :, :0]), ValueError, "must be a multiple of those of k and v, got 0 and 2"),
+    "head_dim_wide": (
+        lambda: call(*(jnp.zeros((1, 4, 2, 257)),) * 3),
+        ValueError,
+        "head_dim of q and k must be from 1 to 256, got 257",
+    ),
+    "v_dim_wide": (lambda: call(v=jnp.zeros((2, 12, 2, 300))), ValueError, "head_dim of v must be from 1 to 256, got 300"),
+    "int": (lambda: call(q=X.astype(jnp.int32)), TypeError, "q must have one of the dtypes float16, bfloat16, float32, float64, got int32; cast it first"),
+    "list": (lambda: call(q=[[1.0]]), TypeError, "q must be an array, got list"),
+    "dtypes": (lambda: call(k=KV.astype(jnp.bfloat16)), TypeError, "q, k and v must share one dtype, got q float32 and k bfloat16"),
+    "bias_shape": (lambda: call(bias=jnp.zeros((2, 2, 10, 12))), ValueError, "bias must broadcast to [*batch, heads, seqlen_q, seqlen_k] = (2, 4, 10, 12)"),
+    "bias_rank": (lambda: call(bias=jnp.zeros((1, 1, 1, 10, 12))), ValueError, "got shape (1, 1, 1, 10, 12)"),
+    "bias_bool": (lambda: call(bias=jnp.ones((10, 12), bool)), TypeError, "a mask of booleans is jnp.where(mask, 0.0, -jnp.inf)"),
+    "bias_int": (lambda: call(bias=jnp.ones((10, 12), int)), TypeError, "got int32; cast it first"),
+    "bias_float": (lambda: call(bias=0.5), TypeError, "bias must be an array, got float"),
+    "causal": (lambda: call(causal=1), TypeError, "causal must be True or False (it is static under jit), got 1"),
+    "scale_shape": (lambda: call(softmax_scale=jnp.ones(2)), ValueError, "softmax_scale must be a single number, got an array of shape (2,)"),
+    "scale_nan": (lambda: call(softmax_scale=float("nan")), ValueError, "softmax_scale must be finite, got nan"),
+    "scale_type": (lambda: call(softmax_scale="1"), TypeError, "softmax_scale must be a number or a 0-d floating array, got '1'"),
+    "implementation": (lambda: call(implementation="cudnn"), ValueError, 'implementation must be "triton", "xla" or None (choose), got \'cudnn\''),
+    "block_ptr": (lambda: call(block_ptr=1), TypeError, "block_ptr must be True (tensor descriptors), False (pointers) or None (choose), got 1"),
+    "block_ptr_width": (
+        lambda: call(*(jnp.zeros((1, 4, 2, 59)),) * 3, block_ptr=True),
+        ValueError,
+        "block_ptr=True needs rows of a multiple of 16 bytes, got head_dim 59 of q and k in float32",
+    ),
+    "block_ptr_twice": (
+        lambda: call(block_ptr=True, config=Config(block_ptr=False)),
+        ValueError,
+        "block_ptr=True contradicts config.block_ptr=False",
+    ),
+    "xla_block_ptr": (lambda: call(implementation="xla", block_ptr=True), ValueError, 'block_ptr speaks to the Triton kernels and means nothing to implementation="xla"'),
+    "xla_warps": (lambda: call(implementation="xla", config=Config(num_warps=4)), ValueError, "got num_warps=4; leave one of them out"),
+    "block_size": (lambda: call(config=Config(block_m=48)), ValueError, "config.block_m must be a power of two from 16 to 512, or None (tuned), got 48"),
+    "block_size_small": (lambda: call(config=Config(block_n=8)), ValueError, "config.block_n must be a power of two from 16 to 512"),
+    "warps": (lambda: call(config=Config(num_warps=3)), ValueError, "config.num_warps must be 1, 2, 4, 8, 16 or None (tuned), got 3"),
+    "stages": (lambda: call(config=Config(num_stages=0)), ValueError, "config.num_stages must be from 1 to 8, or None (tuned), got 0"),
+    "maxnreg": (lambda: call(config=Config(maxnreg=1000)), ValueError, "config.maxnreg must be from 24 to 255, or None (no bound), got 1000"),
+    "precision": (lambda: call(config=Config(precision="fp8")), ValueError, "config.precision must be one of ('ieee', 'tf32', 'tf32x3'), got 'fp8'"),
+    "config": (lambda: call(config=(64, 64)), TypeError, "config must be a Config, or a mapping from ('fwd', 'dq', 'dkdv', 'dbias') to Config"),
+    "config_pass": (lambda: call(config={"bwd": Config()}), ValueError, "config has no pass 'bwd'; the passes are ('fwd', 'dq', 'dkdv', 'dbias')"),
+    "not_here": (lambda: call(implementation="triton"), ValueError, 'implementation="triton" runs on GPUs, and this is being lowered for another platform'),
+    "not_here_jit": (lambda: jax.jit(lambda q: call(q, implementation="triton"))(X), ValueError, "set TRITON_INTERPRET=1 before Python starts"),
+    "target": (lambda: gpu_target(compute_capability=75).__enter__(), ValueError, "compute_capability must be an integer of at least 80 (Ampere), such as 80, 86, 89, 90 or 100, got 75"),
+    "cached_block_size": (lambda: get_cached_flash_attention(100), ValueError, "blocksize_q must be a power of two from 16 to 512, or None (tuned), got 100"),
+    "cached_scale": (lambda: get_cached_flash_attention(softmax_scale=jnp.ones(())), TypeError, "softmax_scale must be a number here"),
+    "cached_implementation": (lambda: get_cached_flash_attention(implementation="gpu"), ValueError, 'implementation must be "triton", "xla" or None'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_message(name):
+    function, kind, message = WRONG[name]
+    with pytest.raises(kind, match=re.escape(message)):
+        function()
+
+
+def test_float64_has_no_kernel():
+    with jax.enable_x64(True), pytest.raises(TypeError, match='implementation="triton" has no float64'):
+        call(X.astype(jnp.float64), *(KV.astype(jnp.float64),) * 2, implementation="triton")
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("FLASH_ATTN_BLOCK_PTR", "yes")
+    with pytest.raises(ValueError, match='FLASH_ATTN_BLOCK_PTR must be "1"'):
+        get_cached_flash_attention()
+
+
+def test_numpy_inputs():
+    """NumPy arrays and scalars are welcome."""
+    o = flash_attention(np.asarray(X), np.asarray(KV), np.asarray(KV), causal=np.bool_(True), softmax_scale=np.float32(1))
+    assert o.shape == X.shape
+
+
+BLOCKED = """
+import sys
+for name in ("triton", "jax_triton"):
+    sys.modules[name] = None                      # as if it were not installed
+import jax, jax.numpy as jnp
+import jax_flash_attn2 as fa
+x = jnp.ones((1, 8, 2, 16))
+print(fa.flash_attention(x, x, x, causal=True).sum())
+lower = lambda: jax.jit(lambda x: fa.flash_attention(x, x, x)).trace(x).lower(lowering_platforms=("cuda",))
+try:
+    with fa.gpu_target(compute_capability=90):
+        lower()
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_triton():
+    """The package works with neither Triton nor jax-triton; a GPU without them is told what to install."""
+    run = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("256.0")
+    assert 'pip install "jax_flash_attn2[cuda13]"' in run.stdout
+    assert 'implementation="xla"' in run.stdout
+
+
+def test_cpu_does_not_import_triton():
+    """A CPU run does not wait for Triton."""
+    code = (
+        "import sys, jax, jax.numpy as jnp, jax_flash_attn2 as fa; x = jnp.ones((1, 8, 2, 16));"
+        "jax.grad(lambda x: fa.flash_attention(x, x, x).sum())(x); print('triton' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

@@ -1,0 +1,117 @@
+"""The Triton kernels, run by Triton's interpreter, are the definition. Needs TRITON_INTERPRET=1.
+
+`interpret.run` fills outputs with NaN, so an element that no kernel writes shows, and surrounds every operand with
+NaN, so a read outside an array does.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, Case
+from checks import assert_near, assert_same_bits, flash
+
+from jax_flash_attn2 import flash_attention, gpu_target, interpret
+
+
+def interpreted(case: Case, inputs=None, **options):
+    return flash(case, inputs, implementation="triton", **options)
+
+
+def takes_descriptors(case: Case) -> bool:
+    size = jnp.dtype(case.dtype).itemsize
+    return not (case.head_dim * size % 16 or (case.v_dim or case.head_dim) * size % 16)
+
+
+def test_interpreter_is_on():
+    assert interpret.enabled()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case):
+    assert_near(case, interpreted(case, block_ptr=False))
+
+
+SOME = {"causal", "wide_keys", "wide_rows", "one_row_causal", "ragged_causal", "more_rows", "gqa_6_2", "bias_bhqk"}
+SOME |= {"head_dim_40", "narrow_v", "float16", "bfloat16_bias"}
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["descriptor_in_kernel", "descriptor_from_host"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in SOME], ids=str)
+def test_descriptors(case, capability):
+    """The other way to memory: descriptors made by the kernel, or handed to it. Not one bit may differ."""
+    assert takes_descriptors(case)
+    with gpu_target(compute_capability=capability):
+        assert_same_bits(interpreted(case, block_ptr=True), interpreted(case, block_ptr=False))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("ragged_causal", "bfloat16", "bias_k")], ids=str)
+def test_bitwise_repeatable(case):
+    assert_same_bits(interpreted(case), interpreted(case))
+
+
+@pytest.mark.parametrize("block_ptr", [False, True], ids=["ptr_block", "block_ptr"])
+def test_nan_stays_where_it_is(block_ptr):
+    """Rows behind a ragged end are the next batch's; when those are NaN, nothing of it arrives."""
+    case = Case("nan", 50, 70, batch=(2,), heads=2, causal=True)
+    clean, x = interpreted(case, block_ptr=block_ptr), case.inputs()
+    for name in ("q", "k", "v", "do"):
+        x[name][1] = np.nan
+    dirty = interpreted(case, x, block_ptr=block_ptr)
+    for name in ("o", "lse", "dq", "dk", "dv"):
+        np.testing.assert_array_equal(clean[name][0], dirty[name][0])
+
+
+def test_hidden_rows():
+    """A bias that hides every key of a row: o 0, lse -inf, gradients 0."""
+    case = Case("hidden", 40, 40, bias="qk", causal=True, block=(16, 16))
+    x = case.inputs()
+    x["bias"][..., 3, :] = x["bias"][..., 20:, :] = -np.inf
+    got = interpreted(case, x)
+    hidden = np.r_[3, 20:40]
+    assert (got["o"][:, hidden] == 0).all()
+    assert (got["lse"][..., hidden] == -np.inf).all()
+    assert (got["dq"][:, hidden] == 0).all()
+    assert_near(case, got, x)
+
+
+def test_rows_far_below_zero():
+    """Rows whose every logit is about -1e9: lse cannot hold log l beside m, the gradients must not need it to."""
+    case = Case("far_below", 40, 40, bias="qk", block=(16, 16))
+    x = case.inputs()
+    x["bias"] = np.full_like(x["bias"], -1e9)
+    assert_near(case, interpreted(case, x), x)
+
+
+def test_tuned_blocks():
+    """The block sizes that callers get who ask for none."""
+    case = Case("tuned", 200, 200, causal=True, head_dim=64, block=(None, None), dtype="float16")
+    assert_near(case, interpreted(case))
+
+
+def test_vmap():
+    """The batching rule folds the mapped axis into the batch, here with an unmapped key and a mapped bias."""
+    case = Case("vmap", 20, 30, batch=(3,), bias="bhqk", head_dim=16)
+    x = {k: jnp.asarray(v) for k, v in case.inputs().items()}
+
+    def loss(q, k, v, bias):
+        o = flash_attention(q[None], k[None], v[None], bias[None], implementation="triton")
+        return (o**2).sum()
+
+    each = [jax.grad(loss, (0, 1, 2, 3))(x["q"][i], x["k"][0], x["v"][i], x["bias"][i]) for i in range(3)]
+    mapped = jax.vmap(jax.grad(loss, (0, 1, 2, 3)), (0, None, 0, 0))(x["q"], x["k"][0], x["v"], x["bias"])
+    for i, grads in enumerate(each):
+        for one, all_ in zip(grads, mapped, strict=True):
+            np.testing.assert_allclose(one, all_[i], rtol=1e-6, atol=1e-6)
+
+
+def test_empty():
+    """No queries, no keys, no batch."""
+    for changes in ({"seqlen_q": 0}, {"seqlen_k": 0}, {"batch": (0,)}):
+        case = dataclasses.replace(Case("empty", 20, 20, causal=True), **changes)
+        got = interpreted(case)
+        assert (got["o"] == 0).all()
+        assert (got["lse"] == -np.inf).all()
+        assert (got["dq"] == 0).all()

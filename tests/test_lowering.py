@@ -1,0 +1,135 @@
+"""What a GPU would run, without one: the Triton calls are in the module, and nothing the size of the logits is."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import CASES
+
+from jax_flash_attn2 import Config, flash_attention, get_cached_flash_attention, gpu_target
+from jax_flash_attn2.passes import PASSES
+
+pytest.importorskip("jax_triton", reason="lowering for CUDA needs jax-triton")
+pytest.importorskip("jax_cuda13_plugin", reason="lowering for CUDA needs JAX's CUDA plugin")
+
+TRITON_CALL = "custom_call @triton_kernel_call_ffi"
+
+
+def lower(function, *shapes, capability=90):
+    """The StableHLO of `function` for an NVIDIA GPU that need not be there."""
+    with gpu_target(compute_capability=capability):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def gradient(argnums=(0, 1, 2), **options):
+    def loss(*x):
+        return flash_attention(*x, **options).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums)
+
+
+def shape(*axes, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+@pytest.mark.parametrize("block_ptr", [False, True], ids=["ptr_block", "block_ptr"])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+def test_three_calls_and_no_logits(capability, block_ptr):
+    """Odd lengths, so that [.., Sq, Sk] could not hide behind another array of the same shape."""
+    q, kv = shape(2, 1016, 8, 64), shape(2, 776, 4, 64)
+    text = lower(gradient(causal=True, block_ptr=block_ptr), q, kv, kv, capability=capability)
+    assert text.count(TRITON_CALL) == 3
+    assert not re.search(r"1016x776|776x1016", text)
+
+
+def test_smoke():
+    """One forward and backward: the test that every version of JAX and Triton must pass."""
+    x = shape(1, 200, 2, 64, dtype="float16")
+    assert lower(gradient(), x, x, x).count(TRITON_CALL) == 3
+
+
+@pytest.mark.parametrize(("number", "case"), enumerate(CASES), ids=str)
+def test_cases(number, case):
+    """Every case compiles, on the architectures and memory variants by turns."""
+    dtype = jnp.dtype(case.dtype)
+    widths = (case.head_dim * dtype.itemsize, (case.v_dim or case.head_dim) * dtype.itemsize)
+    options = {
+        "causal": case.causal,
+        "block_ptr": number % 3 == 0 and not any(w % 16 for w in widths),
+        "config": Config(*case.block),
+        "softmax_scale": case.scale,
+    }
+    x = case.inputs()
+    shapes = [shape(*x[n].shape, dtype=case.dtype) for n in ("q", "k", "v", "bias") if x[n] is not None]
+    wanted = tuple(range(len(shapes)))
+    text = lower(gradient(wanted, **options), *shapes, capability=(80, 86, 90, 100)[number % 4])
+    assert text.count(TRITON_CALL) == (4 if case.bias else 3)
+
+
+@pytest.mark.parametrize("bias", ["hqk", "k"])
+def test_bias_gradient_holds_no_logits(bias):
+    """A broadcast bias has its gradient reduced on the way: one more call, no [B, H, Sq, Sk] in the module."""
+    q, sizes = shape(2, 1016, 8, 64), {"h": 8, "q": 1016, "k": 1016}
+    b = shape(1, *(sizes[axis] if axis in bias else 1 for axis in "hqk"))
+    text = lower(gradient((0, 1, 2, 3)), q, q, q, b)
+    assert text.count(TRITON_CALL) == 4
+    assert "2x8x1016x1016" not in text
+    assert lower(gradient((0, 1, 2)), q, q, q, b).count(TRITON_CALL) == 3  # nobody asked for the bias's
+
+
+def test_implementation_is_taken_at_its_word():
+    x = shape(1, 64, 2, 64, dtype="float32")
+    call = functools.partial(functools.partial, flash_attention)
+    assert TRITON_CALL in lower(call(implementation="triton"), x, x, x)
+    assert TRITON_CALL not in lower(call(implementation="xla"), x, x, x)
+
+
+def test_float64_is_left_to_xla():
+    with jax.enable_x64(True):
+        x = shape(1, 64, 2, 64, dtype="float64")
+        assert TRITON_CALL not in lower(flash_attention, x, x, x)
+
+
+def test_cached_function_reads_the_environment(monkeypatch):
+    x, texts = shape(1, 128, 2, 64), []
+    for value in ("0", "1"):
+        monkeypatch.setenv("FLASH_ATTN_BLOCK_PTR", value)
+        texts.append(lower(get_cached_flash_attention(64, 64), x, x, x))
+    assert texts[0] != texts[1]
+
+
+def test_too_large_for_the_chip():
+    """Shared memory is checked when a call is compiled, not when it is launched."""
+    x = shape(1, 1024, 2, 256)
+    with pytest.raises(ValueError, match=r"attn_fwd_kernel with block_m=256, block_n=256.*needs \d+ bytes of shared"):
+        lower(functools.partial(flash_attention, config=Config(256, 256)), x, x, x, capability=86)
+
+
+def test_config_by_pass():
+    """A mapping sets one pass and leaves the others tuned."""
+    x = shape(1, 1024, 2, 64)
+    config = {"dkdv": Config(256, 256, num_stages=3)}
+    assert set(config) < set(PASSES)
+    lower(functools.partial(flash_attention, config=config), x, x, x)  # the forward is not concerned
+    with pytest.raises(ValueError, match="attn_bwd_dkdv_kernel with block_m=256, block_n=256, num_stages=3"):
+        lower(gradient(config=config), x, x, x)
+
+
+def test_needs_a_target_without_a_gpu():
+    if any(d.platform == "gpu" for d in jax.devices()):
+        pytest.skip("there is a GPU")
+    x = shape(1, 64, 2, 64)
+    with pytest.raises(ValueError, match=r"gpu_target\(compute_capability=90\)"):
+        jax.jit(flash_attention).trace(x, x, x).lower(lowering_platforms=("cuda",))
+
+
+def test_export():
+    """Ahead of time, for a GPU elsewhere."""
+    x = shape(1, 256, 2, 64)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")]
+    with gpu_target(compute_capability=90):
+        exported = jax.export.export(jax.jit(flash_attention), platforms=("cuda",), disabled_checks=checks)(x, x, x)
+    assert exported.platforms == ("cuda",)
+    assert TRITON_CALL in exported.mlir_module()
