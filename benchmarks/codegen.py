@@ -66,7 +66,16 @@ def launches(point: Point, *, seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> 
         seen.append((kernel, operands, outputs, spec, config))
         return tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in outputs)
 
-    spec = Spec(8, 8, point.head_dim, point.head_dim, point.causal, None, min(seqlen & -seqlen, 128), min(seqlen & -seqlen, 128))
+    spec = Spec(
+        8,
+        8,
+        point.head_dim,
+        point.head_dim,
+        point.causal,
+        None,
+        min(seqlen & -seqlen, 128),
+        min(seqlen & -seqlen, 128),
+    )
     x = jax.ShapeDtypeStruct((2, seqlen, 8, point.head_dim), dtype)
     row = jax.ShapeDtypeStruct((2, 8, seqlen), jnp.float32)
     scale = jax.ShapeDtypeStruct((), jnp.float32)
@@ -83,15 +92,18 @@ def launches(point: Point, *, seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> 
     return [launch for launch in seen if point.name in launch[0].__name__]
 
 
-def compile_point(point: Point):
+def compile_point(point: Point, **options):
     """The machine code of one point."""
     from .sass import compile_kernel
 
-    (kernel, operands, outputs, spec, config), = launches(point)
+    ((kernel, operands, outputs, spec, config),) = launches(point, **options)
     kinds = [_kind(x, config, Target(point.arch)) for x in (*operands, *outputs)]
     names = [*kernel.arg_names]
     signature = dict(zip(names, [*kinds, "constexpr", "constexpr"], strict=True))
-    constants = {name: None for name, kind in signature.items() if kind == "constexpr"} | {"SPEC": spec, "CFG": config}
+    constants = {name: None for name, kind in signature.items() if kind == "constexpr"} | {
+        "SPEC": spec,
+        "CFG": config,
+    }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if config.maxnreg:
         options["maxnreg"] = config.maxnreg
@@ -141,7 +153,10 @@ def _measure(point: Point) -> dict[str, Any]:
     except Exception as error:  # one row that does not compile must not lose the others
         return line | {"broken": [f"{type(error).__name__}: {error}"[:500]]}
     line |= dataclasses.asdict(code)
-    return line | {"ctas_per_sm": code.ctas_per_sm(*_MULTIPROCESSOR[point.arch]), "broken": broken_rules(point, code)}
+    return line | {
+        "ctas_per_sm": code.ctas_per_sm(*_MULTIPROCESSOR[point.arch]),
+        "broken": broken_rules(point, code),
+    }
 
 
 _COLUMNS = "regs spill  shared CTAs | instructions of each hot loop: total (mma wgmma ex2 ffma | cp.async tma ldg sts)"

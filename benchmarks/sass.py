@@ -65,9 +65,7 @@ def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, 
     """
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
+    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, constants, attributes)
     parsed = backend.parse_options(dict(options))
     context = triton._C.libtriton.ir.context()
@@ -121,5 +119,7 @@ def _loops(sass: str):
     for a, z in sorted(spans):
         if not any((b, y) != (a, z) and a <= b and y <= z for b, y in spans):
             body = opcodes[a : z + 1]
-            counts = collections.Counter({name: sum(bool(re.match(p, op)) for op in body) for name, p in _CLASSES.items()})
+            counts = collections.Counter(
+                {name: sum(bool(re.match(p, op)) for op in body) for name, p in _CLASSES.items()}
+            )
             yield {"total": len(body), **counts}

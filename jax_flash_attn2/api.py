@@ -93,7 +93,19 @@ def _attention_bwd(call: Call, residuals, cotangents):
     do = jnp.zeros(o.shape, o.dtype) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
     dq, dk, dv, dbias, dscale = primitives.backward(
-        call, q, k, v, scale, bias, o, m, l, do, dlse, bias_grad="bias" in wanted, scale_grad="scale" in wanted
+        call,
+        q,
+        k,
+        v,
+        scale,
+        bias,
+        o,
+        m,
+        l,
+        do,
+        dlse,
+        bias_grad="bias" in wanted,
+        scale_grad="scale" in wanted,
     )
     if bias is not None and dbias is None:  # nobody looks at it
         dbias = jnp.zeros(bias.shape, bias.dtype)
@@ -134,7 +146,11 @@ def get_cached_flash_attention(
 @functools.cache
 def _cached(blocksize_q, blocksize_k, softmax_scale, implementation, block_ptr) -> Callable[..., Array]:
     config = Config(block_m=blocksize_q, block_n=blocksize_k)
-    options: dict[str, Any] = {"softmax_scale": softmax_scale, "implementation": implementation, "block_ptr": block_ptr}
+    options: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "implementation": implementation,
+        "block_ptr": block_ptr,
+    }
 
     def flash_attention_cached(query: Array, key: Array, value: Array, bias: Array | None = None) -> Array:
         return flash_attention(query, key, value, bias, config=config, **options)

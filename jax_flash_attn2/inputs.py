@@ -9,7 +9,6 @@ import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -97,14 +96,18 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
             )
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one dtype, got q {q.dtype.name} and {name} {x.dtype.name}; cast one")
+            raise TypeError(
+                f"q, k and v must share one dtype, got q {q.dtype.name} and {name} {x.dtype.name}; cast one"
+            )
         if x.shape[:-3] != q.shape[:-3]:
             raise ValueError(
                 f"{name} must have q's batch axes {q.shape[:-3]}, got {x.shape[:-3]} "
                 f"(shapes: q {q.shape}, {name} {x.shape}); use jnp.broadcast_to or jax.vmap"
             )
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]} (shapes: q {q.shape}, k {k.shape})")
+        raise ValueError(
+            f"k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]} (shapes: q {q.shape}, k {k.shape})"
+        )
     if v.shape[-3:-1] != k.shape[-3:-1]:
         raise ValueError(
             f"v must have k's length and heads {k.shape[-3:-1]}, got {v.shape[-3:-1]} (shapes: k {k.shape}, v {v.shape})"
@@ -170,9 +173,7 @@ def static_scale(scale: Any) -> float | None:
     """`softmax_scale` where it is part of a cache's key, so a plain number."""
     if scale is None or (isinstance(scale, numbers.Real) and not isinstance(scale, bool)):
         return None if scale is None else float(scale)
-    raise TypeError(
-        f"softmax_scale must be a number here, got {_describe(scale)}; flash_attention takes a traced one"
-    )
+    raise TypeError(f"softmax_scale must be a number here, got {_describe(scale)}; flash_attention takes a traced one")
 
 
 def _boolean(name: str, x: Any) -> bool:

@@ -18,7 +18,6 @@ from .passes import Rows
 from .spec import Config, Spec
 from .target import Target
 
-
 # XLA may run independent callbacks side by side, but the interpreter keeps the program id in a global.
 _one_at_a_time = threading.Lock()
 

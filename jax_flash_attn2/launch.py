@@ -23,7 +23,9 @@ def run(
 ) -> tuple[Array | None, ...]:
     """Binds one custom call. An output of None is not computed; the kernel is passed None in its place."""
     if programs >= 2**31:
-        raise ValueError(f"the arrays are too large: {kernel.__name__} would need {programs} programs, at most 2**31 - 1")
+        raise ValueError(
+            f"the arrays are too large: {kernel.__name__} would need {programs} programs, at most 2**31 - 1"
+        )
     options = _OPTIONS | ({} if config.maxnreg is None else {"maxnreg": config.maxnreg})
     absent = {name: None for name, x in zip(_output_names(kernel, outputs), outputs, strict=True) if x is None}
     results = jt.triton_call(

@@ -80,13 +80,41 @@ def _forward(run, target, q, k, v, scale, *bias, call: Call):
 
 
 def _backward(
-    run, target, q, k, v, scale, o, m, l, do, *rest, call: Call, has_dlse: bool, bias_grad: bool, scale_grad: bool
+    run,
+    target,
+    q,
+    k,
+    v,
+    scale,
+    o,
+    m,
+    l,
+    do,
+    *rest,
+    call: Call,
+    has_dlse: bool,
+    bias_grad: bool,
+    scale_grad: bool,
 ):
     rest = list(rest)
     bias = rest.pop(0) if call.spec.has_bias else None
     dlse = rest.pop(0) if has_dlse else None
     if q.size == 0 or k.size == 0 or v.size == 0:
-        shapes = _backward_shapes(q, k, v, scale, o, m, l, do, bias, call=call, has_dlse=has_dlse, bias_grad=bias_grad, scale_grad=scale_grad)
+        shapes = _backward_shapes(
+            q,
+            k,
+            v,
+            scale,
+            o,
+            m,
+            l,
+            do,
+            bias,
+            call=call,
+            has_dlse=has_dlse,
+            bias_grad=bias_grad,
+            scale_grad=scale_grad,
+        )
         return [jnp.zeros(x.shape, x.dtype) for x in shapes]
     grads = {"bias_grad": bias_grad, "scale_grad": scale_grad}
     operands = (q, k, v, scale, bias, o, m, l, do, dlse)
@@ -174,9 +202,7 @@ def _map_scale(primitive, operands, dims, params):
 
     def one(mapped):
         rest = iter(mapped)
-        return primitive.bind(
-            *(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params
-        )
+        return primitive.bind(*(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params)
 
     out = jax.lax.map(one, mapped)
     return out, [0] * len(out)

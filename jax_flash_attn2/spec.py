@@ -75,7 +75,12 @@ class Spec:
         small, and the sum over them is left to XLA.
         """
         in_kernel = self.bias_rows and self.bias_cols
-        axes = (self.bias_batch or not in_kernel, self.bias_heads or not in_kernel, self.bias_rows, self.bias_cols)
+        axes = (
+            self.bias_batch or not in_kernel,
+            self.bias_heads or not in_kernel,
+            self.bias_rows,
+            self.bias_cols,
+        )
         return dataclasses.replace(self, bias_axes=axes)
 
     @property

@@ -75,9 +75,7 @@ def attn_bwd_dq_kernel(
             v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and MASKED)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
             cols = n + tl.arange(0, N)
-            s, unit = logits(
-                qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC
-            )
+            s, unit = logits(qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC)
             p = tl.exp2(s * unit - shift[:, None])
             if SPEC.has_bias:
                 p *= norm[:, None]
@@ -91,7 +89,21 @@ def attn_bwd_dq_kernel(
 
 @triton.jit
 def attn_bwd_dkdv_kernel(
-    q, k, v, scale, bias, do, delta, shift, norm, seqlen_q, seqlen_k, dk, dv, SPEC: tl.constexpr, CFG: tl.constexpr
+    q,
+    k,
+    v,
+    scale,
+    bias,
+    do,
+    delta,
+    shift,
+    norm,
+    seqlen_q,
+    seqlen_k,
+    dk,
+    dv,
+    SPEC: tl.constexpr,
+    CFG: tl.constexpr,
 ):
     """One block of keys and values: dv = p' do and dk = scale * ds' q, summed over the heads that share them.
 
@@ -126,7 +138,17 @@ def attn_bwd_dkdv_kernel(
                 qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=CFG.precision)  # [N, M]
                 rows = i + tl.arange(0, M)
                 s, unit = logits(
-                    qk, bias, b, h, rows[None, :], cols[:, None], scale_log2, seqlen_q, seqlen_k, not BARE, SPEC
+                    qk,
+                    bias,
+                    b,
+                    h,
+                    rows[None, :],
+                    cols[:, None],
+                    scale_log2,
+                    seqlen_q,
+                    seqlen_k,
+                    not BARE,
+                    SPEC,
                 )
                 p = tl.exp2(s * unit - load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))[None, :])
                 if SPEC.has_bias:
@@ -141,7 +163,21 @@ def attn_bwd_dkdv_kernel(
 
 @triton.jit
 def attn_bwd_dbias_kernel(
-    q, k, v, scale, bias, do, delta, shift, norm, batch, seqlen_q, seqlen_k, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
+    q,
+    k,
+    v,
+    scale,
+    bias,
+    do,
+    delta,
+    shift,
+    norm,
+    batch,
+    seqlen_q,
+    seqlen_k,
+    dbias,
+    SPEC: tl.constexpr,
+    CFG: tl.constexpr,
 ):
     """One tile of the bias gradient: ds summed over the axes along which the bias is broadcast.
 
@@ -194,7 +230,17 @@ def attn_bwd_dbias_kernel(
                     cols = n + tl.arange(0, N)
                     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
                     s, unit = logits(
-                        qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, True, SPEC
+                        qk,
+                        bias,
+                        b,
+                        h,
+                        rows[:, None],
+                        cols[None, :],
+                        scale_log2,
+                        seqlen_q,
+                        seqlen_k,
+                        True,
+                        SPEC,
                     )
                     p = tl.exp2(s * unit - shift_row[:, None]) * norm_row[:, None]
                     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)

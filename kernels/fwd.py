@@ -54,9 +54,7 @@ def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, S
             k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and MASKED)
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
             cols = n + tl.arange(0, N)
-            s, unit = logits(
-                s, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC
-            )
+            s, unit = logits(s, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC)
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             pivot = m_new
             if SPEC.has_bias:  # -inf hides a key, so a row may have seen nothing so far

@@ -21,7 +21,9 @@ def program(blocks, HEADS: tl.constexpr, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def open_rows(x, b, seqlen, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CFG: tl.constexpr):
+def open_rows(
+    x, b, seqlen, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CFG: tl.constexpr
+):
     """x of shape [B, seqlen, H, D] as `load_rows` wants it: block-ptr makes a descriptor unless the host has."""
     if CFG.block_ptr and not isinstance(x, tl.tensor_descriptor):
         width: tl.constexpr = H * D

@@ -91,7 +91,7 @@ CASES = [
     Case("head_dim_80", 50, 50, head_dim=80),
     Case("head_dim_96", 50, 50, head_dim=96, causal=True),
     Case("head_dim_192", 40, 40, head_dim=192, v_dim=128, causal=True),
-    Case("head_dim_256", 40, 40, head_dim=256, heads=1, kv_heads=1),
+    Case("head_dim_256", 40, 40, head_dim=256, heads=1, kv_heads=1, block=(16, 16)),
     Case("narrow_v", 50, 50, head_dim=64, v_dim=24),
     Case("wide_v", 50, 50, head_dim=24, v_dim=72, causal=True),
     Case("scale_large", 64, 64, scale=3.0),

@@ -23,7 +23,9 @@ def test_cached_is_one_object(monkeypatch):
     assert fa.get_cached_flash_attention(blocksize_q=64, blocksize_k=32) is one
     assert fa.get_cached_flash_attention(64, 64) is not one
     assert fa.get_cached_flash_attention() is fa.get_cached_flash_attention(None, None)
-    assert fa.get_cached_flash_attention(64, 32, softmax_scale=1) is fa.get_cached_flash_attention(64, 32, softmax_scale=1.0)
+    assert fa.get_cached_flash_attention(64, 32, softmax_scale=1) is fa.get_cached_flash_attention(
+        64, 32, softmax_scale=1.0
+    )
     monkeypatch.setenv("FLASH_ATTN_BLOCK_PTR", "1")
     block = fa.get_cached_flash_attention(64, 32)
     assert block is not one
@@ -85,7 +87,9 @@ def test_bias_gradient_only_when_wanted():
 @pytest.mark.parametrize("in_axes", [(0, 0, 0, 0), (1, None, 2, None), (None, 0, None, 0)], ids=str)
 def test_vmap(in_axes):
     """Any axis, mapped or not, of any operand: values and gradients, per example and summed."""
-    operands = [jnp.stack([x, x + 1, x - 1], a) if a is not None else x for x, a in zip((Q, K, V, BIAS), in_axes, strict=True)]
+    operands = [
+        jnp.stack([x, x + 1, x - 1], a) if a is not None else x for x, a in zip((Q, K, V, BIAS), in_axes, strict=True)
+    ]
 
     def loss(attend):
         return lambda *x: (attend(*x, causal=True) ** 2).sum()
@@ -94,7 +98,9 @@ def test_vmap(in_axes):
         lambda f: jax.vmap(jax.grad(f, (0, 1, 2, 3)), in_axes),
         lambda f: jax.grad(lambda *x: jax.vmap(f, in_axes)(*x).sum(), (0, 1, 2, 3)),
     ):
-        for got, want in zip(transform(loss(fa.flash_attention))(*operands), transform(loss(dense))(*operands), strict=True):
+        for got, want in zip(
+            transform(loss(fa.flash_attention))(*operands), transform(loss(dense))(*operands), strict=True
+        ):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("triton", reason="compiling kernels needs Triton")
 
 import jax.numpy as jnp
-from benchmarks import codegen, sass
 
+from benchmarks import codegen, sass
 from jax_flash_attn2 import tuning
 from jax_flash_attn2.spec import Config, Spec
 from jax_flash_attn2.target import Target

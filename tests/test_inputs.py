@@ -96,7 +96,9 @@ def test_environment(monkeypatch):
 
 def test_numpy_inputs():
     """NumPy arrays and scalars are welcome."""
-    o = flash_attention(np.asarray(X), np.asarray(KV), np.asarray(KV), causal=np.bool_(True), softmax_scale=np.float32(1))
+    o = flash_attention(
+        np.asarray(X), np.asarray(KV), np.asarray(KV), causal=np.bool_(True), softmax_scale=np.float32(1)
+    )
     assert o.shape == X.shape
 
 

@@ -34,7 +34,16 @@ def test_values_and_gradients(case):
     assert_near(case, interpreted(case, block_ptr=False))
 
 
-SOME = {"causal", "wide_keys", "wide_rows", "one_row_causal", "ragged_causal", "more_rows", "gqa_6_2", "bias_bhqk"}
+SOME = {
+    "causal",
+    "wide_keys",
+    "wide_rows",
+    "one_row_causal",
+    "ragged_causal",
+    "more_rows",
+    "gqa_6_2",
+    "bias_bhqk",
+}
 SOME |= {"head_dim_40", "narrow_v", "float16", "bfloat16_bias"}
 
 

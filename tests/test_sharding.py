@@ -10,7 +10,9 @@ from jax_flash_attn2 import flash_attention
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
-@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec("data", None, "model")], ids=["batch", "batch_heads"])
+@pytest.mark.parametrize(
+    "spec", [PartitionSpec("data"), PartitionSpec("data", None, "model")], ids=["batch", "batch_heads"]
+)
 def test_sharded(spec):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     x = [jax.random.normal(key, (4, 64, 4, 16)) for key in jax.random.split(jax.random.key(0), 3)]

@@ -1,0 +1,97 @@
+# Every target sets up the environment it needs; only make, pip's index and a Python >= 3.12 are assumed.
+# Another interpreter: make test PYTHON=/path/to/python3.13
+
+PYTHONS := $(or $(PYTHON),python3.12 python3.13 python3.14 python3 python \
+	$(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+CUDA ?= cuda13
+JOBS ?= 2
+LOCK := requirements-dev.lock
+PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check --no-compile
+
+CPU := JAX_PLATFORMS=cpu
+PYTEST := .venv/bin/python -m pytest
+MATRIX_TOOLS := jax-triton pytest pytest-xdist hypothesis setuptools
+
+.PHONY: help demo test test-matrix codegen lint lock clean
+.PRECIOUS: %/bin/pip
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/demo.stamp ## train a small language model with flash attention and with Flax's own; plot both
+	$(if $(GPU),,$(CPU)) .venv/bin/python examples/train_char_lm.py
+
+test: lint ## lint, types, all tests, and the check of the generated GPU code
+	$(CPU) $(PYTEST) -n $(JOBS) tests --ignore=tests/test_kernels.py
+ifeq ($(shell uname -s),Linux) # there is no Triton elsewhere
+	TRITON_INTERPRET=1 $(CPU) $(PYTEST) -n $(JOBS) tests/test_kernels.py
+	$(CPU) .venv/bin/python -m benchmarks.codegen --check
+endif
+ifneq ($(GPU),)
+	$(PYTEST) tests/test_gpu.py
+endif
+
+test-matrix: .venv-triton38/stamp .venv-jax012/stamp ## tests on the oldest Triton and on the newest JAX
+	TRITON_INTERPRET=1 $(CPU) .venv-triton38/bin/python -m pytest -n $(JOBS) tests/test_kernels.py
+	$(CPU) .venv-triton38/bin/python -m pytest -n $(JOBS) tests/test_lowering.py
+	$(CPU) .venv-jax012/bin/python -m pytest -n $(JOBS) tests/test_xla.py
+	$(CPU) .venv-jax012/bin/python -m pytest tests/test_lowering.py -k smoke
+
+codegen: .venv/dev.stamp ## print registers, spills, shared memory and hot-loop instructions of every tuned kernel
+	$(CPU) .venv/bin/python -m benchmarks.codegen
+
+lint: .venv/dev.stamp ## ruff and pyrefly
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyrefly check
+
+# JAX stays below 0.12 until a jax-triton is out whose rules fit its jit; test-matrix covers 0.12.
+HELD_BACK := 'jax<0.12' "jax-cuda13-plugin<0.12; sys_platform == 'linux'" "jax-cuda13-pjrt<0.12; sys_platform == 'linux'"
+
+lock: .venv/bin/pip ## renew the pinned development set: the newest releases that fit together
+	@command -v uv >/dev/null || .venv/$(PIP_INSTALL) uv
+	@printf '%s\n' '# The development set of pyproject.toml, pinned. Made by "make lock"; do not edit.' > $(LOCK).new
+	@printf '%s\n' 'setuptools>=80' $(HELD_BACK) | PATH="$$PATH:.venv/bin" uv pip compile --quiet --universal \
+	  --python .venv/bin/python --python-version 3.12 --group dev --extra triton \
+	  --no-header --no-annotate --no-emit-index-url pyproject.toml - >> $(LOCK).new
+	@mv $(LOCK).new $(LOCK)
+
+clean: ## remove the environments and everything generated
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Environments. A stamp says that one is complete; it is renewed when the lock or the project's settings change.
+
+%/bin/pip:
+	@for python in $(PYTHONS); do \
+	  if $$python -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 12)' 2>/dev/null; then \
+	    echo "$*: $$($$python --version), packages follow (a minute or two the first time)"; \
+	    exec $$python -m venv $*; \
+	  fi; \
+	done; \
+	echo "No Python 3.12 or newer (with venv and ensurepip) among: $(PYTHONS)." >&2; \
+	echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1
+
+.venv/demo.stamp: $(LOCK) pyproject.toml | .venv/bin/pip
+	.venv/$(PIP_INSTALL) -c $(LOCK) setuptools flax optax matplotlib tqdm
+	.venv/$(PIP_INSTALL) -c $(LOCK) --no-build-isolation -e '.$(if $(GPU),[$(CUDA)])'
+	@touch $@
+
+.venv/dev.stamp: $(LOCK) pyproject.toml | .venv/bin/pip
+	.venv/$(PIP_INSTALL) --no-deps -r $(LOCK)
+	.venv/$(PIP_INSTALL) -c $(LOCK) --no-build-isolation -e '.$(if $(GPU),[$(CUDA)])'
+	@touch $@ .venv/demo.stamp
+
+.venv-triton38/stamp: $(LOCK) pyproject.toml | .venv-triton38/bin/pip
+	sed '/^triton==/d' $(LOCK) > $(@D)/constraints.txt
+	$(@D)/$(PIP_INSTALL) -c $(@D)/constraints.txt triton==3.8.0 jax-cuda13-plugin $(MATRIX_TOOLS)
+	$(@D)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv-jax012/stamp: $(LOCK) pyproject.toml | .venv-jax012/bin/pip
+	sed '/^jax==/d; /^jaxlib==/d; /^jax-cuda13/d' $(LOCK) > $(@D)/constraints.txt
+	$(@D)/$(PIP_INSTALL) -c $(@D)/constraints.txt jax==0.12.0.1 jaxlib==0.12.0.1 \
+	  jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 triton $(MATRIX_TOOLS)
+	$(@D)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
