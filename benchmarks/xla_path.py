@@ -99,7 +99,8 @@ def measure(shape: Shape, seconds: float):
         ratios = np.asarray(times[1]) / np.asarray(times[0])
         low, ratio, high = (round(float(x), 3) for x in np.percentile(ratios, (20, 50, 80)))
         yield {
-            **dataclasses.asdict(shape), "title": shape.title, "pass": name, "times_faster": ratio, "p20": low, "p80": high,
+            **dataclasses.asdict(shape), "title": shape.title, "pass": name,
+            "times_faster": ratio, "p20": low, "p80": high,
             "ms": [round(float(np.median(x)), 4) for x in times], "pairs": len(ratios),
         }  # fmt: skip
 
@@ -132,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'':36} {'':22} times faster than jax.nn (p20 to p80)    ms, ours and theirs")
     for r in records:
         print(
-            f"{r['title']:36} {r['pass']:22} {r['times_faster']:6.2f} ({r['p20']:.2f} to {r['p80']:.2f}) {r['ms'][0]:20.2f} {r['ms'][1]:9.2f}"
+            f"{r['title']:36} {r['pass']:22} {r['times_faster']:6.2f} ({r['p20']:.2f} to {r['p80']:.2f}) "
+            f"{r['ms'][0]:20.2f} {r['ms'][1]:9.2f}"
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -82,13 +82,13 @@ class _Wanted(frozenset):
 
 def _attention_fwd(call: Call, q, k, v, scale, bias):
     wanted = _Wanted(n for n, x in (("bias", bias), ("scale", scale)) if x is not None and x.perturbed)
-    operands = [None if x is None else x.value for x in (q, k, v, scale, bias)]
-    o, lse, m, l = primitives.forward(call, *operands)
-    return (o, lse), (operands, o, m, l, wanted)
+    q, k, v, scale, bias = q.value, k.value, v.value, scale.value, None if bias is None else bias.value
+    o, lse, m, l = primitives.forward(call, q, k, v, scale, bias)
+    return (o, lse), (q, k, v, scale, bias, o, m, l, wanted)
 
 
 def _attention_bwd(call: Call, residuals, cotangents):
-    (q, k, v, scale, bias), o, m, l, wanted = residuals
+    q, k, v, scale, bias, o, m, l, wanted = residuals
     do, dlse = cotangents
     do = jnp.zeros(o.shape, o.dtype) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
@@ -153,6 +153,8 @@ def _cached(blocksize_q, blocksize_k, softmax_scale, implementation, block_ptr) 
     }
 
     def flash_attention_cached(query: Array, key: Array, value: Array, bias: Array | None = None) -> Array:
-        return flash_attention(query, key, value, bias, config=config, **options)
+        o = flash_attention(query, key, value, bias, config=config, **options)
+        assert isinstance(o, Array)  # and no lse, which nobody asked for
+        return o
 
     return flash_attention_cached

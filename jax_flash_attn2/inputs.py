@@ -15,7 +15,7 @@ from jax import Array
 
 from . import target
 from .passes import PASSES
-from .spec import Config, Precision, Spec
+from .spec import Config, Precision, Spec, Tuned
 from .target import Target
 
 Implementation = Literal["triton", "xla"]
@@ -110,7 +110,8 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
         )
     if v.shape[-3:-1] != k.shape[-3:-1]:
         raise ValueError(
-            f"v must have k's length and heads {k.shape[-3:-1]}, got {v.shape[-3:-1]} (shapes: k {k.shape}, v {v.shape})"
+            f"v must have k's length and heads {k.shape[-3:-1]}, got {v.shape[-3:-1]} "
+            f"(shapes: k {k.shape}, v {v.shape})"
         )
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if not heads or not kv_heads or heads % kv_heads:
@@ -258,7 +259,8 @@ def _check_implementation_fits(call: Call, dtype: Any) -> None:
         for name, width in (("q and k", call.spec.head_dim), ("v", call.spec.v_dim)):
             if width * dtype.itemsize % 16:
                 raise ValueError(
-                    f"block_ptr=True needs rows of a multiple of 16 bytes, got head_dim {width} of {name} in {dtype.name}; "
+                    f"block_ptr=True needs rows of a multiple of 16 bytes, got head_dim {width} of {name} in "
+                    f"{dtype.name}; "
                     f"use block_ptr=None or False, or pad to a multiple of {16 // dtype.itemsize}"
                 )
 
@@ -278,7 +280,8 @@ def block_ptr_from(value: str | None) -> bool | None:
 def missing_triton_error(cause: ImportError) -> ImportError:
     """The GPU extras are not installed."""
     return ImportError(
-        f'the Triton kernels need jax-triton and triton ({cause}): pip install "jax_flash_attn2[cuda13]" (or [cuda12]), '
+        f'the Triton kernels need jax-triton and triton ({cause}): pip install "jax_flash_attn2[cuda13]" '
+        f"(or [cuda12]), "
         f'or pass implementation="xla"'
     )
 
@@ -291,10 +294,10 @@ def not_on_this_platform_error() -> ValueError:
     )
 
 
-def shared_memory_error(kernel: str, config: Config, used: int, target: Target) -> ValueError:
+def shared_memory_error(kernel: str, config: Tuned, used: int, target: Target) -> ValueError:
     """A tile is too large for the chip."""
     return ValueError(
-        f"{kernel} with block_m={config.block_m}, block_n={config.block_n}, num_stages={config.num_stages} needs {used} "
-        f"bytes of shared memory, but {target.name} has {target.shared_memory} per block; use smaller block sizes or "
-        f"fewer stages, or leave them None (tuned)"
+        f"{kernel} with block_m={config.block_m}, block_n={config.block_n}, num_stages={config.num_stages} "
+        f"needs {used} bytes of shared memory, but {target.name} has {target.shared_memory} per block; "
+        f"use smaller block sizes or fewer stages, or leave them None (tuned)"
     )

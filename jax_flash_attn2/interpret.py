@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from .passes import Rows
-from .spec import Config, Spec
+from .spec import Spec, Tuned
 from .target import Target
 
 # XLA may run independent callbacks side by side, but the interpreter keeps the program id in a global.
@@ -113,7 +113,7 @@ def _guarded(array: np.ndarray) -> np.ndarray:
 
 
 def run(
-    target: Target, kernel: Any, programs: int, operands: tuple, outputs: tuple, spec: Spec, config: Config
+    target: Target, kernel: Any, programs: int, operands: tuple, outputs: tuple, spec: Spec, config: Tuned
 ) -> tuple[Array | None, ...]:
     """Interprets one kernel through a host callback, so that it works inside jit; see `launch.run`."""
     _mend_bfloat16()

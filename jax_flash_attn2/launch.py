@@ -10,8 +10,9 @@ from jax import Array
 from jax.interpreters import partial_eval
 from jax_triton import triton_lib
 
+from .inputs import shared_memory_error
 from .passes import Rows
-from .spec import Config, Spec
+from .spec import Spec, Tuned
 from .target import Target
 
 # Triton 3.9 warns when this is left unset and 3.10 turns it off, at 13% more instructions in the hot loop.
@@ -19,7 +20,7 @@ _OPTIONS = {"enable_fp_fusion": True}
 
 
 def run(
-    target: Target, kernel: Any, programs: int, operands: tuple, outputs: tuple, spec: Spec, config: Config
+    target: Target, kernel: Any, programs: int, operands: tuple, outputs: tuple, spec: Spec, config: Tuned
 ) -> tuple[Array | None, ...]:
     """Binds one custom call. An output of None is not computed; the kernel is passed None in its place."""
     if programs >= 2**31:
@@ -51,7 +52,7 @@ def _output_names(kernel: Any, outputs: tuple) -> list[str]:
     return names[len(names) - len(outputs) :]
 
 
-def _operand(x: Any, target: Target, config: Config) -> Any:
+def _operand(x: Any, target: Target, config: Tuned) -> Any:
     if not isinstance(x, Rows):
         return x
     if config.block_ptr and target.has_tma:
@@ -64,8 +65,12 @@ def _mend_dce() -> None:
     rule = partial_eval.dce_rules.get(triton_lib.triton_kernel_call_p)
     if rule is None or len(inspect.signature(rule).parameters) != 2 or jax.__version_info__ < (0, 12):
         return
-    # jax 0.12: rule(used_outs, live_ins, eqn)
-    partial_eval.dce_rules[triton_lib.triton_kernel_call_p] = lambda used_outs, _, eqn: rule(used_outs, eqn)
+
+    def mended(used_outs: list[bool], live_ins: Any, eqn: Any) -> Any:
+        return rule(used_outs, eqn)
+
+    rules: dict[Any, Any] = partial_eval.dce_rules
+    rules[triton_lib.triton_kernel_call_p] = mended
 
 
 def _check_shared_memory() -> None:
@@ -79,8 +84,6 @@ def _check_shared_memory() -> None:
             target = Target(gpu_target.arch if gpu_target.backend == "cuda" else 0)
             config, used = spec.constants["CFG"], compiled[-1].shared_mem_bytes
             if used > target.shared_memory:
-                from .inputs import shared_memory_error
-
                 raise shared_memory_error(self.name, config, used, target)
         return compiled
 

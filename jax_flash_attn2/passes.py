@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .spec import Config, Spec
+from .spec import Spec, Tuned
 
 PASSES = ("fwd", "dq", "dkdv", "dbias")
 """Every kernel of the package, by the name that `tuning` and the codegen check know it by."""
@@ -21,7 +21,7 @@ PASSES = ("fwd", "dq", "dkdv", "dbias")
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """An operand `[B, S, H, D]` that a loop reads in tiles of `block_shape`: a pointer or a descriptor, as `run` decides.
+    """An operand `[B, S, H, D]` that a loop reads in tiles: a pointer or a descriptor, as `run` decides.
 
     What is read once per program stays a pointer: a descriptor's four axes keep Triton from leaving that tile in
     shared memory, and then ptxas serialises wgmma.
@@ -45,7 +45,7 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def forward(run: Run, spec: Spec, config: Config, q, k, v, scale, bias) -> tuple[Array, Array, Array, Array]:
+def forward(run: Run, spec: Spec, config: Tuned, q, k, v, scale, bias) -> tuple[Array, Array, Array, Array]:
     """One launch: o `[B, Sq, H, Dv]`, lse `[B, H, Sq]` (natural log), and the row statistics m and l."""
     from .kernels.fwd import attn_fwd_kernel
 
@@ -67,7 +67,7 @@ def forward(run: Run, spec: Spec, config: Config, q, k, v, scale, bias) -> tuple
 def backward(
     run: Run,
     spec: Spec,
-    configs: dict[str, Config],
+    configs: dict[str, Tuned],
     q, k, v, scale, bias, o, m, l, do, dlse,
     *,
     bias_grad: bool,
@@ -114,7 +114,7 @@ def backward(
     dbias = None
     if bias_grad:
         config = configs["dbias"]
-        axes = spec.dbias_partial.bias_axes
+        axes = spec.dbias_partial.bias_axes or ()
         shape = tuple(n if has else 1 for n, has in zip((batch, heads, seqlen_q, seqlen_k), axes, strict=True))
         tiles = (*shape[:2], _cdiv(shape[2], config.block_m), _cdiv(shape[3], config.block_n))
         whole = shape == bias.shape  # nothing left to sum: the kernel may round to the bias's own dtype

@@ -191,7 +191,7 @@ def _fold_bias(size: int, batch: int, call: Call, bias, dim, shared: bool):
         return bias, call
     bias = jnp.broadcast_to(bias, (size, *bias.shape)) if dim is None else jnp.moveaxis(bias, dim, 0)
     bias = jnp.broadcast_to(bias, (size, batch, *bias.shape[2:])).reshape(size * batch, *bias.shape[2:])
-    axes = (size * batch > 1, *call.spec.bias_axes[1:])
+    axes = (size * batch > 1, *(call.spec.bias_axes or ())[1:])
     return bias, dataclasses.replace(call, spec=dataclasses.replace(call.spec, bias_axes=axes))
 
 

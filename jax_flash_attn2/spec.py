@@ -1,4 +1,4 @@
-"""What a call computes (`Spec`) and how a kernel goes about it (`Config`)."""
+"""What a call computes (`Spec`), how a caller wants it done (`Config`) and how a kernel does it (`Tuned`)."""
 
 import dataclasses
 from typing import Literal
@@ -29,7 +29,7 @@ class Spec:
     """Width of a value or output row, Dv."""
     causal: bool = False
     """Row i sees keys j <= i (top-left aligned)."""
-    bias_axes: tuple[bool, bool, bool, bool] | None = None
+    bias_axes: tuple[bool, ...] | None = None
     """Which axes of `[B, H, Sq, Sk]` the bias really has; it is broadcast along the others. None: no bias."""
     multiple_q: int = 1
     """The largest power of two up to 128 that divides Sq: tells a kernel which edges cannot be ragged."""
@@ -96,7 +96,7 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How one kernel runs. Nothing here changes what is computed; None means the tuned value.
+    """How a kernel shall run. Nothing here changes what is computed; None means the tuned value.
 
     Block sizes hold on every backend; the other fields speak to the GPU and have no meaning elsewhere.
     """
@@ -115,3 +115,16 @@ class Config:
     """Reach memory through tensor descriptors (True: "block-ptr") or pointers (False: "ptr-block")."""
     precision: Precision = "ieee"
     """Matrix products of fp32 operands: IEEE fp32, one TF32 pass, or three."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A `Config` with every choice made: what a kernel is compiled with, and a row of the tuning table."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+    block_ptr: bool = False
+    precision: Precision = "ieee"

@@ -8,7 +8,10 @@ import jax
 
 # Bytes of shared memory that one block may use (CUDA C Programming Guide, "Technical Specifications per Compute
 # Capability"); AMD's CDNA chips have 64 KiB of LDS.
-_SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}  # fmt: skip
+_SHARED_MEMORY = {
+    **{80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448},
+    **{100: 232448, 103: 232448, 120: 101376, 121: 101376},
+}
 
 _capability = jax.make_user_context(None)  # part of jit's cache key, so a new target retraces
 

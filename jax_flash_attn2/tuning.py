@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .spec import Config, Spec
+from .spec import Config, Spec, Tuned
 from .target import Target
 
 
@@ -20,12 +20,12 @@ class Row:
     arch: int
     name: str
     width: int
-    config: Config
+    config: Tuned
     bits: int = 16
 
 
 def _row(arch, name, width, m, n, warps, stages, *, block_ptr=False, maxnreg=None, bits=16) -> Row:
-    return Row(arch, name, width, Config(m, n, warps, stages, maxnreg, block_ptr), bits)
+    return Row(arch, name, width, Tuned(m, n, warps, stages, maxnreg, block_ptr), bits)
 
 
 # None of these has been timed on a GPU yet. They are the largest tiles that `benchmarks.codegen --check` passes (no
@@ -33,32 +33,32 @@ def _row(arch, name, width, m, n, warps, stages, *, block_ptr=False, maxnreg=Non
 # FlashAttention-2 and FlexAttention publish for each chip. Where both memory variants are offered, the first is tuned.
 ROWS = (
     _row(80, "fwd", 64, 128, 64, 4, 3),
-    _row(80, "fwd", 128, 128, 32, 4, 3),
+    _row(80, "fwd", 128, 128, 64, 8, 3),
     _row(80, "fwd", 256, 64, 64, 8, 2),
     _row(80, "dq", 64, 128, 32, 4, 3),
     _row(80, "dq", 128, 128, 32, 8, 2),
-    _row(80, "dq", 256, 64, 32, 8, 2),
+    _row(80, "dq", 256, 32, 32, 4, 2),
     _row(80, "dkdv", 64, 64, 64, 4, 2),
     _row(80, "dkdv", 128, 64, 64, 8, 2),
-    _row(80, "dkdv", 256, 16, 64, 8, 2),
+    _row(80, "dkdv", 256, 32, 32, 4, 2),
     _row(86, "fwd", 64, 128, 64, 4, 2),
     _row(89, "fwd", 64, 128, 64, 4, 2),
-    _row(86, "fwd", 128, 128, 32, 4, 2),
-    _row(89, "fwd", 128, 128, 32, 4, 2),
-    _row(86, "fwd", 256, 64, 32, 4, 2),
-    _row(89, "fwd", 256, 64, 32, 4, 2),
-    _row(86, "dq", 64, 64, 32, 4, 2),
-    _row(89, "dq", 64, 64, 32, 4, 2),
-    _row(86, "dq", 128, 64, 32, 4, 2),
-    _row(89, "dq", 128, 64, 32, 4, 2),
-    _row(86, "dq", 256, 32, 32, 4, 1),
-    _row(89, "dq", 256, 32, 32, 4, 1),
-    _row(86, "dkdv", 64, 32, 64, 4, 2),
-    _row(89, "dkdv", 64, 32, 64, 4, 2),
-    _row(86, "dkdv", 128, 32, 64, 4, 2),
-    _row(89, "dkdv", 128, 32, 64, 4, 2),
-    _row(86, "dkdv", 256, 16, 64, 8, 1),
-    _row(89, "dkdv", 256, 16, 64, 8, 1),
+    _row(86, "fwd", 128, 128, 64, 8, 2),
+    _row(89, "fwd", 128, 128, 64, 8, 2),
+    _row(86, "fwd", 256, 32, 64, 4, 2),
+    _row(89, "fwd", 256, 32, 64, 4, 2),
+    _row(86, "dq", 64, 128, 32, 4, 2),
+    _row(89, "dq", 64, 128, 32, 4, 2),
+    _row(86, "dq", 128, 128, 32, 8, 2),
+    _row(89, "dq", 128, 128, 32, 8, 2),
+    _row(86, "dq", 256, 32, 32, 4, 2),
+    _row(89, "dq", 256, 32, 32, 4, 2),
+    _row(86, "dkdv", 64, 64, 64, 4, 2),
+    _row(89, "dkdv", 64, 64, 64, 4, 2),
+    _row(86, "dkdv", 128, 64, 64, 8, 2),
+    _row(89, "dkdv", 128, 64, 64, 8, 2),
+    _row(86, "dkdv", 256, 32, 32, 4, 2),
+    _row(89, "dkdv", 256, 32, 32, 4, 2),
     _row(90, "fwd", 64, 128, 64, 4, 3, block_ptr=True),
     _row(90, "fwd", 64, 128, 64, 4, 3),
     _row(90, "fwd", 128, 128, 128, 8, 2, block_ptr=True),
@@ -69,28 +69,28 @@ ROWS = (
     _row(90, "dq", 64, 128, 64, 4, 3),
     _row(90, "dq", 128, 128, 64, 8, 2, block_ptr=True),
     _row(90, "dq", 128, 128, 64, 8, 2),
-    _row(90, "dq", 256, 64, 64, 8, 2, block_ptr=True),
-    _row(90, "dq", 256, 64, 64, 8, 2),
-    _row(90, "dkdv", 64, 64, 128, 8, 2),
-    _row(90, "dkdv", 64, 64, 128, 8, 2, block_ptr=True),
-    _row(90, "dkdv", 128, 64, 128, 8, 2),
-    _row(90, "dkdv", 128, 64, 128, 8, 2, block_ptr=True),
-    _row(90, "dkdv", 256, 32, 64, 8, 2),
-    _row(90, "dkdv", 256, 32, 64, 8, 2, block_ptr=True),
-    _row(100, "fwd", 64, 128, 128, 4, 3, block_ptr=True),
-    _row(100, "fwd", 64, 128, 128, 4, 3),
-    _row(100, "fwd", 128, 128, 64, 4, 2, block_ptr=True),
-    _row(100, "fwd", 128, 128, 64, 4, 2),
-    _row(100, "fwd", 256, 64, 32, 4, 3, block_ptr=True),
-    _row(100, "fwd", 256, 64, 32, 4, 3),
+    _row(90, "dq", 256, 128, 32, 8, 2, block_ptr=True),
+    _row(90, "dq", 256, 128, 32, 8, 2),
+    _row(90, "dkdv", 64, 64, 64, 4, 3),
+    _row(90, "dkdv", 64, 64, 64, 4, 3, block_ptr=True),
+    _row(90, "dkdv", 128, 64, 128, 8, 3),
+    _row(90, "dkdv", 128, 64, 128, 8, 3, block_ptr=True),
+    _row(90, "dkdv", 256, 32, 32, 4, 2),
+    _row(90, "dkdv", 256, 64, 32, 8, 2, block_ptr=True),
+    _row(100, "fwd", 64, 128, 64, 4, 3, block_ptr=True),
+    _row(100, "fwd", 64, 128, 64, 4, 3),
+    _row(100, "fwd", 128, 128, 128, 8, 2, block_ptr=True),
+    _row(100, "fwd", 128, 128, 128, 8, 2),
+    _row(100, "fwd", 256, 128, 64, 8, 2, block_ptr=True),
+    _row(100, "fwd", 256, 128, 64, 8, 2),
     _row(100, "dq", 64, 128, 64, 4, 3, block_ptr=True),
     _row(100, "dq", 64, 128, 64, 4, 3),
     _row(100, "dq", 128, 128, 64, 8, 2, block_ptr=True),
     _row(100, "dq", 128, 128, 64, 8, 2),
-    _row(100, "dq", 256, 64, 64, 8, 2, block_ptr=True),
-    _row(100, "dq", 256, 64, 64, 8, 2),
-    _row(100, "dkdv", 64, 64, 128, 8, 2),
-    _row(100, "dkdv", 64, 64, 128, 8, 2, block_ptr=True),
+    _row(100, "dq", 256, 128, 32, 8, 2, block_ptr=True),
+    _row(100, "dq", 256, 128, 32, 8, 2),
+    _row(100, "dkdv", 64, 64, 128, 4, 2),
+    _row(100, "dkdv", 64, 64, 128, 4, 2, block_ptr=True),
     _row(100, "dkdv", 128, 64, 128, 8, 2),
     _row(100, "dkdv", 128, 64, 128, 8, 2, block_ptr=True),
     _row(100, "dkdv", 256, 32, 64, 8, 2),
@@ -109,7 +109,7 @@ def architecture(target: Target) -> int:
     return max(arch for arch in (80, 90, 100) if arch <= target.capability)
 
 
-def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) -> Config:
+def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) -> Tuned:
     """The config of one pass with every field set (but for `maxnreg`): `wanted` where it says, tuned where not.
 
     Args:
@@ -131,7 +131,7 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
     return config
 
 
-def _find(name: str, arch: int, width: int, bits: int, block_ptr: bool | None) -> Config:
+def _find(name: str, arch: int, width: int, bits: int, block_ptr: bool | None) -> Tuned:
     if name == "dbias" or bits == 32 or not arch:
         return _modest(width, bits, bool(block_ptr))
     rows = [row.config for row in ROWS if (row.arch, row.name, row.width) == (arch, name, width)]
@@ -139,13 +139,13 @@ def _find(name: str, arch: int, width: int, bits: int, block_ptr: bool | None) -
     return config if block_ptr is None else dataclasses.replace(config, block_ptr=block_ptr)
 
 
-def _modest(width: int, bits: int, block_ptr: bool) -> Config:
+def _modest(width: int, bits: int, block_ptr: bool) -> Tuned:
     """Small tiles that fit every chip: for fp32, which has no fast tensor cores, for dbias, and for AMD."""
     size = 64 if width <= 64 else 32 if width * bits <= 128 * 32 else 16
-    return Config(size, size, 4, 2 if bits == 16 else 1, None, block_ptr)
+    return Tuned(size, size, 4, 2 if bits == 16 else 1, None, block_ptr)
 
 
-def _suit(config: Config, name: str, spec: Spec, itemsize: int, target: Target, wanted: Config) -> Config:
+def _suit(config: Tuned, name: str, spec: Spec, itemsize: int, target: Target, wanted: Config) -> Tuned:
     """Warps and stages for block sizes that no row has: as many stages as fit, warps by the size of a tile."""
     warps = 8 if config.block_m * config.block_n >= 128 * 128 or config.block_m * spec.block_d >= 128 * 128 else 4
     row = (spec.block_d + spec.block_dv) * itemsize

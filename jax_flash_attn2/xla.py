@@ -152,7 +152,9 @@ def backward(
         return _add(dq, dq_tile, start_m * spec.group, 2), dkt, dvt, dbias
 
     dbias = None
-    if bias_grad:  # one with rows and columns gets each element once, and needs no wider accumulator
+    if (
+        bias_grad and bias is not None
+    ):  # one with rows and columns gets each element once, and needs no wider accumulator
         dbias = jnp.zeros(bias.shape, t.dtype if 1 in bias.shape[2:] else bias.dtype)
     carry = (jnp.zeros_like(q), *(jnp.zeros_like(x).swapaxes(2, 3) for x in (k, v)), dbias)
     dq, dkt, dvt, dbias = _loop(0, t.blocks_q, query_block, carry)
@@ -161,7 +163,7 @@ def backward(
     if scale_grad:  # the sum of ds * (q k), as a product of vectors, whose sum is more exact than a reduction's
         dscale = jnp.einsum("bn,bn->b", *(x.astype(t.dtype).reshape(x.shape[0], -1) for x in (dq, args[0])))
         dscale = dscale.astype(scale.dtype)
-    dbias = dbias.astype(bias.dtype) if bias_grad else None
+    dbias = None if dbias is None or bias is None else dbias.astype(bias.dtype)
     grads = (dq * scale_of, *(t.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
     return *(g.astype(x.dtype) for g, x in zip(grads, args, strict=True)), dbias, dscale
 

@@ -47,7 +47,7 @@ def attn_bwd_dq_kernel(
     H_KV: tl.constexpr = SPEC.kv_heads
     RAGGED_Q: tl.constexpr = SPEC.multiple_q < M
     RAGGED_K: tl.constexpr = SPEC.multiple_k < N
-    PHASES: tl.constexpr = 2 if SPEC.causal or RAGGED_K else 1
+    FIRST: tl.constexpr = 0 if SPEC.causal or RAGGED_K else 1
     block, b, h = program(tl.cdiv(seqlen_q, M), H, SPEC.causal)
     start_m, h_kv = block * M, h // SPEC.group
     k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
@@ -69,13 +69,15 @@ def attn_bwd_dq_kernel(
     rows = start_m + tl.arange(0, M)
     acc = tl.zeros([M, D], tl.float32)
     full, end = key_span(start_m, seqlen_k, SPEC, CFG)
-    for MASKED in tl.static_range(PHASES):
-        for n in range(full if MASKED else 0, end if MASKED else full, N):
-            k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and MASKED)
-            v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and MASKED)
+    for BARE in tl.static_range(FIRST, 2):  # masked, then bare, as in the forward pass
+        for n in range(0 if BARE else full, full if BARE else end, N):
+            k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and not BARE)
+            v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and not BARE)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
             cols = n + tl.arange(0, N)
-            s, unit = logits(qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC)
+            s, unit = logits(
+                qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, not BARE, SPEC
+            )
             p = tl.exp2(s * unit - shift[:, None])
             if SPEC.has_bias:
                 p *= norm[:, None]

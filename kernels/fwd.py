@@ -37,7 +37,7 @@ def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, S
     DV: tl.constexpr = SPEC.block_dv
     H_KV: tl.constexpr = SPEC.kv_heads
     RAGGED_K: tl.constexpr = SPEC.multiple_k < N  # the last tile of keys may be cut short
-    PHASES: tl.constexpr = 2 if SPEC.causal or RAGGED_K else 1
+    FIRST: tl.constexpr = 0 if SPEC.causal or RAGGED_K else 1  # otherwise no tile needs the mask
     block, b, h = program(tl.cdiv(seqlen_q, M), SPEC.heads, SPEC.causal)  # the last rows see most: they go first
     start_m, h_kv = block * M, h // SPEC.group
     k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
@@ -49,19 +49,23 @@ def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, S
     l = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV], tl.float32)
     full, end = key_span(start_m, seqlen_k, SPEC, CFG)
-    for MASKED in tl.static_range(PHASES):  # one loop body, compiled bare and then masked
-        for n in range(full if MASKED else 0, end if MASKED else full, N):
-            k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and MASKED)
+    # One loop body, compiled masked and then bare: in the other order ptxas makes wgmma on pointers synchronous.
+    # The first masked tile shows every row a key, so m is finite from then on.
+    for BARE in tl.static_range(FIRST, 2):
+        for n in range(0 if BARE else full, full if BARE else end, N):
+            k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and not BARE)
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
             cols = n + tl.arange(0, N)
-            s, unit = logits(s, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, MASKED, SPEC)
+            s, unit = logits(
+                s, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, not BARE, SPEC
+            )
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             pivot = m_new
             if SPEC.has_bias:  # -inf hides a key, so a row may have seen nothing so far
                 pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(s * unit - pivot[:, None])  # [M, N]
             alpha = tl.exp2(m - pivot)
-            v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and MASKED)
+            v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and not BARE)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
             l = l * alpha + tl.sum(p, 1)
             m = m_new

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks import codegen, sass
 from jax_flash_attn2 import tuning
-from jax_flash_attn2.spec import Config, Spec
+from jax_flash_attn2.spec import Config, Spec, Tuned
 from jax_flash_attn2.target import Target
 
 LISTING = """
@@ -56,7 +56,7 @@ CODE = sass.Code(registers=128, spill_bytes=0, shared=65536, warps=4, serialized
     ],
 )
 def test_rules_bite(changes, loop, message):
-    point = codegen.Point(90, "fwd", 64, False, Config(128, 64, 4, 3))
+    point = codegen.Point(90, "fwd", 64, False, Tuned(128, 64, 4, 3))
     assert codegen.broken_rules(point, CODE) == []
     broken = dataclasses.replace(CODE, loops=(GOOD | loop,), **changes)
     assert any(message in rule for rule in codegen.broken_rules(point, broken))

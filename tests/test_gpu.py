@@ -14,7 +14,10 @@ from jax_flash_attn2 import flash_attention
 pytestmark = pytest.mark.gpu
 
 LONG = [
-    Case(f"{dtype}_hd{d}_{'causal' if causal else 'full'}", 1024, 1024, (2,), 4, 2, d, causal=causal, dtype=dtype, block=(None, None))
+    Case(
+        f"{dtype}_hd{d}_{'causal' if causal else 'full'}", 1024, 1024, (2,), 4, 2, d,
+        causal=causal, dtype=dtype, block=(None, None),
+    )
     for dtype in ("float16", "bfloat16", "float32")
     for d in (64, 128, 256)
     for causal in (False, True)
