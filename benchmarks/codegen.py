@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jax_flash_attn2 import passes, tuning
 from jax_flash_attn2.passes import Rows
-from jax_flash_attn2.spec import Spec, Tuned
+from jax_flash_attn2.spec import Config, Spec, Tuned
 from jax_flash_attn2.target import Target
 
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -42,20 +42,34 @@ class Point:
     head_dim: int
     causal: bool
     config: Tuned
+    bias: bool = False
 
     @property
     def title(self) -> str:
         c = self.config
         variant = "block-ptr" if c.block_ptr else "ptr-block"
         return (
-            f"sm_{self.arch} {self.name:4} hd{self.head_dim:<3} {'causal' if self.causal else 'full  '} {variant} "
+            f"sm_{self.arch} {self.name:4} hd{self.head_dim:<3} {'causal' if self.causal else 'full  '} "
+            f"{'bias ' if self.bias else ''}{variant} "
             f"{c.block_m:>3}x{c.block_n:<3} w{c.num_warps} s{c.num_stages}{f' r{c.maxnreg}' if c.maxnreg else ''}"
         )
 
 
 def points() -> list[Point]:
-    """Every 16-bit row of the table, causal and not."""
-    return [Point(r.arch, r.name, r.width, causal, r.config) for r in tuning.ROWS for causal in (False, True)]
+    """Every row of the table, causal and not; and what is chosen where there is a bias."""
+    plain = [Point(r.arch, r.name, r.width, causal, r.config) for r in tuning.ROWS for causal in (False, True)]
+    tuned = dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain)
+    return plain + [_biased(*key) for key in tuned]
+
+
+def _biased(arch: int, name: str, head_dim: int) -> Point:
+    spec = _spec(head_dim, causal=True, bias=True, seqlen=1024)
+    return Point(arch, name, head_dim, True, tuning.choose(name, spec, jnp.bfloat16, Target(arch), Config()), True)
+
+
+def _spec(head_dim: int, *, causal: bool, bias: bool, seqlen: int) -> Spec:
+    multiple = min(seqlen & -seqlen, 128)
+    return Spec(8, 8, head_dim, head_dim, causal, (True,) * 4 if bias else None, multiple, multiple)
 
 
 def launches(point: Point, *, seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> list[tuple]:
@@ -66,29 +80,21 @@ def launches(point: Point, *, seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> 
         seen.append((kernel, operands, outputs, spec, config))
         return tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in outputs)
 
-    spec = Spec(
-        8,
-        8,
-        point.head_dim,
-        point.head_dim,
-        point.causal,
-        None,
-        min(seqlen & -seqlen, 128),
-        min(seqlen & -seqlen, 128),
-    )
+    spec = _spec(point.head_dim, causal=point.causal, bias=point.bias, seqlen=seqlen)
     x = jax.ShapeDtypeStruct((2, seqlen, 8, point.head_dim), dtype)
     row = jax.ShapeDtypeStruct((2, 8, seqlen), jnp.float32)
     scale = jax.ShapeDtypeStruct((), jnp.float32)
+    bias = jax.ShapeDtypeStruct((2, 8, seqlen, seqlen), dtype) if point.bias else None
     if point.name == "fwd":
-        jax.eval_shape(lambda *a: passes.forward(run, spec, point.config, *a, None), x, x, x, scale)
+        jax.eval_shape(lambda *a: passes.forward(run, spec, point.config, *a), x, x, x, scale, bias)
         return seen
     configs = dict.fromkeys(passes.PASSES, point.config)
 
-    def backward(q, k, v, scale, o, m, l, do):
+    def backward(q, k, v, scale, bias, o, m, l, do):
         grads = {"bias_grad": False, "scale_grad": False}
-        return passes.backward(run, spec, configs, q, k, v, scale, None, o, m, l, do, None, **grads)
+        return passes.backward(run, spec, configs, q, k, v, scale, bias, o, m, l, do, None, **grads)
 
-    jax.eval_shape(backward, x, x, x, scale, x, row, row, x)
+    jax.eval_shape(backward, x, x, x, scale, bias, x, row, row, x)
     return [launch for launch in seen if point.name in launch[0].__name__]
 
 
@@ -136,18 +142,26 @@ def broken_rules(point: Point, code) -> list[str]:
         "wgmma serialised by ptxas": code.serialized,
         "a wait behind every wgmma": any(loop["depbar"] > 4 + 4 for loop in loops),
         "no asynchronous copy in a loop": any(not loop["cp.async"] + loop["tma"] for loop in loops),
-        "tiles loaded without asynchronous copies": any(loop["wide ldg"] for loop in loops),
-        "no fused multiply-add before each exp2": any(loop["ffma"] < 0.9 * loop["ex2"] for loop in loops),
-        # Below sm_90 Triton lays warps side by side along o's width where that exceeds block_m, so that a row's
-        # maximum crosses warps. Widths to 128 have tiles of 128 rows; at 256, 256 rows of o fit no register file.
-        "a layout conversion in the forward loop": (
-            point.name == "fwd"
-            and point.arch < 100
-            and not (point.arch < 90 and point.head_dim > 128)
-            and any(loop["sts"] for loop in loops)
-        ),
     }
+    if (
+        not point.bias
+    ):  # a tile of bias is loaded, spread by way of shared memory, and added before the maximum is known
+        rules |= {
+            "tiles loaded without asynchronous copies": any(loop["wide ldg"] for loop in loops),
+            "no fused multiply-add before each exp2": any(loop["ffma"] < 0.9 * loop["ex2"] for loop in loops),
+            "a layout conversion in the forward loop": _converts(point) and any(loop["sts"] for loop in loops),
+        }
     return [rule for rule, broken in rules.items() if broken]
+
+
+def _converts(point: Point) -> bool:
+    """Whether a store to shared memory in this kernel's loop would be a layout conversion that need not be.
+
+    Below sm_90 Triton lays warps side by side along o's width where that exceeds block_m, so that a row's maximum
+    crosses warps. Widths to 128 have tiles of 128 rows; 256 rows of 256 fit no registers. On sm_100 p goes to the
+    tensor cores through memory.
+    """
+    return point.name == "fwd" and (point.arch == 90 or (point.arch < 90 and point.head_dim <= 128))
 
 
 def _measure(point: Point) -> dict[str, Any]:

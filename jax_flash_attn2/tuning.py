@@ -124,6 +124,8 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
     row = _find(name, architecture(target), width, 32 if bits > 16 else 16, wanted.block_ptr)
     if wanted.block_ptr is None and row.block_ptr and min(spec.head_dim, spec.v_dim) * bits // 8 % 16:
         row = dataclasses.replace(row, block_ptr=False)  # a descriptor's rows are multiples of 16 bytes
+    if spec.has_bias and name != "dbias":
+        row = _with_bias(name, row)
     fixed = {f.name: value for f in dataclasses.fields(wanted) if (value := getattr(wanted, f.name)) is not None}
     config = dataclasses.replace(row, **fixed)
     if (config.block_m, config.block_n) != (row.block_m, row.block_n):
@@ -139,10 +141,19 @@ def _find(name: str, arch: int, width: int, bits: int, block_ptr: bool | None) -
     return config if block_ptr is None else dataclasses.replace(config, block_ptr=block_ptr)
 
 
+def _with_bias(name: str, row: Tuned) -> Tuned:
+    """Half the tile: a tile of bias takes as many registers as the logits beside it, and a whole one spills."""
+    kept, streamed = ("block_n", "block_m") if name == "dkdv" else ("block_m", "block_n")
+    side = kept if getattr(row, kept) > 32 >= getattr(row, streamed) else streamed
+    return dataclasses.replace(row, **{side: max(getattr(row, side) // 2, 16)})
+
+
 def _modest(width: int, bits: int, block_ptr: bool) -> Tuned:
-    """Small tiles that fit every chip: for fp32, which has no fast tensor cores, for dbias, and for AMD."""
-    size = 64 if width <= 64 else 32 if width * bits <= 128 * 32 else 16
-    return Tuned(size, size, 4, 2 if bits == 16 else 1, None, block_ptr)
+    """Small tiles that fit every chip: for fp32, whose IEEE products fill registers, for dbias, and for AMD."""
+    if bits == 32:
+        return Tuned(32, 32, 8, 1, None, block_ptr) if width <= 128 else Tuned(16, 16, 4, 1, None, block_ptr)
+    size = 64 if width <= 64 else 32
+    return Tuned(size, size, 4, 2, None, block_ptr)
 
 
 def _suit(config: Tuned, name: str, spec: Spec, itemsize: int, target: Target, wanted: Config) -> Tuned:

@@ -49,8 +49,8 @@ def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, S
     l = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV], tl.float32)
     full, end = key_span(start_m, seqlen_k, SPEC, CFG)
-    # One loop body, compiled masked and then bare: in the other order ptxas makes wgmma on pointers synchronous.
-    # The first masked tile shows every row a key, so m is finite from then on.
+    # One loop body, compiled masked and then bare: the other way round, ptxas serialises wgmma where tiles come
+    # through pointers. The first tile shows every row a key, so m is finite from then on.
     for BARE in tl.static_range(FIRST, 2):
         for n in range(0 if BARE else full, full if BARE else end, N):
             k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and not BARE)
