@@ -47,7 +47,7 @@ class Shape:
 
 SHAPES = [Shape(seqlen=t, causal=c) for t in (128, 256, 512, 1024, 2048, 4096) for c in (True, False)]
 SHAPES += [
-    Shape(batch=4, seqlen=512, heads=12),
+    Shape(batch=4, seqlen=512, heads=12, kv_heads=12),
     Shape(heads=8, kv_heads=2),
     Shape(dtype="bfloat16"),
     Shape(seqlen=1009),
