@@ -145,7 +145,8 @@ def _with_bias(name: str, row: Tuned) -> Tuned:
     """Half the tile: a tile of bias takes as many registers as the logits beside it, and a whole one spills."""
     kept, streamed = ("block_n", "block_m") if name == "dkdv" else ("block_m", "block_n")
     side = kept if getattr(row, kept) > 32 >= getattr(row, streamed) else streamed
-    return dataclasses.replace(row, **{side: max(getattr(row, side) // 2, 16)})
+    half = max(getattr(row, side) // 2, 16)
+    return dataclasses.replace(row, block_m=half) if side == "block_m" else dataclasses.replace(row, block_n=half)
 
 
 def _modest(width: int, bits: int, block_ptr: bool) -> Tuned:
