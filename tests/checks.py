@@ -1,7 +1,7 @@
 """How near is near enough: error against fp64 at most twice that of the same maths done plainly, plus rounding.
 
-Rounding: `ROUNDINGS` of the result in its own dtype, and one of the base-2 logits in fp32, which p = 2^s turns into
-a relative error of p as large as the logit.
+Rounding: `ROUNDINGS` of the result in its own dtype; one of the base-2 logits in fp32, which p = 2^s turns into
+a relative error of p as large as the logit; and `ROUNDINGS` in fp32 of the terms whose difference a gradient is.
 """
 
 import functools
@@ -64,19 +64,20 @@ def plain(case: Case, inputs=None) -> dict[str, np.ndarray]:
     return results(rounded, case, inputs)
 
 
-def _logits_and_terms(case: Case, inputs) -> tuple[float, float]:
-    """The largest base-2 logit, and how large the terms are that the scale's gradient sums.
+def _logits_and_terms(case: Case, inputs) -> tuple[float, dict[str, float]]:
+    """The largest base-2 logit, and how large the terms are that the gradients of the logits are summed from.
 
-    That gradient is one number, sum(p * (dp - delta) * (q k)). It has no neighbours whose largest error would be a
-    fair measure, and it may cancel; terms that are each rounded on their own leave it off by some roundings of the
-    root of the sum of their squares.
+    dq, dk, dbias and dscale are sums of p * (dp - delta), and that difference may cancel, exactly so in a row that
+    sees one key. dp and delta are rounded on their own, each relative to itself, and leave such a gradient off by
+    some roundings of the root of the sum of the squares of p * (|dp| + |delta|), times k, q, 1 or q k.
     """
     group = case.heads // case.kv_heads
     x = {k: None if v is None else v.astype(np.float64) for k, v in inputs.items()}
     k, v = (np.repeat(x[name], group, -2) for name in "kv")
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
     qk = np.einsum("...qhd,...khd->...hqk", x["q"], k)
     dp = np.einsum("...qhd,...khd->...hqk", x["do"], v)
-    s = qk * (case.head_dim**-0.5 if case.scale is None else case.scale)
+    s = qk * scale
     largest = float(np.max(abs(s), initial=0.0)) * math.log2(math.e)
     s = s + (0 if x["bias"] is None else x["bias"])
     s = np.where(np.tri(*s.shape[-2:], dtype=bool) | (not case.causal), s, -np.inf)
@@ -84,7 +85,17 @@ def _logits_and_terms(case: Case, inputs) -> tuple[float, float]:
     p = np.exp(s - m)
     p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
     delta = np.sum(p * dp, -1, keepdims=True)
-    return largest, float(np.sqrt(np.sum((p * (abs(dp) + abs(delta)) * qk) ** 2)))
+    squares = (p * (abs(dp) + abs(delta))) ** 2
+    dk = np.einsum("...hqk,...qhd->...khd", squares, (scale * x["q"]) ** 2)
+    terms = {
+        "dq": np.einsum("...hqk,...khd->...qhd", squares, (scale * k) ** 2),
+        "dk": dk.reshape(*dk.shape[:-2], case.kv_heads, group, -1).sum(-2),
+        "dscale": np.sum(squares * qk**2),
+    }
+    if x["bias"] is not None:
+        _, vjp = jax.vjp(lambda bias: jnp.broadcast_to(bias, squares.shape), inputs["bias"].astype(np.float32))
+        terms["dbias"] = vjp(squares.astype(np.float32))[0]  # sums the axes along which the bias is broadcast
+    return largest, {name: float(np.sqrt(np.max(t, initial=0.0))) for name, t in terms.items()}
 
 
 def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None) -> None:
@@ -93,11 +104,14 @@ def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None) -> None:
     want, rough = exact(case, inputs), plain(case, inputs)
     largest_logit, terms = _logits_and_terms(case, inputs)
     assert got.keys() == want.keys()
+    eps32 = float(jnp.finfo(jnp.float32).eps)
     for name, x in got.items():
         assert x.shape == want[name].shape, name
         error, plain_error = _error(x, want[name]), _error(rough[name], want[name])
-        dtype, size = (case.dtype, terms) if name == "dscale" else (x.dtype, _size(want[name]))
-        band = (ROUNDINGS * float(jnp.finfo(dtype).eps) + largest_logit * float(jnp.finfo(jnp.float32).eps)) * size
+        # dscale is one number, with no neighbours whose largest would be a fair measure: its terms are.
+        dtype, size = (case.dtype, terms[name]) if name == "dscale" else (x.dtype, _size(want[name]))
+        band = (ROUNDINGS * float(jnp.finfo(dtype).eps) + largest_logit * eps32) * size
+        band += ROUNDINGS * eps32 * terms.get(name, 0.0)
         assert error <= TIMES * plain_error + band, (
             f"{case} {name}: error {error:.3g}, plain {plain_error:.3g}, band {band:.3g}"
         )
