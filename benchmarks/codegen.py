@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from tqdm import tqdm
 
 from jax_flash_attn2 import passes, tuning
 from jax_flash_attn2.passes import Rows
-from jax_flash_attn2.spec import Config, Spec, Tuned
+from jax_flash_attn2.spec import Config, Rules, Spec, Tuned
 from jax_flash_attn2.target import Target
 
-_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_TYPES = {
+    **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+    **{"int32": "i32", "uint32": "u32", "bool": "i1"},
+}
 # Shared memory and warps of one multiprocessor (CUDA C Programming Guide, "Technical Specifications").
 _MULTIPROCESSOR = {80: (167936, 64), 86: (102400, 48), 89: (102400, 48), 90: (233472, 64), 100: (233472, 64)}
 
@@ -42,7 +46,8 @@ class Point:
     head_dim: int
     causal: bool
     config: Tuned
-    bias: bool = False
+    extra: str = ""
+    """One of `EXTRAS`, or nothing."""
 
     @property
     def title(self) -> str:
@@ -50,29 +55,54 @@ class Point:
         variant = "block-ptr" if c.block_ptr else "ptr-block"
         return (
             f"sm_{self.arch} {self.name:4} hd{self.head_dim:<3} {'causal' if self.causal else 'full  '} "
-            f"{'bias ' if self.bias else ''}{variant} "
+            f"{f'{self.extra} ' if self.extra else ''}{variant} "
             f"{c.block_m:>3}x{c.block_n:<3} w{c.num_warps} s{c.num_stages}{f' r{c.maxnreg}' if c.maxnreg else ''}"
         )
 
 
+EXTRAS = {
+    "bias": ({}, {"bias": ("b", "h", "q", "k", None)}),
+    "mask": ({}, {"mask": ("b", 1, "q", "k", "bool")}),
+    "segments": ({}, {"q_segments": ("b", 1, "q", 1, "int32"), "kv_segments": ("b", 1, 1, "k", "int32")}),
+    "lengths": ({}, {name: ("b", 1, 1, 1, "int32") for name in ("q_lengths", "kv_lengths")}),
+    "window": ({"left": 256}, {}),
+    "softcap": ({"soft_cap": 30.0}, {}),
+    "alibi": ({}, {"slopes": (1, "h", 1, 1, "float32")}),
+    "dropout": ({"dropout_rate": 0.1}, {name: ("b", "h", 1, 1, "uint32") for name in ("dropout_key0", "dropout_key1")}),
+}
+"""What a call may have besides, as it is compiled here: `Rules`, and operands by their axes and dtype."""
+
+
 def points() -> list[Point]:
-    """Every row of the table, causal and not; and what is chosen where there is a bias."""
+    """Every row of the table, causal and not; what is chosen where there is a bias; and, on two chips, each extra."""
     plain = [Point(r.arch, r.name, r.width, causal, r.config) for r in tuning.ROWS for causal in (False, True)]
     tuned = dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain)
-    return plain + [_biased(*key) for key in tuned]
+    extras = [
+        (*key, extra)
+        for key in tuned
+        for extra in EXTRAS
+        if extra == "bias" or (key[0] in (80, 90) and key[2] == 128) or (key[0] == 90 and key[2] == 64)
+    ]
+    return plain + [_tuned(*key) for key in extras]
 
 
-def _biased(arch: int, name: str, head_dim: int) -> Point:
-    spec = _spec(head_dim, causal=True, bias=True, seqlen=1024)
-    return Point(arch, name, head_dim, True, tuning.choose(name, spec, jnp.bfloat16, Target(arch), Config()), True)
+def _tuned(arch: int, name: str, head_dim: int, extra: str) -> Point:
+    spec = Spec.of(*_arrays(head_dim, causal=True, extra=extra))
+    return Point(arch, name, head_dim, True, tuning.choose(name, spec, jnp.bfloat16, Target(arch), Config()), extra)
 
 
-def _spec(head_dim: int, *, causal: bool, bias: bool, seqlen: int) -> Spec:
-    multiple = min(seqlen & -seqlen, 128)
-    return Spec(8, 8, head_dim, head_dim, causal, (True,) * 4 if bias else None, multiple, multiple)
+def _arrays(head_dim: int, *, causal: bool, extra: str = "", seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> tuple:
+    """Rules, q, k, v and operands to compile for."""
+    x = jax.ShapeDtypeStruct((2, seqlen, 8, head_dim), dtype)
+    rules, more = EXTRAS[extra] if extra else ({}, {})
+    sizes = {"b": 2, "h": 8, "q": seqlen, "k": seqlen, 1: 1}
+    operands = {"scale": jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)}
+    for name, (*axes, kind) in more.items():
+        operands[name] = jax.ShapeDtypeStruct([sizes[axis] for axis in axes], kind or dtype)
+    return Rules(**{"right": 0 if causal else None} | rules), x, x, x, operands
 
 
-def launches(point: Point, *, seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> list[tuple]:
+def launches(point: Point, **options) -> list[tuple]:
     """What `passes` would launch: (kernel, operands, outputs, spec, config) of each kernel of the point's pass."""
     seen = []
 
@@ -80,21 +110,18 @@ def launches(point: Point, *, seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> 
         seen.append((kernel, operands, outputs, spec, config))
         return tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in outputs)
 
-    spec = _spec(point.head_dim, causal=point.causal, bias=point.bias, seqlen=seqlen)
-    x = jax.ShapeDtypeStruct((2, seqlen, 8, point.head_dim), dtype)
-    row = jax.ShapeDtypeStruct((2, 8, seqlen), jnp.float32)
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
-    bias = jax.ShapeDtypeStruct((2, 8, seqlen, seqlen), dtype) if point.bias else None
+    arrays = _arrays(point.head_dim, causal=point.causal, extra=point.extra, **options)
+    spec, (q, *_) = Spec.of(*arrays), arrays[1:]
     if point.name == "fwd":
-        jax.eval_shape(lambda *a: passes.forward(run, spec, point.config, *a), x, x, x, scale, bias)
+        jax.eval_shape(lambda *a: passes.forward(run, spec, point.config, *a), *arrays[1:])
         return seen
     configs = dict.fromkeys(passes.PASSES, point.config)
+    row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
-    def backward(q, k, v, scale, bias, o, m, l, do):
-        grads = {"bias_grad": False, "scale_grad": False}
-        return passes.backward(run, spec, configs, q, k, v, scale, bias, o, m, l, do, None, **grads)
+    def backward(q, k, v, operands, o, m, l, do):
+        return passes.backward(run, spec, configs, q, k, v, operands, o, m, l, do, None, wanted=(), apart=())
 
-    jax.eval_shape(backward, x, x, x, scale, bias, x, row, row, x)
+    jax.eval_shape(backward, *arrays[1:], q, row, row, q)
     return [launch for launch in seen if point.name in launch[0].__name__]
 
 
@@ -116,8 +143,10 @@ def compile_point(point: Point, **options):
     return compile_kernel(kernel, signature, constants, point.arch, options)
 
 
-def _kind(x: Any, config: Tuned, target: Target) -> str:
+def _kind(x: Any, config: Tuned, target: Target) -> str | tuple:
     """The type of a kernel's argument, as Triton writes it."""
+    if isinstance(x, tuple):
+        return tuple(_kind(y, config, target) for y in x)
     if x is None:
         return "constexpr"
     if isinstance(x, int):
@@ -143,15 +172,19 @@ def broken_rules(point: Point, code) -> list[str]:
         "a wait behind every wgmma": any(loop["depbar"] > 4 + 4 for loop in loops),
         "no asynchronous copy in a loop": any(not loop["cp.async"] + loop["tma"] for loop in loops),
     }
-    if (
-        not point.bias
-    ):  # a tile of bias is loaded, spread by way of shared memory, and added before the maximum is known
+    if not point.extra:  # what is loaded, drawn or computed besides changes the mix
         rules |= {
             "tiles loaded without asynchronous copies": any(loop["wide ldg"] for loop in loops),
             "no fused multiply-add before each exp2": any(loop["ffma"] < 0.9 * loop["ex2"] for loop in loops),
             "a layout conversion in the forward loop": _converts(point) and any(loop["sts"] for loop in loops),
+            "the masked loop takes more than 1.75 times the bare one's instructions": _mask_cost(loops) > 1.75,
         }
     return [rule for rule, broken in rules.items() if broken]
+
+
+def _mask_cost(loops: Sequence[dict[str, int]]) -> float:
+    """How many instructions the masked loop, which comes first, takes for each of the bare one."""
+    return loops[0]["total"] / loops[-1]["total"] if loops else 0.0
 
 
 def _converts(point: Point) -> bool:

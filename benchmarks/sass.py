@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,25 @@ class Code:
         return min(by_registers, shared_per_sm // (self.shared + 1024), warps_per_sm // self.warps)
 
 
-def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, Any], arch: int, options: dict) -> Code:
+def _leaves(kinds: Iterable, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The kinds of arguments with their paths; an argument may be a tuple."""
+    for i, kind in enumerate(kinds):
+        yield from _leaves(kind, (*path, i)) if isinstance(kind, tuple) else [((*path, i), kind)]
+
+
+def compile_kernel(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], arch: int, options: dict) -> Code:
     """Compiles with Triton down to PTX, and assembles as JAX does.
 
     Args:
       kernel: the `triton.jit` function.
-      signature: the type of every argument ("*bf16", "i32", "tensordesc<bf16[1,128,1,64]>", "constexpr").
+      signature: the type of every argument ("*bf16", "i32", "tensordesc<bf16[1,128,1,64]>", "constexpr", or a tuple).
       constants: values of the compile-time arguments.
       arch: 80, 90 ...
       options: num_warps, num_stages, maxnreg ...
     """
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
-    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    attributes = {path: [["tt.divisibility", 16]] for path, kind in _leaves(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, constants, attributes)
     parsed = backend.parse_options(dict(options))
     context = triton._C.libtriton.ir.context()

@@ -11,6 +11,7 @@ memory of a step, which it prints and plots. On a GPU the same command runs the 
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import textwrap
@@ -27,7 +28,7 @@ from flax import nnx
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from jax_flash_attn2 import flash_attention
+from jax_flash_attn2.flax import make_attention_fn
 
 # How far apart the curves may be at any step, in nats per character. Flash attention against itself, from
 # weights moved by one rounding, ends 2e-6 apart in fp32 and 1.5e-2 in bf16. Flaws put in on purpose (fp32):
@@ -35,31 +36,11 @@ from jax_flash_attn2 import flash_attention
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
-def flash_attention_fn(
-    query, key, value, bias=None, mask=None, *, is_causal=False, dropout_rate=0.0, deterministic=False,
-    dropout_rng=None, broadcast_dropout=True, dtype=None, precision=None, module=None,
-):  # fmt: skip
-    """`flash_attention` with the arguments of `nnx.dot_product_attention`; what it cannot do raises."""
-    if mask is not None:
-        raise NotImplementedError(f"mask must be None, got shape {mask.shape}; is_causal=True is causal")
-    if dropout_rate > 0 and not deterministic:  # else broadcast_dropout and dropout_rng mean nothing
-        raise NotImplementedError(f"dropout_rate must be 0 unless deterministic, got {dropout_rate}")
-    if module is not None:
-        raise NotImplementedError("sow_weights must be False: the attention weights are never held in memory")
-    if precision is not None:
-        raise NotImplementedError(f"precision must be None, got {precision}")
-    if dtype is not None:
-        query, key, value = (x.astype(dtype) for x in (query, key, value))
-    return flash_attention(query, key, value, bias, causal=is_causal)
-
-
-def with_rope(attention_fn):
-    """The same attention after rotary position embedding (RoPE) of queries and keys."""
-    rotate = jax.vmap(nnx.RoPE(), in_axes=-2, out_axes=-2)  # over heads
-    return lambda query, key, value, **kwargs: attention_fn(rotate(query), rotate(key), value, **kwargs)
-
-
-ATTENTION = {"flash": flash_attention_fn, "flax": nnx.dot_product_attention}
+ROPE = nnx.RoPE()  # rotary position embedding of queries and keys
+ATTENTION = {
+    "flash": make_attention_fn(rope=ROPE),
+    "flax": functools.partial(nnx.dot_product_attention_with_rope, rope=ROPE),
+}
 TITLE = {"flash": "flash_attention", "flax": "Flax attention"}
 COLOR = {"flash": "#d95f02", "flax": "#386cb0"}
 
@@ -68,7 +49,7 @@ class Block(nnx.Module):
     def __init__(self, width, heads, attention_fn, dtype, rngs):
         self.norm1 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
-            heads, width, attention_fn=with_rope(attention_fn), decode=False, use_bias=False,
+            heads, width, attention_fn=attention_fn, decode=False, use_bias=False,
             out_kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs,
         )  # fmt: skip
         self.norm2 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)

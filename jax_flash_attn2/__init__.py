@@ -1,8 +1,24 @@
-"""Flash attention for JAX: Triton kernels on GPUs, a blockwise XLA path everywhere else."""
+"""Flash attention for JAX: Triton kernels on GPUs, a blockwise XLA path everywhere else.
 
-from .api import flash_attention, get_cached_flash_attention
+Beside what is imported here: `jax_flash_attn2.flax` and `jax_flash_attn2.equinox`, adapters for these libraries.
+"""
+
+from .api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
+from .drop_in import dot_product_attention
+from .explain import Explanation, explain, supported
 from .spec import Config
-from .target import gpu_target
+from .target import EXPORT_DISABLED_CHECKS, gpu_target
 
-__all__ = ["Config", "flash_attention", "get_cached_flash_attention", "gpu_target"]
+__all__ = [
+    "CHECKPOINT_NAMES",
+    "EXPORT_DISABLED_CHECKS",
+    "Config",
+    "Explanation",
+    "dot_product_attention",
+    "explain",
+    "flash_attention",
+    "get_cached_flash_attention",
+    "gpu_target",
+    "supported",
+]
 __version__ = "0.1.0"

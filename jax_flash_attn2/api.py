@@ -7,12 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from . import inputs, primitives
-from .inputs import Call, Implementation
-from .spec import Config
+from . import inputs, primitives, sharding, xla
+from .inputs import Alignment, Call, Implementation, WindowSize
+from .spec import DIFFERENTIABLE, Config, Spec
+
+CHECKPOINT_NAMES = ("flash_attention_o", "flash_attention_lse")
+"""What `jax.checkpoint` must save so that a backward pass does not run attention forward again:
+`policy=jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)`."""
 
 
 def flash_attention(
@@ -22,17 +28,34 @@ def flash_attention(
     bias: Array | None = None,
     *,
     causal: bool = False,
+    causal_alignment: Alignment = "top_left",
+    window_size: WindowSize | None = None,
+    mask: Array | None = None,
+    q_segment_ids: Array | None = None,
+    kv_segment_ids: Array | None = None,
+    q_lengths: Array | int | None = None,
+    kv_lengths: Array | int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Array | int | None = None,
     softmax_scale: float | Array | None = None,
     implementation: Implementation | None = None,
     block_ptr: bool | None = None,
     config: Config | Mapping[str, Config] | None = None,
+    higher_order: bool = False,
     return_lse: bool = False,
-) -> Array | tuple[Array, Array]:
+    return_max_logits: bool = False,
+) -> Array | tuple[Array, ...]:
     """softmax(softmax_scale * q kᵀ + bias) v, without holding the `[Sq, Sk]` logits.
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691): Triton kernels on NVIDIA and AMD GPUs, a blockwise XLA path
-    everywhere else. Differentiable in q, k, v, bias and softmax_scale, through both results. Works under
-    jit, grad, vmap and remat. Results and gradients repeat bit for bit.
+    everywhere else. Differentiable in q, k, v, bias, sinks, alibi_slopes and softmax_scale, through o and lse. Works
+    under jit, grad, vmap, remat, scan, export and sharding. Results and gradients repeat bit for bit.
+
+    Everything below combines with everything else, forward and backward. A row i has position i' = i, or
+    i + Sk - Sq with causal_alignment="bottom_right". Tiles of keys that no row of a block sees are not visited.
 
     Args:
       q: `[*batch, Sq, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D from 1 to 256. Any number of
@@ -41,7 +64,25 @@ def flash_attention(
       v: `[*batch, Sk, Hkv, Dv]` in q's dtype. Dv may differ from D.
       bias: added to the logits; a floating array that broadcasts to `[*batch, H, Sq, Sk]`. Its gradient has its own
         shape. -inf (and anything below -2.3e38, where base-2 logits overflow) hides a key.
-      causal: row i sees keys j <= i, counted from the first row and key also when Sq != Sk.
+      causal: row i sees keys j <= i'.
+      causal_alignment: "top_left" or "bottom_right" (the last row sees the last key): what i' is, for causal,
+        window_size, alibi_slopes and dropout.
+      window_size: (left, right) or one integer for both: row i sees keys i' - left <= j <= i' + right; None: no bound.
+      mask: booleans that broadcast to `[*batch, H, Sq, Sk]`, True: attend.
+      q_segment_ids: integers `[*batch, Sq]` (each axis 1 or full): row i sees keys of its own segment only. Negative
+        is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be skipped.
+      kv_segment_ids: integers `[*batch, Sk]`; q_segment_ids if left out and Sq == Sk.
+      q_lengths: integers `[*batch]`: rows from there on have o = 0 and lse = -inf, whatever they hold.
+      kv_lengths: integers `[*batch]`: keys from there on are not seen, whatever they hold, NaN included. Positions do
+        not shift.
+      logits_soft_cap: c > 0: scaled products become c * tanh(x / c), before the bias (static under jit).
+      sinks: floating `[H]`: a logit in the softmax denominator of each row (and in lse) that adds nothing to o.
+      alibi_slopes: floating `[H]` or `[*batch, H]`: logits get -slope * |i' - j| (Press et al., arXiv:2108.12409).
+      dropout_rate: at least 0, below 1 (static under jit): the probability that a key is dropped from o, the others
+        counting 1 / (1 - rate). lse and the largest logits do not see it.
+      dropout_seed: an integer, a 0-d integer array or a PRNG key; each batch and head draws its own
+        mask from it (Philox4x32-10 by batch, head, i' and j: the same on every backend and for all block sizes). Or
+        integers of at least two axes that broadcast to `[*batch, H]`: equal ones draw the same mask.
       softmax_scale: a number or a 0-d array, also a traced one; D**-0.5 by default.
       implementation: None chooses by platform: "triton" on GPUs (but for float64), "xla" elsewhere. A name is
         taken at its word: what cannot run that way raises.
@@ -49,67 +90,100 @@ def flash_attention(
         False through pointers ("ptr-block"), None the tuned choice. No meaning off the GPU.
       config: a `Config` for every kernel, or a mapping from "fwd", "dq", "dkdv", "dbias" to one; what is None, or
         missing, is tuned.
+      higher_order: run a path (on XLA, slower) that differentiates natively, in forward mode and to any order.
+        Without it there is one derivative, in reverse mode; others raise.
       return_lse: also return the logarithm of the softmax denominators.
+      return_max_logits: also return the largest logit of each head, over what is visible, sinks excepted.
 
     Returns:
-      o `[*batch, Sq, H, Dv]` in q's dtype; with return_lse, (o, lse), lse `[*batch, H, Sq]` in float32 (float64 for
-      float64), natural logarithm. A row that sees no key has o = 0, lse = -inf and gradients of 0.
+      o `[*batch, Sq, H, Dv]` in q's dtype, or (o, lse), (o, max_logits), (o, lse, max_logits), as asked for. lse
+      `[*batch, H, Sq]` in float32 (float64 for float64), natural logarithm. max_logits `[*batch, H]`, likewise, has no
+      gradient. A row that sees no key has o = 0, lse = -inf (the sink, if any) and gradients of 0.
 
     Raises:
       TypeError, ValueError: an argument does not fit; the message says which, what was wanted and what came. A config
         too large for the GPU's shared memory, and "triton" where there is no GPU, raise when the call is compiled.
       ImportError: on a GPU without jax-triton and triton installed.
     """
-    call, operands, batch = inputs.prepare(
-        q, k, v, bias,
-        causal=causal, softmax_scale=softmax_scale, implementation=implementation, block_ptr=block_ptr, config=config,
-    )  # fmt: skip
-    o, lse = _attention(call, *operands)
-    o, lse = (x.reshape(*batch, *x.shape[1:]) for x in (o, lse))
-    return (o, lse) if return_lse else o
+    arrays = {
+        **{"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks, "alibi_slopes": alibi_slopes},
+        **{"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "q_lengths": q_lengths},
+        **{"kv_lengths": kv_lengths, "softmax_scale": softmax_scale, "dropout_seed": dropout_seed},
+    }
+    options = {
+        **{"causal": causal, "causal_alignment": causal_alignment, "window_size": window_size},
+        **{"logits_soft_cap": logits_soft_cap, "dropout_rate": dropout_rate, "higher_order": higher_order},
+        **{"implementation": implementation, "block_ptr": block_ptr, "config": config},
+        **{"return_lse": return_lse, "return_max_logits": return_max_logits},
+    }
+    results = sharding.on_auto_axes(_flash_attention, arrays, options)
+    return results[0] if len(results) == 1 else results
+
+
+def _flash_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
+    """Check, run, and hand over what was asked for."""
+    call, operands, batch = inputs.prepare(**arrays, **options)
+    o, lse, row_max = _natively(call, *operands) if options["higher_order"] else _with_kernels(call, *operands)
+    results = [o.reshape(*batch, *o.shape[1:])]
+    if options["return_lse"]:
+        results.append(lse.reshape(*batch, *lse.shape[1:]))
+    if row_max is not None:
+        largest = jax.lax.stop_gradient(jnp.max(row_max, -1, initial=-jnp.inf))
+        results.append(largest.reshape(*batch, largest.shape[-1]))
+    return tuple(results)
+
+
+def _with_kernels(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
+    try:
+        return _attention(call, q, k, v, operands)
+    except TypeError as error:  # from within JAX, whose message cannot know what to do
+        if "forward-mode" not in str(error):
+            raise
+        raise inputs.higher_order_error() from error
+
+
+def _natively(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
+    """The path that JAX differentiates by itself."""
+    if q.size == 0 or k.size == 0:
+        return _attention(call, q, k, v, operands)
+    return xla.differentiable(Spec.of(call.rules, q, k, v, operands), call.config("fwd"), q, k, v, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: Call, q, k, v, scale, bias) -> tuple[Array, Array]:
-    o, lse, _, _ = primitives.forward(call, q, k, v, scale, bias)
-    return o, lse
+def _attention(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
+    o, lse, _, _, *row_max = primitives.forward(call, q, k, v, operands)
+    return o, lse, row_max[0] if row_max else None
 
 
 @jax.tree_util.register_static
-class _Wanted(frozenset):
-    """Which of the optional gradients ("bias", "scale") somebody asked for."""
+class _Wanted(tuple):
+    """Of the operands that have a gradient, those whose gradient somebody asked for."""
 
 
-def _attention_fwd(call: Call, q, k, v, scale, bias):
-    wanted = _Wanted(n for n, x in (("bias", bias), ("scale", scale)) if x is not None and x.perturbed)
-    q, k, v, scale, bias = q.value, k.value, v.value, scale.value, None if bias is None else bias.value
-    o, lse, m, l = primitives.forward(call, q, k, v, scale, bias)
-    return (o, lse), (q, k, v, scale, bias, o, m, l, wanted)
+def _attention_fwd(call: Call, q, k, v, operands):
+    wanted = _Wanted(name for name in DIFFERENTIABLE if name in operands and operands[name].perturbed)
+    q, k, v = q.value, k.value, v.value
+    operands = {name: x.value for name, x in operands.items()}
+    o, lse, m, l, *row_max = primitives.forward(call, q, k, v, operands)
+    o_name, lse_name = CHECKPOINT_NAMES
+    o = checkpoint_name(o, o_name)
+    lse, m, l = (checkpoint_name(x, lse_name) for x in (lse, m, l))
+    return (o, lse, row_max[0] if row_max else None), (q, k, v, operands, o, m, l, wanted)
 
 
 def _attention_bwd(call: Call, residuals, cotangents):
-    q, k, v, scale, bias, o, m, l, wanted = residuals
-    do, dlse = cotangents
+    q, k, v, operands, o, m, l, wanted = residuals
+    do, dlse, _ = cotangents
     do = jnp.zeros(o.shape, o.dtype) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    dq, dk, dv, dbias, dscale = primitives.backward(
-        call,
-        q,
-        k,
-        v,
-        scale,
-        bias,
-        o,
-        m,
-        l,
-        do,
-        dlse,
-        bias_grad="bias" in wanted,
-        scale_grad="scale" in wanted,
-    )
-    if bias is not None and dbias is None:  # nobody looks at it
-        dbias = jnp.zeros(bias.shape, bias.dtype)
-    return dq, dk, dv, jnp.zeros((), scale.dtype) if dscale is None else dscale.sum(), dbias
+    dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, m, l, do, dlse, wanted=tuple(wanted))
+    return dq, dk, dv, {name: grads[name] if name in grads else _no_gradient(x) for name, x in operands.items()}
+
+
+def _no_gradient(x: Array) -> Any:
+    """Of an operand that has none, or whose nobody looks at."""
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jax.dtypes.float0
+    return np.zeros(x.shape, dtype) if dtype == jax.dtypes.float0 else jnp.zeros(x.shape, dtype)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)

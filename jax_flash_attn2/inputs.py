@@ -4,32 +4,37 @@ A message names the argument, says what was wanted, what came, and what to do ab
 """
 
 import dataclasses
+import inspect
 import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import target
+from . import dropout, target
 from .passes import PASSES
-from .spec import Config, Precision, Spec, Tuned
+from .spec import Config, Precision, Rules, Tuned
 from .target import Target
 
 Implementation = Literal["triton", "xla"]
+Alignment = Literal["top_left", "bottom_right"]
+WindowSize = int | tuple[int | None, int | None]
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MAX_HEAD_DIM = 256
 _MAX_BLOCK = 512
+_FAR = 2**30  # a bound that no index reaches, and that can be added to one
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """All that is static about one call: what is computed, how, by what and for which GPU."""
 
-    spec: Spec
+    rules: Rules
     configs: tuple[Config, ...]
     """What the caller asked for, for each of `passes.PASSES`."""
     implementation: Implementation | None
@@ -45,36 +50,63 @@ class Call:
         return self.implementation == "triton" or (self.implementation is None and dtype != jnp.float64)
 
 
+def defaults() -> dict[str, Any]:
+    """What the options of `flash_attention` are where a caller says nothing."""
+    from .api import flash_attention
+
+    parameters = inspect.signature(flash_attention).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def prepare(
-    q, k, v, bias, *, causal, softmax_scale, implementation, block_ptr, config
-) -> tuple[Call, tuple[Array, Array, Array, Array, Array | None], tuple[int, ...]]:
+    q, k, v, bias, *, causal, causal_alignment, window_size, mask, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths,
+    logits_soft_cap, sinks, alibi_slopes, dropout_rate, dropout_seed, softmax_scale, implementation, block_ptr, config,
+    higher_order, return_lse, return_max_logits,
+) -> tuple[Call, tuple[Array, Array, Array, dict[str, Array]], tuple[int, ...]]:  # fmt: skip
     """Checks the arguments of `flash_attention` and brings them into the form that the primitives take.
 
     Returns:
-      The call; q, k, v as `[B, S, H, D]`, the scale as a non-negative 0-d array, the bias as four axes each
-      of length 1 or full; and the batch axes of the results.
+      The call; q, k, v as `[B, S, H, D]` and the operands of `spec.OPERANDS` that it has; and the batch axes of the
+      results.
     """
     q, k, v = _array("q", q), _array("k", k), _array("v", v)
     _check_shapes(q, k, v)
-    batch = q.shape[:-3]
-    spec = Spec(
-        heads=q.shape[-2],
-        kv_heads=k.shape[-2],
-        head_dim=q.shape[-1],
-        v_dim=v.shape[-1],
-        causal=_boolean("causal", causal),
-        multiple_q=_multiple(q.shape[-3]),
-        multiple_k=_multiple(k.shape[-3]),
+    batch, (seqlen_q, heads), seqlen_k = q.shape[:-3], q.shape[-3:-1], k.shape[-3]
+    left, right = _window(window_size, _boolean("causal", causal))
+    rules = Rules(
+        left, right, _soft_cap(logits_soft_cap), _rate(dropout_rate), _boolean("return_max_logits", return_max_logits)
     )
-    if bias is not None:
-        bias = _bias(bias, (*batch, spec.heads, q.shape[-3], k.shape[-3]))
-        spec = dataclasses.replace(spec, bias_axes=tuple(n > 1 for n in bias.shape))
+    _boolean("return_lse", return_lse)
     implementation = check_implementation(implementation)
-    call = Call(spec, _configs(config, block_ptr, implementation), implementation, target.named())
-    _check_implementation_fits(call, q.dtype)
-    scale, q = _scale(softmax_scale, q)
+    if _boolean("higher_order", higher_order) and implementation == "triton":
+        raise ValueError(
+            'higher_order=True runs on XLA, got implementation="triton" too; leave one of them out (the Triton kernels '
+            "have a first derivative only)"
+        )
+    call = Call(rules, _configs(config, block_ptr, implementation), implementation, target.named())
+    _check_implementation_fits(call, q, v)
+
+    operands: dict[str, Array] = {}
+    operands["scale"], q = _scale(softmax_scale, q)
+    if bias is not None:
+        operands["bias"] = _bias(bias, batch, (heads, seqlen_q, seqlen_k))
+    if mask is not None:
+        operands["mask"] = _mask(mask, batch, (heads, seqlen_q, seqlen_k))
+    operands |= _segments(q_segment_ids, kv_segment_ids, batch, seqlen_q, seqlen_k)
+    for name, lengths in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
+        if lengths is not None:
+            operands[name] = _integers(name, lengths, batch, (), "[*batch]").reshape(-1, 1, 1, 1)
+    if sinks is not None:
+        operands["sinks"] = _per_head("sinks", sinks, (), heads, q.dtype)
+    if alibi_slopes is not None:
+        operands["slopes"] = _per_head("alibi_slopes", alibi_slopes, batch, heads, q.dtype)
+    if rules.dropout_rate:
+        operands |= _dropout_keys(dropout_seed, batch, heads)
+    positions_matter = left is not None or right is not None or "slopes" in operands or rules.dropout_rate > 0
+    if _alignment(causal_alignment) == "bottom_right" and positions_matter and seqlen_q != seqlen_k:
+        operands["offset"] = jnp.full((1, 1, 1, 1), seqlen_k - seqlen_q, jnp.int32)
     q, k, v = (x.reshape(-1 if x.size else math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
-    return call, (q, k, v, scale, bias), batch
+    return call, (q, k, v, operands), batch
 
 
 # One argument each.
@@ -124,50 +156,167 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
             raise ValueError(f"head_dim of {name} must be from 1 to {_MAX_HEAD_DIM}, got {x.shape[-1]}")
 
 
-def _multiple(n: int) -> int:
-    """The largest power of two up to 128 that divides n."""
-    return math.gcd(n, 128) if n else 128
+def _flat(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Array:
+    """x, which broadcasts to `[*batch, *axes]`, with its batch axes made one: `[1 or B, *(1 or axis)]`."""
+    full = (*batch, *axes)
+    own = (1,) * (len(full) - x.ndim) + x.shape
+    if len(own) != len(full) or any(n not in (1, m) for n, m in zip(own, full, strict=True)):
+        raise ValueError(f"{name} must broadcast to {wanted} = {full} (each axis 1 or full), got shape {x.shape}")
+    rest = own[len(batch) :]
+    if math.prod(own[: len(batch)]) > 1:  # batch axes that it has only in part cannot be flattened as they are
+        x = jnp.broadcast_to(x, (*batch, *rest))
+        return x.reshape(-1 if x.size else math.prod(batch), *rest)
+    return jnp.asarray(x).reshape(1, *rest)
 
 
-def _bias(bias: Any, shape: tuple[int, ...]) -> Array:
-    """A bias that broadcasts to `shape` ([*batch, H, Sq, Sk]), with its batch axes made one."""
+_LOGITS = "[*batch, heads, seqlen_q, seqlen_k]"
+
+
+def _bias(bias: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Array:
     if not isinstance(bias, Array | np.ndarray):
         raise TypeError(f"bias must be an array, got {type(bias).__name__}")
     if bias.dtype.name not in _DTYPES:
-        hint = "; a bias is added to the logits, a mask of booleans is jnp.where(mask, 0.0, -jnp.inf)"
         raise TypeError(
             f"bias must have one of the dtypes {', '.join(_DTYPES)}, got {bias.dtype.name}"
-            f"{hint if bias.dtype == jnp.bool_ else '; cast it first'}"
+            f"{'; pass booleans as mask' if bias.dtype == jnp.bool_ else '; cast it first'}"
         )
-    own = (1,) * (len(shape) - bias.ndim) + bias.shape
-    if len(own) != len(shape) or any(n not in (1, full) for n, full in zip(own, shape, strict=True)):
+    return _flat("bias", bias, batch, axes, _LOGITS)
+
+
+def _mask(mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Array:
+    if not isinstance(mask, Array | np.ndarray):
+        raise TypeError(f"mask must be an array of booleans, got {type(mask).__name__}")
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must have dtype bool (True: attend), got {mask.dtype.name}; what is added to logits is a bias, and "
+            f"numbers that mean yes or no are mask != 0"
+        )
+    return _flat("mask", mask, batch, axes, _LOGITS)
+
+
+def _integers(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Array:
+    if _integer(x):
+        x = np.asarray(x)
+    if not isinstance(x, Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an array of integers {wanted}, got {_describe(x)}")
+    return _flat(name, x, batch, axes, wanted).astype(jnp.int32)
+
+
+def _segments(q_ids: Any, kv_ids: Any, batch: tuple[int, ...], seqlen_q: int, seqlen_k: int) -> dict[str, Array]:
+    if q_ids is None and kv_ids is None:
+        return {}
+    if q_ids is None or (kv_ids is None and seqlen_q != seqlen_k):
+        missing = "q_segment_ids" if q_ids is None else "kv_segment_ids"
         raise ValueError(
-            f"bias must broadcast to [*batch, heads, seqlen_q, seqlen_k] = {shape} (each axis 1 or full; the head axis "
-            f"counts query heads), got shape {bias.shape}"
+            f"q_segment_ids and kv_segment_ids go together, got no {missing} (only kv_segment_ids may be left out, and "
+            f"only where Sq == Sk; here Sq = {seqlen_q}, Sk = {seqlen_k})"
         )
-    batch = shape[:-3]
-    if math.prod(own[:-3]) > 1:  # batch axes that it has only in part cannot be flattened as they are
-        bias = jnp.broadcast_to(bias, (*batch, *own[-3:]))
-        return bias.reshape(-1 if bias.size else math.prod(batch), *own[-3:])
-    return jnp.asarray(bias).reshape(1, *own[-3:])
+    q_ids = _integers("q_segment_ids", q_ids, batch, (seqlen_q,), "[*batch, seqlen_q]")
+    if kv_ids is None:
+        kv_ids = q_ids
+    else:
+        kv_ids = _integers("kv_segment_ids", kv_ids, batch, (seqlen_k,), "[*batch, seqlen_k]")
+    return {"q_segments": q_ids[:, None, :, None], "kv_segments": kv_ids[:, None, None, :]}
+
+
+def _per_head(name: str, x: Any, batch: tuple[int, ...], heads: int, dtype: Any) -> Array:
+    wanted = "[*batch, heads]" if name == "alibi_slopes" else "[heads]"
+    if not isinstance(x, Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating array {wanted}, got {_describe(x)}")
+    x = _flat(name, x, batch, (heads,), wanted)[:, :, None, None]
+    return x.astype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def _window(window: Any, causal: bool) -> tuple[int | None, int | None]:
+    """How far to the left and right of its position a row sees."""
+    if window is None or _integer(window):
+        window = (window, window)
+    if not isinstance(window, tuple | list) or len(window) != 2 or not all(n is None or _integer(n) for n in window):
+        raise TypeError(
+            f"window_size must be an integer, a pair (left, right) of integers or None (no bound), got {window!r}"
+        )
+    if any(n is not None and n < 0 for n in window):
+        raise ValueError(f"window_size must not be negative, got {tuple(window)}; None means that there is no bound")
+    left, right = (None if n is None else min(int(n), _FAR) for n in window)
+    return left, 0 if causal else right
+
+
+def _alignment(alignment: Any) -> Alignment:
+    if alignment not in get_args(Alignment):
+        raise ValueError(f"causal_alignment must be one of {get_args(Alignment)}, got {alignment!r}")
+    return alignment
+
+
+def _soft_cap(cap: Any) -> float | None:
+    if cap is None:
+        return None
+    if not isinstance(cap, numbers.Real) or isinstance(cap, bool):
+        raise TypeError(f"logits_soft_cap must be a number (it is static under jit) or None, got {_describe(cap)}")
+    cap = float(cap)
+    if not (math.isfinite(cap) and cap > 0):
+        raise ValueError(f"logits_soft_cap must be positive and finite, got {cap}; None means that there is none")
+    return cap
+
+
+def _rate(rate: Any) -> float:
+    if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
+        raise TypeError(f"dropout_rate must be a number (it is static under jit), got {_describe(rate)}")
+    rate = float(rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be at least 0 and below 1, got {rate}")
+    return rate
+
+
+def _dropout_keys(seed: Any, batch: tuple[int, ...], heads: int) -> dict[str, Array]:
+    """Philox keys `[1|B, 1|H, 1, 1]`."""
+    size = math.prod(batch)
+    if seed is None:
+        raise ValueError("dropout_rate > 0 needs a dropout_seed: an integer, a PRNG key, or integers [*batch, heads]")
+    if _integer(seed):
+        words = np.uint32(int(seed) & 0xFFFFFFFF), np.uint32(int(seed) >> 32 & 0xFFFFFFFF)
+    elif isinstance(seed, Array | np.ndarray) and jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        if seed.shape != ():
+            raise ValueError(f"dropout_seed must be a single PRNG key, got keys of shape {seed.shape}")
+        data = jax.random.key_data(seed)
+        words = data[0], data[-1]
+    elif not isinstance(seed, Array | np.ndarray) or not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise TypeError(
+            f"dropout_seed must be an integer, a PRNG key, or an array of integers [*batch, heads], "
+            f"got {_describe(seed)}"
+        )
+    elif seed.ndim == 0:
+        wide = jnp.asarray(seed) if seed.dtype.itemsize >= 4 else jnp.asarray(seed, jnp.int32)
+        words = wide.astype(jnp.uint32), (wide >> 16 >> 16).astype(jnp.uint32)
+    elif seed.ndim == 1 and seed.shape == (2,) and seed.dtype == jnp.uint32:  # an old-style jax.random.PRNGKey
+        words = seed[0], seed[1]
+    elif seed.ndim == 1:
+        raise ValueError(
+            f"dropout_seed as an array needs at least 2 axes [*batch, heads] (each 1 or full), got shape {seed.shape}"
+        )
+    else:
+        own = seed[0] if not batch and seed.ndim == 2 and seed.shape[0] == 1 else seed
+        key = _flat("dropout_seed", own, batch, (heads,), "[*batch, heads]").astype(jnp.uint32)[:, :, None, None]
+        return {"dropout_key0": key, "dropout_key1": jnp.zeros_like(key)}
+    key0, key1 = dropout.keys(words, size, heads)
+    return {"dropout_key0": key0, "dropout_key1": key1}
 
 
 def _scale(scale: Any, q: Array) -> tuple[Array, Array]:
-    """The softmax scale as a non-negative array, and q with the scale's sign: kernels count on max(s) * scale."""
+    """The softmax scale as a non-negative operand, and q with the scale's sign: kernels count on max(s) * scale."""
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
         if not math.isfinite(scale):
             raise ValueError(f"softmax_scale must be finite, got {scale}")
-        return jnp.asarray(abs(scale), dtype), -q if scale < 0 else q
+        return jnp.full((1, 1, 1, 1), abs(float(scale)), dtype), -q if float(scale) < 0 else q
     if not isinstance(scale, Array | np.ndarray) or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"softmax_scale must be a number or a 0-d floating array, got {_describe(scale)}")
     if scale.shape != ():
         raise ValueError(f"softmax_scale must be a single number, got an array of shape {scale.shape}")
-    scale = jnp.asarray(scale).astype(dtype)
+    scale = jnp.asarray(scale).astype(dtype).reshape(1, 1, 1, 1)
     negative = scale < 0
-    return jnp.where(negative, -scale, scale), jnp.where(negative, -q, q)
+    return jnp.where(negative, -scale, scale), jnp.where(negative.reshape(()), -q, q)
 
 
 def static_scale(scale: Any) -> float | None:
@@ -250,13 +399,14 @@ def _config(name: str, config: Config, block_ptr: bool | None, implementation: I
     return config
 
 
-def _check_implementation_fits(call: Call, dtype: Any) -> None:
+def _check_implementation_fits(call: Call, q: Array, v: Array) -> None:
+    dtype = q.dtype
     if call.implementation == "triton" and dtype == jnp.float64:
         raise TypeError('implementation="triton" has no float64, got float64 q, k and v; use "xla", or cast them')
     for config in call.configs:
         if not config.block_ptr:
             continue
-        for name, width in (("q and k", call.spec.head_dim), ("v", call.spec.v_dim)):
+        for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
             if width * dtype.itemsize % 16:
                 raise ValueError(
                     f"block_ptr=True needs rows of a multiple of 16 bytes, got head_dim {width} of {name} in "
@@ -283,6 +433,14 @@ def missing_triton_error(cause: ImportError) -> ImportError:
         f'the Triton kernels need jax-triton and triton ({cause}): pip install "jax_flash_attn2[cuda13]" '
         f"(or [cuda12]), "
         f'or pass implementation="xla"'
+    )
+
+
+def higher_order_error() -> TypeError:
+    """A derivative was asked for that the kernels do not have."""
+    return TypeError(
+        "flash_attention has one derivative, in reverse mode; for forward mode (jvp, jacfwd), hessians and gradients "
+        "of gradients pass higher_order=True"
     )
 
 

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -70,7 +71,7 @@ class _Dtype:
 
     def __init__(self, dtype: np.dtype):
         self.name, self.itemsize = dtype.name, dtype.itemsize
-        self.is_floating_point = True
+        self.is_floating_point = jnp.issubdtype(dtype, jnp.floating)
 
     def __str__(self) -> str:
         return self.name
@@ -103,10 +104,17 @@ def _mend_bfloat16() -> None:
     builder.create_dot = create_dot_widened
 
 
+def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
+    """An array whose elements are all NaN, True, or the largest integer."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return np.full(shape, np.nan, dtype)
+    return np.full(shape, True if dtype == np.bool_ else np.iinfo(dtype).max, dtype)
+
+
 def _guarded(array: np.ndarray) -> np.ndarray:
-    """A copy with NaN in the memory on either side, so that a read outside the array does not go unseen."""
+    """A copy with poison in the memory on either side, so that a read outside the array does not go unseen."""
     guard = 4096  # elements
-    memory = np.full(array.size + 2 * guard, np.nan, array.dtype)
+    memory = _poisoned(array.size + 2 * guard, array.dtype)
     inside = memory[guard : guard + array.size].reshape(array.shape)
     inside[...] = array
     return inside
@@ -117,31 +125,32 @@ def run(
 ) -> tuple[Array | None, ...]:
     """Interprets one kernel through a host callback, so that it works inside jit; see `launch.run`."""
     _mend_bfloat16()
-    arrays = [x.array if isinstance(x, Rows) else x for x in operands]
     present = [x for x in outputs if x is not None]
 
     def callback(*values):
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
         values = iter(values)
-        results = [_Tensor(np.full(x.shape, np.nan, x.dtype)) for x in present]
+        results = [_Tensor(_poisoned(x.shape, x.dtype)) for x in present]
         waiting = iter(results)
-        args: list[Any] = []
-        for operand in operands:
-            if operand is None or isinstance(operand, int):
-                args.append(operand)
-                continue
+
+        def argument(x):
+            if isinstance(x, tuple):
+                return tuple(map(argument, x))
+            if x is None or isinstance(x, int):
+                return x
             tensor = _Tensor(_guarded(np.asarray(next(values))))
-            if isinstance(operand, Rows) and config.block_ptr and target.has_tma:
-                args.append(TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(operand.block_shape)))
-            else:
-                args.append(tensor)
-        args += [None if x is None else next(waiting) for x in outputs]
+            if not (isinstance(x, Rows) and config.block_ptr and target.has_tma):
+                return tensor
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(x.block_shape))
+
+        args = [argument(x) for x in operands] + [None if x is None else next(waiting) for x in outputs]
         with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy about NaN, which a GPU does not mention either
             kernel[(programs,)](*args, SPEC=spec, CFG=config)
         return tuple(x.array for x in results)
 
-    values = [x for x in arrays if x is not None and not isinstance(x, int)]
+    leaves = [y for x in operands for y in (x if isinstance(x, tuple) else (x,))]
+    values = [x.array if isinstance(x, Rows) else x for x in leaves if x is not None and not isinstance(x, int)]
     results = iter(jax.pure_callback(callback, tuple(present), *values, vmap_method="sequential"))
     return tuple(None if x is None else next(results) for x in outputs)

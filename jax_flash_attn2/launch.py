@@ -53,7 +53,7 @@ def _output_names(kernel: Any, outputs: tuple) -> list[str]:
 
 
 def _operand(x: Any, target: Target, config: Tuned) -> Any:
-    if not isinstance(x, Rows):
+    if not isinstance(x, Rows):  # an array, a tuple of arrays, a number, or nothing
         return x
     if config.block_ptr and target.has_tma:
         return jt.TensorDescriptor.from_array(x.array, x.block_shape)

@@ -6,14 +6,18 @@ call, `interpret.run` calls Triton's interpreter, and the codegen check compiles
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from .spec import Spec, Tuned
+from . import spans
+from .spec import Operand, Spec, Tuned
+
+LN2 = math.log(2)
 
 PASSES = ("fwd", "dq", "dkdv", "dbias")
 """Every kernel of the package, by the name that `tuning` and the codegen check know it by."""
@@ -38,60 +42,78 @@ class Rows:
 
 
 Run = Callable[..., Any]
-"""run(kernel, programs, operands, outputs, spec, config) -> the outputs, in order."""
+"""run(kernel, programs, operands, outputs, spec, config) -> the outputs, in order.
+
+An operand is an array, `Rows`, a tuple of arrays, an int or None; an output of None is not computed."""
 
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def forward(run: Run, spec: Spec, config: Tuned, q, k, v, scale, bias) -> tuple[Array, Array, Array, Array]:
-    """One launch: o `[B, Sq, H, Dv]`, lse `[B, H, Sq]` (natural log), and the row statistics m and l."""
+def forward(
+    run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str, Array]
+) -> tuple[Array, Array, Array, Array, Array | None]:
+    """One launch: o `[B, Sq, H, Dv]`, lse `[B, H, Sq]` (natural log), the row statistics m and l, and, if wanted, each
+    row's largest logit."""
     from .kernels.fwd import attn_fwd_kernel
 
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k = k.shape[1]
-    m, n, d, dv = config.block_m, config.block_n, spec.block_d, spec.block_dv
     row = _struct((batch, heads, seqlen_q), jnp.float32)
-    o, m_row, l_row = run(
+    o, m, l, row_max = run(
         attn_fwd_kernel,
-        _cdiv(seqlen_q, m) * heads * batch,
-        (q, Rows(k, n, d), Rows(v, n, dv), scale, bias, seqlen_q, seqlen_k),
-        (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, row),
+        _cdiv(seqlen_q, config.block_m) * heads * batch,
+        (
+            q,
+            Rows(k, config.block_n, spec.block_d),
+            Rows(v, config.block_n, spec.block_dv),
+            _ordered(spec, operands),
+            _query_spans(spec, config, q, k, operands),
+            *(seqlen_q, seqlen_k),
+        ),
+        (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, row, row if spec.rules.max_logits else None),
         spec,
         config,
     )
-    return o, (m_row + jnp.log2(l_row)) * math.log(2), m_row, l_row
+    return o, (m + jnp.log2(l)) * LN2, m, l, None if row_max is None else row_max * LN2
 
 
 def backward(
     run: Run,
     spec: Spec,
-    configs: dict[str, Tuned],
-    q, k, v, scale, bias, o, m, l, do, dlse,
+    configs: Mapping[str, Tuned],
+    q, k, v, operands: Mapping[str, Array], o, m, l, do, dlse,
     *,
-    bias_grad: bool,
-    scale_grad: bool,
+    wanted: tuple[str, ...],
+    apart: tuple[int, ...],
 ):  # fmt: skip
-    """Two launches, and a third for the gradient of a bias: dq, dk, dv, dbias or None, dscale `[B]` or None."""
+    """Two launches, and a third for the gradient of a bias: dq, dk, dv and the gradients of the `wanted` operands.
+
+    The gradient of an operand `[n, ...]` is `[apart * n, ...]`: the batch, seen as (apart, rest, n), is summed over
+    its middle.
+    """
     from .kernels import bwd
 
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k = k.shape[1]
     row = _struct((batch, heads, seqlen_q), jnp.float32)
+    ordered = _ordered(spec, operands)
 
     config = configs["dq"]
-    norm, dscale = row if spec.has_bias else None, row if scale_grad else None
-    dq, delta, shift, norm, dscale = run(
+    dq, delta, shift, norm, dscale, dslopes = run(
         bwd.attn_bwd_dq_kernel,
         _cdiv(seqlen_q, config.block_m) * heads * batch,
         (
             q,
             Rows(k, config.block_n, spec.block_d),
             Rows(v, config.block_n, spec.block_dv),
-            *(scale, bias, o, m, l, do, dlse, seqlen_q, seqlen_k),
+            *(ordered, _query_spans(spec, config, q, k, operands), o, m, l, do, dlse, seqlen_q, seqlen_k),
         ),
-        (_struct(q.shape, q.dtype), row, row, norm, dscale),
+        (
+            *(_struct(q.shape, q.dtype), row, row, row if spec.reshapes else None),
+            *(row if name in wanted else None for name in ("scale", "slopes")),
+        ),
         spec,
         config,
     )
@@ -102,7 +124,7 @@ def backward(
         _cdiv(seqlen_k, config.block_n) * spec.kv_heads * batch,
         (
             Rows(q, config.block_m, spec.block_d),
-            *(k, v, scale, bias),
+            *(k, v, ordered, _key_spans(spec, config, q, k, operands)),
             Rows(do, config.block_m, spec.block_dv),
             *(delta, shift, norm, seqlen_q, seqlen_k),
         ),
@@ -111,24 +133,76 @@ def backward(
         config,
     )
 
-    dbias = None
-    if bias_grad:
+    def bias(groups: int) -> Array:
         config = configs["dbias"]
-        axes = spec.dbias_partial.bias_axes or ()
-        shape = tuple(n if has else 1 for n, has in zip((batch, heads, seqlen_q, seqlen_k), axes, strict=True))
-        tiles = (*shape[:2], _cdiv(shape[2], config.block_m), _cdiv(shape[3], config.block_n))
-        whole = shape == bias.shape  # nothing left to sum: the kernel may round to the bias's own dtype
-        (dbias,) = run(
+        own = operands["bias"].shape
+        in_kernel = own[2:] == (seqlen_q, seqlen_k)
+        shape = (1 if in_kernel and own[0] * groups == 1 else batch, own[1] if in_kernel else heads, *own[2:])
+        out = Operand(0, 1 if shape[0] == 1 else 0, *(n > 1 for n in shape[1:]))
+        whole = shape == (
+            groups * own[0],
+            *own[1:],
+        )  # nothing left to sum: the kernel may round to the bias's own dtype
+        (partial,) = run(
             bwd.attn_bwd_dbias_kernel,
-            math.prod(tiles),
-            (q, k, v, scale, bias, do, delta, shift, norm, batch, seqlen_q, seqlen_k),
-            (_struct(shape, bias.dtype if whole else jnp.float32),),
-            spec,
+            math.prod((*shape[:2], _cdiv(shape[2], config.block_m), _cdiv(shape[3], config.block_n))),
+            (
+                *(q, k, v, ordered, _query_spans(spec, config, q, k, operands), do, delta, shift, norm),
+                *(batch, seqlen_q, seqlen_k),
+            ),
+            (_struct(shape, operands["bias"].dtype if whole else jnp.float32),),
+            dataclasses.replace(spec, dbias=out),
             config,
         )
-        broadcast = tuple(i for i, (n, own) in enumerate(zip(shape, bias.shape, strict=True)) if n != own)
-        dbias = dbias.sum(broadcast, keepdims=True).astype(bias.dtype)
-    return dq, dk, dv, dbias, None if dscale is None else dscale.sum((1, 2)).astype(scale.dtype)
+        return partial
+
+    def sinks() -> Array:  # a logit like any other, with nothing that it multiplies
+        p = jnp.exp2(operands["sinks"][:, :, 0] / LN2 - shift)
+        return -(p * delta * (1 if norm is None else norm)).sum(-1)[..., None, None]
+
+    partials = {
+        "scale": lambda _: dscale.sum((1, 2))[:, None, None, None],
+        "bias": bias,
+        "sinks": lambda _: sinks(),
+        "slopes": lambda _: dslopes.sum(-1)[..., None, None],
+    }
+    grads = (
+        reduce_to(partials[name](groups), operands[name].shape, groups).astype(operands[name].dtype)
+        for name, groups in zip(wanted, apart, strict=True)
+    )
+    return dq, dk, dv, *grads
+
+
+def reduce_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:
+    """What each batch and head contributes to the gradient of an operand of `shape`, summed; see `backward`."""
+    if x.shape[0] != apart * shape[0]:
+        x = x.reshape(apart, -1, shape[0], *x.shape[1:]).sum(1).reshape(-1, *x.shape[1:])
+    return x.sum([i for i in range(1, 4) if x.shape[i] != shape[i]], keepdims=True)
+
+
+def _ordered(spec: Spec, operands: Mapping[str, Array]) -> tuple[Array, ...]:
+    return tuple(operands[name] for name, _ in spec.operands)
+
+
+def _query_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> Array | None:
+    if not spec.spans:
+        return None
+    starts = np.arange(0, q.shape[1], config.block_m)
+    table = spans.query_spans(
+        spec, operands, q.shape[0], q.shape[1], k.shape[1], starts, config.block_m, config.block_n
+    )
+    return _every_batch(spec, table, q.shape[0])
+
+
+def _key_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> Array | None:
+    if not spec.spans:
+        return None
+    table = spans.key_spans(spec, operands, q.shape[0], q.shape[1], k.shape[1], config.block_m, config.block_n)
+    return _every_batch(spec, table, q.shape[0])
+
+
+def _every_batch(spec: Spec, table: Array, batch: int) -> Array:
+    return jnp.broadcast_to(table, (batch, spec.heads if spec.span_heads else 1, *table.shape[2:]))
 
 
 def _cdiv(a: int, b: int) -> int:

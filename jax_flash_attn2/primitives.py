@@ -4,61 +4,59 @@ On NVIDIA and AMD GPUs a pass lowers to the Triton kernels, everywhere else to t
 imported only when something is lowered for a GPU (or interpreted), so CPU runs do not wait for it.
 """
 
-import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
-from . import interpret, passes, tuning, xla
-from .inputs import Call, missing_triton_error, not_on_this_platform_error
+from . import interpret, passes, sharding, tuning, xla
+from .inputs import Call, higher_order_error, missing_triton_error, not_on_this_platform_error
+from .spec import OPERANDS, Spec
 from .target import Target, present
 
 
-def forward(call: Call, q: Array, k: Array, v: Array, scale: Array, bias: Array | None) -> list[Array]:
-    """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, and the row statistics m and l that only `backward` reads."""
-    return _forward_p.bind(*_pack(q, k, v, scale, bias), call=call)
+def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> list[Array]:
+    """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, the row statistics m and l that only `backward` reads, and, if the rules
+    want them, each row's largest logit `[B, H, Sq]`."""
+    names = _names(operands)
+    return _forward_p.bind(q, k, v, *(operands[n] for n in names), call=call, names=names)
 
 
 def backward(
-    call: Call,
-    q, k, v, scale, bias, o, m, l, do, dlse,
-    *,
-    bias_grad: bool,
-    scale_grad: bool,
-) -> tuple[Array, Array, Array, Array | None, Array | None]:  # fmt: skip
-    """dq, dk, dv, dbias (or None), dscale `[B]` (or None): what each batch contributes to the scale's gradient."""
-    has_dlse = dlse is not None
-    out = iter(
-        _backward_p.bind(
-            *_pack(q, k, v, scale, o, m, l, do, bias, dlse),
-            call=call, has_dlse=has_dlse, bias_grad=bias_grad, scale_grad=scale_grad,
-        )
-    )  # fmt: skip
-    dq, dk, dv = next(out), next(out), next(out)
-    return dq, dk, dv, next(out) if bias_grad else None, next(out) if scale_grad else None
+    call: Call, q, k, v, operands: Mapping[str, Array], o, m, l, do, dlse, *, wanted: tuple[str, ...]
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """dq, dk, dv, and the gradients of the `wanted` operands."""
+    names = _names(operands)
+    extra = [operands[n] for n in names] + ([] if dlse is None else [dlse])
+    dq, dk, dv, *grads = _backward_p.bind(
+        q, k, v, o, m, l, do, *extra, call=call, names=names, wanted=wanted, apart=(1,) * len(wanted)
+    )
+    return dq, dk, dv, dict(zip(wanted, grads, strict=True))
 
 
-def _pack(*operands: Array | None) -> list[Array]:
-    return [x for x in operands if x is not None]
+def _names(operands: Mapping[str, Array]) -> tuple[str, ...]:
+    return tuple(name for name in OPERANDS if name in operands)
 
 
 # Shapes and dtypes.
 
 
-def _forward_shapes(q, k, v, scale, *bias, call: Call):
+def _forward_shapes(q, k, v, *operands, call: Call, names):
     stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     row = _aval((q.shape[0], q.shape[2], q.shape[1]), stats)
-    return [_aval((*q.shape[:3], v.shape[3]), q.dtype), row, row, row]
+    return [_aval((*q.shape[:3], v.shape[3]), q.dtype), *[row] * (4 if call.rules.max_logits else 3)]
 
 
-def _backward_shapes(q, k, v, scale, o, m, l, do, *rest, call: Call, has_dlse, bias_grad, scale_grad):
-    out = [_aval(x.shape, x.dtype) for x in (q, k, v, *rest[: int(bias_grad)])]
-    return [*out, _aval((q.shape[0],), scale.dtype)] if scale_grad else out
+def _backward_shapes(q, k, v, o, m, l, do, *rest, call: Call, names, wanted, apart):
+    operands = dict(zip(names, rest, strict=False))
+    grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, apart, strict=True)]
+    grads = [_aval(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
+    return [_aval(x.shape, x.dtype) for x in (q, k, v)] + grads
 
 
 def _aval(shape, dtype):
@@ -68,60 +66,61 @@ def _aval(shape, dtype):
 # The maths on each platform. `run` launches a kernel; None asks for the XLA path.
 
 
-def _forward(run, target, q, k, v, scale, *bias, call: Call):
-    bias = bias[0] if bias else None
-    if q.size == 0 or k.size == 0 or v.size == 0:  # no rows, or rows that see nothing
-        o, lse, m, l = (jnp.zeros(x.shape, x.dtype) for x in _forward_shapes(q, k, v, scale, call=call))
-        return [o, lse - jnp.inf, m - jnp.inf, l]
+def _forward(run, target, q, k, v, *rest, call: Call, names):
+    operands = dict(zip(names, rest, strict=True))
+    if _nothing_to_see(q, k, v):
+        o, *rows = (jnp.zeros(x.shape, x.dtype) for x in _forward_shapes(q, k, v, call=call, names=names))
+        lse = _lse_of_nothing(operands, rows[0])
+        m = jnp.where(lse == -jnp.inf, -jnp.inf, lse)
+        return [o, lse, m, jnp.exp(lse - jnp.where(m == -jnp.inf, 0, m)), *(x - jnp.inf for x in rows[3:])]
+    spec = Spec.of(call.rules, q, k, v, operands)
     if run is None:
-        return xla.forward(call.spec, call.config("fwd"), q, k, v, scale, bias)
-    config = tuning.choose("fwd", call.spec, q.dtype, target, call.config("fwd"))
-    return passes.forward(functools.partial(run, target), call.spec, config, q, k, v, scale, bias)
+        return _present(*xla.forward(spec, call.config("fwd"), q, k, v, operands))
+    config = tuning.choose("fwd", spec, q.dtype, target, call.config("fwd"))
+    return _present(*passes.forward(functools.partial(run, target), spec, config, q, k, v, operands))
 
 
-def _backward(
-    run,
-    target,
-    q,
-    k,
-    v,
-    scale,
-    o,
-    m,
-    l,
-    do,
-    *rest,
-    call: Call,
-    has_dlse: bool,
-    bias_grad: bool,
-    scale_grad: bool,
-):
-    rest = list(rest)
-    bias = rest.pop(0) if call.spec.has_bias else None
-    dlse = rest.pop(0) if has_dlse else None
-    if q.size == 0 or k.size == 0 or v.size == 0:
+def _backward(run, target, q, k, v, o, m, l, do, *rest, call: Call, names, wanted, apart):
+    operands, dlse = dict(zip(names, rest, strict=False)), rest[len(names)] if len(rest) > len(names) else None
+    if _nothing_to_see(q, k, v):
         shapes = _backward_shapes(
-            q,
-            k,
-            v,
-            scale,
-            o,
-            m,
-            l,
-            do,
-            bias,
-            call=call,
-            has_dlse=has_dlse,
-            bias_grad=bias_grad,
-            scale_grad=scale_grad,
-        )
-        return [jnp.zeros(x.shape, x.dtype) for x in shapes]
-    grads = {"bias_grad": bias_grad, "scale_grad": scale_grad}
-    operands = (q, k, v, scale, bias, o, m, l, do, dlse)
+            q, k, v, o, m, l, do, *rest, call=call, names=names, wanted=wanted, apart=apart
+        )  # fmt: skip
+        grads = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+        if "sinks" in wanted and dlse is not None:  # lse is the sink itself
+            i, shape = wanted.index("sinks"), operands["sinks"].shape
+            per_head = jnp.where(l == 0, 0, dlse).sum(-1)[..., None, None]
+            grads[3 + i] = passes.reduce_to(per_head, shape, apart[i]).astype(grads[3 + i].dtype)
+        return grads
+    spec = Spec.of(call.rules, q, k, v, operands)
+    args, options = (q, k, v, operands, o, m, l, do, dlse), {"wanted": wanted, "apart": apart}
     if run is None:
-        return _pack(*xla.backward(call.spec, call.config("dkdv"), *operands, **grads))
-    configs = {p: tuning.choose(p, call.spec, q.dtype, target, call.config(p)) for p in passes.PASSES[1:]}
-    return _pack(*passes.backward(functools.partial(run, target), call.spec, configs, *operands, **grads))
+        return list(xla.backward(spec, call.config("dkdv"), *args, **options))
+    configs = {p: tuning.choose(p, spec, q.dtype, target, call.config(p)) for p in passes.PASSES[1:]}
+    return list(passes.backward(functools.partial(run, target), spec, configs, *args, **options))
+
+
+def _present(*results: Array | None) -> list[Array]:
+    return [x for x in results if x is not None]
+
+
+def _nothing_to_see(q, k, v) -> bool:
+    return q.size == 0 or k.size == 0 or v.size == 0
+
+
+def _lse_of_nothing(operands: Mapping[str, Array], row: Array) -> Array:
+    """lse where there are no keys: the sink alone, if any, in the rows that there are."""
+    lse = row - jnp.inf
+    if "sinks" in operands:
+        lse = jnp.maximum(lse, _every_batch(operands["sinks"], row.shape[0])[..., 0].astype(row.dtype))
+    if "q_lengths" in operands:
+        inside = jnp.arange(row.shape[2]) < _every_batch(operands["q_lengths"], row.shape[0])[..., 0]
+        lse = jnp.where(inside, lse, -jnp.inf)
+    return lse
+
+
+def _every_batch(x: Array, batch: int) -> Array:
+    return jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if x.shape[0] > 1 else x
 
 
 def _on_gpu(maths, platform: str):
@@ -149,17 +148,31 @@ def _elsewhere(maths):
     return lowered
 
 
-def _primitive(name: str, shapes, maths) -> Primitive:
+def _primitive(name: str, shapes, maths, divided) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(shapes)
     primitive.def_impl(lambda *operands, **params: _eager(primitive, tuple(params.items()))(*operands))
-    mlir.register_lowering(primitive, mlir.lower_fun(_elsewhere(maths), multiple_results=True))
+    sharding.name_devices(primitive)
+    ad.primitive_jvps[primitive] = _refuse
+    mlir.register_lowering(primitive, _lowering(_elsewhere(maths), divided))
     for platform in ("cuda", "rocm"):
-        mlir.register_lowering(
-            primitive, mlir.lower_fun(_on_gpu(maths, platform), multiple_results=True), platform=platform
-        )
+        mlir.register_lowering(primitive, _lowering(_on_gpu(maths, platform), divided), platform=platform)
     return primitive
+
+
+def _refuse(*_, **__):
+    raise higher_order_error()
+
+
+def _lowering(maths, divided):
+    alone = mlir.lower_fun(maths, multiple_results=True)
+    together = mlir.lower_fun(functools.partial(divided, maths), multiple_results=True)
+
+    def lower(ctx, *args, **params):
+        return (together if sharding.is_divided(ctx) else alone)(ctx, *args, **params)
+
+    return lower
 
 
 @functools.lru_cache(maxsize=1024)
@@ -168,78 +181,61 @@ def _eager(primitive: Primitive, params: tuple[tuple[str, Any], ...]):
     return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
 
-_forward_p = _primitive("flash_attention_fwd", _forward_shapes, _forward)
-_backward_p = _primitive("flash_attention_bwd", _backward_shapes, _backward)
+_forward_p = _primitive("flash_attention_fwd", _forward_shapes, _forward, sharding.forward)
+_backward_p = _primitive("flash_attention_bwd", _backward_shapes, _backward, sharding.backward)
 
 
 # jax.vmap: the new axis joins the batch.
 
 
-def _fold(size: int, operands, dims):
-    """Operands `[B, ...]` with a mapped axis somewhere, or none -> `[size * B, ...]`."""
-
-    def fold(x, dim):
-        x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-        return x.reshape(size * x.shape[1], *x.shape[2:])
-
-    return [fold(x, dim) for x, dim in zip(operands, dims, strict=True)]
+def _fold(size: int, x: Array, dim: int | None) -> Array:
+    """`[B, ...]` with a mapped axis somewhere, or none -> `[size * B, ...]`."""
+    x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    return x.reshape(size * x.shape[1], *x.shape[2:])
 
 
-def _fold_bias(size: int, batch: int, call: Call, bias, dim, shared: bool):
-    """A bias `[1 or B, ...]` likewise. One without a batch axis stays as it is if it may be `shared`."""
-    if shared and dim is None and bias.shape[0] == 1:
-        return bias, call
-    bias = jnp.broadcast_to(bias, (size, *bias.shape)) if dim is None else jnp.moveaxis(bias, dim, 0)
-    bias = jnp.broadcast_to(bias, (size, batch, *bias.shape[2:])).reshape(size * batch, *bias.shape[2:])
-    axes = (size * batch > 1, *(call.spec.bias_axes or ())[1:])
-    return bias, dataclasses.replace(call, spec=dataclasses.replace(call.spec, bias_axes=axes))
+def _fold_operand(size: int, batch: int, x: Array, dim: int | None) -> Array:
+    """An operand likewise. One that is not mapped stays as it is: batch s * B + b reads it at b % n, as b did."""
+    if dim is None:
+        return x
+    x = jnp.moveaxis(x, dim, 0)
+    x = jnp.broadcast_to(x[:, None], (size, batch // x.shape[1] if x.shape[1] else 1, *x.shape[1:]))
+    return x.reshape(-1 if x.size else size * batch, *x.shape[3:])
 
 
-def _map_scale(primitive, operands, dims, params):
-    """A scale that is itself mapped: the kernels know one scale, so the calls follow each other."""
-    operands = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
-    mapped = [x for x, d in zip(operands, dims, strict=True) if d is not None]
-
-    def one(mapped):
-        rest = iter(mapped)
-        return primitive.bind(*(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params)
-
-    out = jax.lax.map(one, mapped)
-    return out, [0] * len(out)
+def _mapped_size(operands, dims) -> int:
+    return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
 
 
-def _batch_forward(operands, dims, *, call: Call):
-    if dims[3] is not None:
-        return _map_scale(_forward_p, operands, dims, {"call": call})
-    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-    q, k, v = _fold(size, operands[:3], dims[:3])
-    bias = operands[4:]
-    if bias:
-        biased, call = _fold_bias(size, q.shape[0] // size, call, bias[0], dims[4], shared=True)
-        bias = [biased]
-    out = _forward_p.bind(q, k, v, operands[3], *bias, call=call)
-    return [x.reshape(size, -1, *x.shape[1:]) for x in out], [0] * 4
+def _batch_forward(args, dims, *, call: Call, names):
+    size = _mapped_size(args, dims)
+    q, k, v = (_fold(size, x, d) for x, d in zip(args[:3], dims[:3], strict=True))
+    batch = q.shape[0] // size
+    operands = (_fold_operand(size, batch, x, d) for x, d in zip(args[3:], dims[3:], strict=True))
+    out = _forward_p.bind(q, k, v, *operands, call=call, names=names)
+    return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
 
 
-def _batch_backward(operands, dims, *, call: Call, has_dlse: bool, bias_grad: bool, scale_grad: bool):
-    params = {"has_dlse": has_dlse, "bias_grad": bias_grad, "scale_grad": scale_grad}
-    if dims[3] is not None:
-        return _map_scale(_backward_p, operands, dims, {"call": call, **params})
-    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-    q, k, v, o, m, l, do = _fold(size, [*operands[:3], *operands[4:8]], [*dims[:3], *dims[4:8]])
-    batch, rest, rest_dims = q.shape[0] // size, list(operands[8:]), list(dims[8:])
-    bias, own = [], None
-    if call.spec.has_bias:
-        own = rest[0].shape[0] if rest_dims[0] is None else jnp.moveaxis(rest[0], rest_dims[0], 0).shape[1]
-        # Each mapped call has a bias gradient of its own, so a bias that is differentiated is not shared.
-        biased, call = _fold_bias(size, batch, call, rest.pop(0), rest_dims.pop(0), shared=not bias_grad)
-        bias = [biased]
-    dlse = _fold(size, rest, rest_dims)
-    out = _backward_p.bind(q, k, v, operands[3], o, m, l, do, *bias, *dlse, call=call, **params)
-    out = [x.reshape(size, -1, *x.shape[1:]) for x in out]
-    if bias_grad and own == 1:
-        out[3] = out[3].sum(1, keepdims=True)
-    return out, [0] * len(out)
+def _batch_backward(args, dims, *, call: Call, names, wanted, apart):
+    size, end = _mapped_size(args, dims), 7 + len(names)
+    arrays = [_fold(size, x, d) for x, d in zip(args[:7], dims[:7], strict=True)]
+    batch = arrays[0].shape[0] // size
+    operands = [_fold_operand(size, batch, x, d) for x, d in zip(args[7:end], dims[7:end], strict=True)]
+    dlse = [_fold(size, x, d) for x, d in zip(args[end:], dims[end:], strict=True)]
+    # Each of the mapped calls has gradients of its own. An operand that is not mapped is summed apart for each; one
+    # that is has them in its batch axis, which may now be longer than it was.
+    mapped = [dims[7 + names.index(name)] is not None for name in wanted]
+    inner = tuple(1 if m else n * size for m, n in zip(mapped, apart, strict=True))
+    out = _backward_p.bind(*arrays, *operands, *dlse, call=call, names=names, wanted=wanted, apart=inner)
+    results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
+    for x, name, m, n in zip(out[3:], wanted, mapped, apart, strict=True):
+        x = x.reshape(size, -1, *x.shape[1:])
+        i = names.index(name)
+        own = args[7 + i].shape[1 if dims[7 + i] == 0 else 0] if m else x.shape[1] // n
+        if m and x.shape[1] != n * own:
+            x = x.reshape(size, n, -1, own, *x.shape[2:]).sum(2).reshape(size, n * own, *x.shape[2:])
+        results.append(x)
+    return results, [0] * len(results)
 
 
 batching.primitive_batchers[_forward_p] = _batch_forward

@@ -1,9 +1,39 @@
-"""What a call computes (`Spec`), how a caller wants it done (`Config`) and how a kernel does it (`Tuned`)."""
+"""What a call computes (`Rules`, `Spec`), how a caller wants it done (`Config`) and how a kernel does it (`Tuned`)."""
 
 import dataclasses
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
+
+OPERANDS = (
+    "scale",
+    "bias",
+    "mask",
+    "q_segments",
+    "kv_segments",
+    "q_lengths",
+    "kv_lengths",
+    "offset",
+    "sinks",
+    "slopes",
+    "dropout_key0",
+    "dropout_key1",
+)
+"""All that a call may carry besides q, k and v, in the order in which kernels take them.
+
+Each has the four axes `[B, H, Sq, Sk]`, of length 1 where it does not vary, so that one rule serves them all under
+vmap, under sharding and in memory. A batch axis may also have a length n that divides B: batch b reads `b % n`.
+
+scale: `[n, 1, 1, 1]` fp32 (fp64 for fp64), at least 0. bias: any axes, floating. mask: any axes, bool, True = seen.
+q_segments `[n, 1, Sq, 1]`, kv_segments `[n, 1, 1, Sk]`: int32, seen where equal; negative is padding. q_lengths,
+kv_lengths `[n, 1, 1, 1]`: int32. offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its position
+among the keys. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64). dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32.
+"""
+
+DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
+"""Which of them have a gradient."""
 
 
 def next_power_of_two(n: int) -> int:
@@ -12,11 +42,40 @@ def next_power_of_two(n: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a call computes, whatever its shapes: the part that vmap and sharding leave alone."""
+
+    left: int | None = None
+    """A row at position i sees keys j >= i - left; None: no bound."""
+    right: int | None = None
+    """It sees keys j <= i + right; None: no bound; 0: causal."""
+    soft_cap: float | None = None
+    """Logits become c * tanh(logits / c)."""
+    dropout_rate: float = 0.0
+    """The probability that a key is dropped from a row."""
+    max_logits: bool = False
+    """Whether each row's largest logit is a result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """Where one of `OPERANDS` is found, and along which axes it varies."""
+
+    at: int
+    """Its place among those that the call has."""
+    batch: int
+    """The length n of its batch axis, batch b reading `b % n`; 0 if that is B, so that a kernel fits every B."""
+    heads: bool
+    rows: bool
+    cols: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """What is computed: all that is static about one attention call.
 
-    One `Spec` is handed whole to every kernel as a compile-time constant, so a field read inside a
-    kernel costs nothing at run time. `inputs.prepare` is the only place that makes one.
+    One `Spec` is handed whole to every kernel as a compile-time constant, so a field read inside a kernel costs
+    nothing at run time. It is made where a pass is lowered (`Spec.of`), from the shapes that are met there.
     """
 
     heads: int
@@ -27,14 +86,50 @@ class Spec:
     """Width of a query or key row, D."""
     v_dim: int
     """Width of a value or output row, Dv."""
-    causal: bool = False
-    """Row i sees keys j <= i (top-left aligned)."""
-    bias_axes: tuple[bool, ...] | None = None
-    """Which axes of `[B, H, Sq, Sk]` the bias really has; it is broadcast along the others. None: no bias."""
+    rules: Rules = Rules()
+    operands: tuple[tuple[str, Operand], ...] = ()
+    """Those of `OPERANDS` that the call has, in their order."""
     multiple_q: int = 1
     """The largest power of two up to 128 that divides Sq: tells a kernel which edges cannot be ragged."""
     multiple_k: int = 1
     """The same for Sk; also the alignment of a bias row."""
+    dbias: Operand | None = None
+    """The axes of what the bias-gradient kernel writes; None for the other kernels."""
+
+    @classmethod
+    def of(cls, rules: Rules, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> "Spec":
+        """The spec of arrays q `[B, Sq, H, D]`, k, v and operands."""
+        present = [(name, operands[name].shape) for name in OPERANDS if name in operands]
+        where = tuple(
+            (name, Operand(i, 0 if 1 < s[0] == q.shape[0] else s[0], *(n > 1 for n in s[1:])))
+            for i, (name, s) in enumerate(present)
+        )
+        return cls(
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            v_dim=v.shape[3],
+            rules=rules,
+            operands=where,
+            multiple_q=math.gcd(q.shape[1], 128),
+            multiple_k=math.gcd(k.shape[1], 128),
+        )
+
+    def _operand(self, name: str) -> Operand | None:
+        return next((operand for n, operand in self.operands if n == name), None)
+
+    scale = property(lambda self: self._operand("scale"))
+    bias = property(lambda self: self._operand("bias"))
+    mask = property(lambda self: self._operand("mask"))
+    q_segments = property(lambda self: self._operand("q_segments"))
+    kv_segments = property(lambda self: self._operand("kv_segments"))
+    q_lengths = property(lambda self: self._operand("q_lengths"))
+    kv_lengths = property(lambda self: self._operand("kv_lengths"))
+    offset = property(lambda self: self._operand("offset"))
+    sinks = property(lambda self: self._operand("sinks"))
+    slopes = property(lambda self: self._operand("slopes"))
+    dropout_key0 = property(lambda self: self._operand("dropout_key0"))
+    dropout_key1 = property(lambda self: self._operand("dropout_key1"))
 
     @property
     def group(self) -> int:
@@ -42,46 +137,48 @@ class Spec:
         return self.heads // self.kv_heads
 
     @property
-    def has_bias(self) -> bool:
-        """Whether logits have an additive bias."""
-        return self.bias_axes is not None
+    def causal(self) -> bool:
+        """Whether later rows see more keys."""
+        return self.rules.right is not None
 
     @property
-    def bias_batch(self) -> bool:
-        """Whether the bias has a batch axis."""
-        return self.bias_axes is not None and self.bias_axes[0]
+    def spans(self) -> bool:
+        """Whether which tiles a block meets is looked up, as data or bounds decide it (`spans.py`).
 
-    @property
-    def bias_heads(self) -> bool:
-        """Whether the bias has a head axis."""
-        return self.bias_axes is not None and self.bias_axes[1]
-
-    @property
-    def bias_rows(self) -> bool:
-        """Whether the bias has a query axis."""
-        return self.bias_axes is not None and self.bias_axes[2]
-
-    @property
-    def bias_cols(self) -> bool:
-        """Whether the bias has a key axis."""
-        return self.bias_axes is not None and self.bias_axes[3]
-
-    @property
-    def dbias_partial(self) -> "Spec":
-        """A `Spec` whose bias is what the bias-gradient kernel writes.
-
-        A bias with both sequence axes is summed over batches and heads by the kernel itself, so nothing larger
-        than the gradient is ever held. One that lacks a sequence axis comes out per batch and head: that is
-        small, and the sum over them is left to XLA.
+        Else it follows from the block's number: all tiles, or all up to the diagonal.
         """
-        in_kernel = self.bias_rows and self.bias_cols
-        axes = (
-            self.bias_batch or not in_kernel,
-            self.bias_heads or not in_kernel,
-            self.bias_rows,
-            self.bias_cols,
-        )
-        return dataclasses.replace(self, bias_axes=axes)
+        names = ("mask", "q_segments", "q_lengths", "kv_lengths", "offset")
+        return self.rules.left is not None or self.rules.right not in (None, 0) or any(map(self._operand, names))
+
+    @property
+    def span_heads(self) -> bool:
+        """Whether the spans differ from head to head."""
+        return self.mask is not None and self.mask.heads
+
+    @property
+    def hides(self) -> bool:
+        """Whether a row may see no key in a tile that it meets."""
+        return self.spans or self.bias is not None
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether logits are more than scale * q kᵀ, so that the scale cannot wait for the exponential."""
+        return self.bias is not None or self.slopes is not None or self.rules.soft_cap is not None
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is dropout."""
+        return self.dropout_key0 is not None
+
+    @property
+    def drop_threshold(self) -> int:
+        """A key is dropped where 32 random bits are below this."""
+        return round(self.rules.dropout_rate * 2**32)
+
+    @property
+    def keep_scale(self) -> float:
+        """What a key that is kept counts."""
+        return 1 / (1 - self.rules.dropout_rate)
 
     @property
     def block_d(self) -> int:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+from jax.export import DisabledSafetyCheck
 
 # Bytes of shared memory that one block may use (CUDA C Programming Guide, "Technical Specifications per Compute
 # Capability"); AMD's CDNA chips have 64 KiB of LDS.
@@ -14,6 +15,11 @@ _SHARED_MEMORY = {
 }
 
 _capability = jax.make_user_context(None)  # part of jit's cache key, so a new target retraces
+
+
+EXPORT_DISABLED_CHECKS = (DisabledSafetyCheck.custom_call("triton_kernel_call_ffi"),)
+"""For `jax.export.export(..., disabled_checks=EXPORT_DISABLED_CHECKS)` of a module with our kernels in it: jax-triton's
+custom call is not among those that JAX promises to keep."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,8 +124,10 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
     row = _find(name, architecture(target), width, 32 if bits > 16 else 16, wanted.block_ptr)
     if wanted.block_ptr is None and row.block_ptr and min(spec.head_dim, spec.v_dim) * bits // 8 % 16:
         row = dataclasses.replace(row, block_ptr=False)  # a descriptor's rows are multiples of 16 bytes
-    if spec.has_bias and name != "dbias":
-        row = _with_bias(name, row)
+    if name != "dbias" and (spec.bias is not None or spec.mask is not None or spec.rules.soft_cap or spec.drops):
+        row = _halved(name, row)
+        if name == "fwd" and spec.mask is not None:  # wider ones have ptxas serialise wgmma
+            row = dataclasses.replace(row, block_n=min(row.block_n, 32))
     fixed = {f.name: value for f in dataclasses.fields(wanted) if (value := getattr(wanted, f.name)) is not None}
     config = dataclasses.replace(row, **fixed)
     if (config.block_m, config.block_n) != (row.block_m, row.block_n):
@@ -141,8 +143,9 @@ def _find(name: str, arch: int, width: int, bits: int, block_ptr: bool | None) -
     return config if block_ptr is None else dataclasses.replace(config, block_ptr=block_ptr)
 
 
-def _with_bias(name: str, row: Tuned) -> Tuned:
-    """Half the tile: a tile of bias takes as many registers as the logits beside it, and a whole one spills."""
+def _halved(name: str, row: Tuned) -> Tuned:
+    """Half the tile: a second one beside the logits (a bias, a mask, random bits, a tanh) takes as many registers
+    again, and spills."""
     kept, streamed = ("block_n", "block_m") if name == "dkdv" else ("block_m", "block_n")
     side = kept if getattr(row, kept) > 32 >= getattr(row, streamed) else streamed
     half = max(getattr(row, side) // 2, 16)

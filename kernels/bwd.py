@@ -7,13 +7,17 @@ of their group; the bias gradient, if asked for, last. No kernel adds into memor
 import triton
 import triton.language as tl
 
-from .fwd import load_scale, logits
-from .mask import key_span, query_span
+from .dropout import drop, keep
+from .fwd import distance, load_scale, logits
+from .mask import key_span, phase, place, query_span, tile_start
 from .tile import (
-    bias_offsets,
+    WHOLE,
+    edge,
     load_rows,
+    load_scalar,
     load_vector,
     open_rows,
+    operand_offsets,
     program,
     store_rows,
     store_vector,
@@ -24,10 +28,10 @@ from .tile import (
 def row_constants(m, l, SPEC: tl.constexpr):
     """What turns a row's logits into probabilities: p = exp2(s - shift) * norm.
 
-    Without a bias the shift alone does, m + log2(l). With one, m may be so large (-1e9 is a common way to hide a
-    key) that log2(l) would be lost in it. Rows that see nothing, and rows past the end, get p = 0.
+    Where logits are only scaled products the shift alone does, m + log2(l). A bias may make m so large (-1e9 is a
+    common way to hide a key) that log2(l) would be lost in it. Rows that see nothing, and rows past the end, get p = 0.
     """
-    if SPEC.has_bias:
+    if SPEC.reshapes:
         return tl.where(l == 0.0, float("inf"), m), 1.0 / tl.where(l == 0.0, 1.0, l)
     else:
         return tl.where(l == 0.0, float("inf"), m + tl.log2(l)), l
@@ -35,78 +39,75 @@ def row_constants(m, l, SPEC: tl.constexpr):
 
 @triton.jit
 def attn_bwd_dq_kernel(
-    q, k, v, scale, bias, o, m, l, do, dlse, seqlen_q, seqlen_k, dq, delta_out, shift_out, norm_out, dscale,
+    q, k, v, x, spans, o, m, l, do, dlse, seqlen_q, seqlen_k, dq, delta_out, shift_out, norm_out, dscale, dslopes,
     SPEC: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
-    """One block of query rows: dq = scale * ds k, its share of the scale's gradient, and what the others need of it."""
+    """One block of query rows: dq = scale * ds k, what the other kernels need of each row, and, if wanted, its share
+    of the gradients of the scale and of the ALiBi slopes."""
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
     D: tl.constexpr = SPEC.block_d
     DV: tl.constexpr = SPEC.block_dv
     H: tl.constexpr = SPEC.heads
     H_KV: tl.constexpr = SPEC.kv_heads
-    RAGGED_Q: tl.constexpr = SPEC.multiple_q < M
-    RAGGED_K: tl.constexpr = SPEC.multiple_k < N
-    FIRST: tl.constexpr = 0 if SPEC.causal or RAGGED_K else 1
+    EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
+    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
+    FIRST: tl.constexpr = 0 if SPEC.causal or SPEC.spans or EDGE_K != WHOLE else 1
     block, b, h = program(tl.cdiv(seqlen_q, M), H, SPEC.causal)
     start_m, h_kv = block * M, h // SPEC.group
+    here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
     k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
     v = open_rows(v, b, seqlen_k, H_KV, SPEC.v_dim, N, DV, CFG)
-    q_tile = load_rows(q, b, h, start_m, seqlen_q, H, SPEC.head_dim, M, D, RAGGED_Q)  # [M, D]
-    do_tile = load_rows(do, b, h, start_m, seqlen_q, H, SPEC.v_dim, M, DV, RAGGED_Q)  # [M, DV]
-    o_tile = load_rows(o, b, h, start_m, seqlen_q, H, SPEC.v_dim, M, DV, RAGGED_Q)
+    q_tile = load_rows(q, b, h, start_m, seqlen_q, here.end_q, H, SPEC.head_dim, M, D, EDGE_Q)  # [M, D]
+    do_tile = load_rows(do, b, h, start_m, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)  # [M, DV]
+    o_tile = load_rows(o, b, h, start_m, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
+    l_row = load_vector(l, b, h, start_m, seqlen_q, H, M)
     if dlse is not None:  # lse is a result too: d lse / d s = p
-        delta -= load_vector(dlse, b, h, start_m, seqlen_q, H, M)
-    shift, norm = row_constants(
-        load_vector(m, b, h, start_m, seqlen_q, H, M), load_vector(l, b, h, start_m, seqlen_q, H, M), SPEC
-    )
+        delta -= tl.where(l_row == 0.0, 0.0, load_vector(dlse, b, h, start_m, seqlen_q, H, M))
+    shift, norm = row_constants(load_vector(m, b, h, start_m, seqlen_q, H, M), l_row, SPEC)
     store_vector(delta_out, delta, b, h, start_m, seqlen_q, H)
     store_vector(shift_out, shift, b, h, start_m, seqlen_q, H)
     if norm_out is not None:
         store_vector(norm_out, norm, b, h, start_m, seqlen_q, H)
-    scale_log2 = load_scale(scale)
-    rows = start_m + tl.arange(0, M)
+    scale_log2 = load_scale(x, b, SPEC)
     acc = tl.zeros([M, D], tl.float32)
-    full, end = key_span(start_m, seqlen_k, SPEC, CFG)
+    slope_acc = tl.zeros([M], tl.float32)
+    span = key_span(block, here, spans, SPEC, CFG)
     for BARE in tl.static_range(FIRST, 2):  # masked, then bare, as in the forward pass
-        for n in range(0 if BARE else full, full if BARE else end, N):
-            k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and not BARE)
-            v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and not BARE)
-            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-            cols = n + tl.arange(0, N)
-            s, unit = logits(
-                qk, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, not BARE, SPEC
+        first, last = phase(span, BARE, SPEC.spans, False)
+        for i in range(first, last, N):
+            n = tile_start(i, span, BARE, SPEC.spans)
+            k_tile = load_rows(
+                k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, WHOLE if BARE else EDGE_K
             )
+            v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, WHOLE if BARE else EDGE_K)
+            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
+            s, unit, capped = logits(qk, x, here, start_m, n, scale_log2, M, N, False, not BARE, SPEC)
             p = tl.exp2(s * unit - shift[:, None])
-            if SPEC.has_bias:
+            if SPEC.reshapes:
                 p *= norm[:, None]
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)  # [M, N]
+            if SPEC.drops:
+                dp = drop(dp, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
             ds = p * (dp - delta[:, None])
+            if dslopes is not None:
+                slope_acc -= tl.sum(ds * distance(here, start_m, n, M, N, False), 1)
+            if SPEC.rules.soft_cap is not None:
+                ds *= 1.0 - capped * capped
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=CFG.precision)
-    store_rows(dq, acc * tl.load(scale).to(tl.float32), b, h, start_m, seqlen_q, H, SPEC.head_dim)
+    scale = load_scalar(x, b, h, SPEC.scale, SPEC).to(tl.float32)
+    store_rows(dq, acc * scale, b, h, start_m, seqlen_q, H, SPEC.head_dim)
     if dscale is not None:  # s = scale * q k, so sum(ds * q k) = sum((ds k) * q)
         store_vector(dscale, tl.sum(acc * q_tile.to(tl.float32), 1), b, h, start_m, seqlen_q, H)
+    if dslopes is not None:
+        store_vector(dslopes, slope_acc, b, h, start_m, seqlen_q, H)
 
 
 @triton.jit
 def attn_bwd_dkdv_kernel(
-    q,
-    k,
-    v,
-    scale,
-    bias,
-    do,
-    delta,
-    shift,
-    norm,
-    seqlen_q,
-    seqlen_k,
-    dk,
-    dv,
-    SPEC: tl.constexpr,
-    CFG: tl.constexpr,
-):
+    q, k, v, x, spans, do, delta, shift, norm, seqlen_q, seqlen_k, dk, dv, SPEC: tl.constexpr, CFG: tl.constexpr
+):  # fmt: skip
     """One block of keys and values: dv = p' do and dk = scale * ds' q, summed over the heads that share them.
 
     Everything is transposed (a tile is [N, M]), so that p' and ds' feed the next product as they are.
@@ -117,71 +118,56 @@ def attn_bwd_dkdv_kernel(
     DV: tl.constexpr = SPEC.block_dv
     H: tl.constexpr = SPEC.heads
     H_KV: tl.constexpr = SPEC.kv_heads
-    RAGGED_Q: tl.constexpr = SPEC.multiple_q < M
-    RAGGED_K: tl.constexpr = SPEC.multiple_k < N
-    FIRST: tl.constexpr = 0 if SPEC.causal else 1  # without causality no tile needs the mask
+    EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
+    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
+    FIRST: tl.constexpr = 0 if SPEC.causal or SPEC.spans else 1  # keys past the end are stored nowhere
     block, b, h_kv = program(tl.cdiv(seqlen_k, N), H_KV, False)  # the first keys are seen most
     start_n = block * N
+    end_k = place(x, b, h_kv * SPEC.group, seqlen_q, seqlen_k, SPEC).end_k
     q = open_rows(q, b, seqlen_q, H, SPEC.head_dim, M, D, CFG)
     do = open_rows(do, b, seqlen_q, H, SPEC.v_dim, M, DV, CFG)
-    k_tile = load_rows(k, b, h_kv, start_n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K)  # [N, D]
-    v_tile = load_rows(v, b, h_kv, start_n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K)  # [N, DV]
-    scale_log2 = load_scale(scale)
-    cols = start_n + tl.arange(0, N)
+    k_tile = load_rows(k, b, h_kv, start_n, seqlen_k, end_k, H_KV, SPEC.head_dim, N, D, EDGE_K)  # [N, D]
+    v_tile = load_rows(v, b, h_kv, start_n, seqlen_k, end_k, H_KV, SPEC.v_dim, N, DV, EDGE_K)  # [N, DV]
+    scale_log2 = load_scale(x, b, SPEC)
     dk_acc = tl.zeros([N, D], tl.float32)
     dv_acc = tl.zeros([N, DV], tl.float32)
-    begin, full = query_span(start_n, seqlen_q, SPEC, CFG)
     for g in range(SPEC.group):
         h = h_kv * SPEC.group + g
+        here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
+        span = query_span(block, here, spans, SPEC, CFG)
         for BARE in tl.static_range(FIRST, 2):
-            for i in range(full if BARE else begin, seqlen_q if BARE else tl.minimum(full, seqlen_q), M):
-                q_tile = load_rows(q, b, h, i, seqlen_q, H, SPEC.head_dim, M, D, RAGGED_Q)  # [M, D]
-                do_tile = load_rows(do, b, h, i, seqlen_q, H, SPEC.v_dim, M, DV, RAGGED_Q)  # [M, DV]
+            first, last = phase(span, BARE, SPEC.spans, True)
+            for j in range(first, last, M):
+                i = tile_start(j, span, BARE, SPEC.spans)
+                q_tile = load_rows(q, b, h, i, seqlen_q, here.end_q, H, SPEC.head_dim, M, D, EDGE_Q)  # [M, D]
+                do_tile = load_rows(do, b, h, i, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)  # [M, DV]
                 qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=CFG.precision)  # [N, M]
-                rows = i + tl.arange(0, M)
-                s, unit = logits(
-                    qk,
-                    bias,
-                    b,
-                    h,
-                    rows[None, :],
-                    cols[:, None],
-                    scale_log2,
-                    seqlen_q,
-                    seqlen_k,
-                    not BARE,
-                    SPEC,
-                )
+                s, unit, capped = logits(qk, x, here, i, start_n, scale_log2, M, N, True, not BARE, SPEC)
                 p = tl.exp2(s * unit - load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))[None, :])
-                if SPEC.has_bias:
+                if SPEC.reshapes:
                     p *= load_vector(norm, b, h, i, seqlen_q, H, M)[None, :]
-                dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=CFG.precision)
+                kept = p  # what v was multiplied by
+                if SPEC.drops:
+                    keeps = keep(x, here, i, start_n, M, N, True, SPEC)
+                    kept = drop(p, keeps, SPEC)
+                dv_acc = tl.dot(kept.to(do_tile.dtype), do_tile, dv_acc, input_precision=CFG.precision)
                 dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=CFG.precision)  # [N, M]
+                if SPEC.drops:
+                    dp = drop(dp, keeps, SPEC)
                 ds = p * (dp - load_vector(delta, b, h, i, seqlen_q, H, M)[None, :])
+                if SPEC.rules.soft_cap is not None:
+                    ds *= 1.0 - capped * capped
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=CFG.precision)
-    store_rows(dk, dk_acc * tl.load(scale).to(tl.float32), b, h_kv, start_n, seqlen_k, H_KV, SPEC.head_dim)
+    scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32)
+    store_rows(dk, dk_acc * scale, b, h_kv, start_n, seqlen_k, H_KV, SPEC.head_dim)
     store_rows(dv, dv_acc, b, h_kv, start_n, seqlen_k, H_KV, SPEC.v_dim)
 
 
 @triton.jit
 def attn_bwd_dbias_kernel(
-    q,
-    k,
-    v,
-    scale,
-    bias,
-    do,
-    delta,
-    shift,
-    norm,
-    batch,
-    seqlen_q,
-    seqlen_k,
-    dbias,
-    SPEC: tl.constexpr,
-    CFG: tl.constexpr,
-):
-    """One tile of the bias gradient: ds summed over the axes along which the bias is broadcast.
+    q, k, v, x, spans, do, delta, shift, norm, batch, seqlen_q, seqlen_k, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
+):  # fmt: skip
+    """One tile of the bias gradient: ds summed over the axes that `SPEC.dbias` lacks.
 
     A bias with both sequence axes is summed over batches and heads here. One that lacks a sequence axis is small
     even per batch and head, so that is what comes out ([B, H, Sq or 1, Sk or 1]), and its programs are many.
@@ -192,67 +178,58 @@ def attn_bwd_dbias_kernel(
     DV: tl.constexpr = SPEC.block_dv
     H: tl.constexpr = SPEC.heads
     H_KV: tl.constexpr = SPEC.kv_heads
-    OUT: tl.constexpr = SPEC.dbias_partial  # the gradient as a bias of its own: which axes it has
+    EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
+    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
+    OUT: tl.constexpr = SPEC.dbias
     pid = tl.program_id(0)
     m_begin, m_end, n_begin, n_end = 0, seqlen_q, 0, seqlen_k
-    if OUT.bias_cols:
+    if OUT.cols:
         blocks = tl.cdiv(seqlen_k, N)
         n_begin = pid % blocks * N
         n_end = tl.minimum(n_begin + N, seqlen_k)
         pid = pid // blocks
-    if OUT.bias_rows:
+    if OUT.rows:
         blocks = tl.cdiv(seqlen_q, M)
         m_begin = pid % blocks * M
         m_end = tl.minimum(m_begin + M, seqlen_q)
         pid = pid // blocks
     h_begin, h_end, b_begin, b_end = 0, H, 0, batch
-    if OUT.bias_heads:
+    if OUT.heads:
         h_begin = pid % H
         h_end = h_begin + 1
         pid = pid // H
-    if OUT.bias_batch:
+    if OUT.batch == 0:
         b_begin = pid
         b_end = pid + 1
-    scale_log2 = load_scale(scale)
     acc = tl.zeros([M, N], tl.float32)
     for b in range(b_begin, b_end):
+        scale_log2 = load_scale(x, b, SPEC)
         for h in range(h_begin, h_end):
             h_kv = h // SPEC.group
+            here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
             for i in range(m_begin, m_end, M):
-                q_tile = load_rows(q, b, h, i, seqlen_q, H, SPEC.head_dim, M, D, SPEC.multiple_q < M)
-                do_tile = load_rows(do, b, h, i, seqlen_q, H, SPEC.v_dim, M, DV, SPEC.multiple_q < M)
+                q_tile = load_rows(q, b, h, i, seqlen_q, here.end_q, H, SPEC.head_dim, M, D, EDGE_Q)
+                do_tile = load_rows(do, b, h, i, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)
                 delta_row = load_vector(delta, b, h, i, seqlen_q, H, M)
                 shift_row = load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))
                 norm_row = load_vector(norm, b, h, i, seqlen_q, H, M)
-                rows = i + tl.arange(0, M)
-                last = key_span(i, n_end, SPEC, CFG)[1]
-                for n in range(n_begin, last, N):
-                    k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, SPEC.multiple_k < N)
-                    v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, SPEC.multiple_k < N)
-                    cols = n + tl.arange(0, N)
+                span = key_span(i // M, here, spans, SPEC, CFG)
+                for n in range(tl.maximum(n_begin, span.begin), tl.minimum(n_end, span.end), N):
+                    k_tile = load_rows(k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, EDGE_K)
+                    v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, EDGE_K)
                     qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-                    s, unit = logits(
-                        qk,
-                        bias,
-                        b,
-                        h,
-                        rows[:, None],
-                        cols[None, :],
-                        scale_log2,
-                        seqlen_q,
-                        seqlen_k,
-                        True,
-                        SPEC,
-                    )
+                    s, unit, _ = logits(qk, x, here, i, n, scale_log2, M, N, False, True, SPEC)
                     p = tl.exp2(s * unit - shift_row[:, None]) * norm_row[:, None]
                     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)
+                    if SPEC.drops:
+                        dp = drop(dp, keep(x, here, i, n, M, N, False, SPEC), SPEC)
                     acc += p * (dp - delta_row[:, None])
     rows, cols = m_begin + tl.arange(0, M)[:, None], n_begin + tl.arange(0, N)[None, :]
-    if not OUT.bias_rows:
+    if not OUT.rows:
         acc = tl.sum(acc, 0)[None, :]
         rows = tl.zeros([1, 1], tl.int32)
-    if not OUT.bias_cols:
+    if not OUT.cols:
         acc = tl.sum(acc, 1)[:, None]
         cols = tl.zeros([1, 1], tl.int32)
-    base, offsets, inside = bias_offsets(b_begin, h_begin, rows, cols, seqlen_q, seqlen_k, OUT)
+    base, offsets, inside = operand_offsets(b_begin, h_begin, rows, cols, seqlen_q, seqlen_k, OUT, SPEC)
     tl.store(dbias + base + offsets, acc, mask=inside)

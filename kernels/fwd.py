@@ -3,72 +3,141 @@
 import triton
 import triton.language as tl
 
-from .mask import key_span, visible
-from .tile import LOG2E, load_bias, load_rows, open_rows, program, store_rows, store_vector
+from .dropout import drop, keep
+from .mask import key_span, phase, place, tile_start, visible
+from .tile import (
+    LOG2E,
+    WHOLE,
+    edge,
+    load_operand,
+    load_rows,
+    load_scalar,
+    open_rows,
+    program,
+    store_rows,
+    store_vector,
+    tile_indices,
+)
 
 
 @triton.jit
-def load_scale(scale):
+def load_scale(x, b, SPEC: tl.constexpr):
     """The softmax scale times log2(e). Callers make it non-negative; a zero must not turn -inf into NaN."""
-    return tl.maximum(tl.load(scale).to(tl.float32) * LOG2E, 1e-37)
+    return tl.maximum(load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32) * LOG2E, 1e-37)
 
 
 @triton.jit
-def logits(qk, bias, b, h, rows, cols, scale_log2, seqlen_q, seqlen_k, MASKED: tl.constexpr, SPEC: tl.constexpr):
-    """A tile of logits and the unit that makes them base-2 logits: exp2(s * unit - m) is one FMA and one EX2.
+def tanh(y):
+    """tanh to fp32 accuracy: a polynomial near 0, where the exponentials cancel."""
+    t = tl.exp2(tl.abs(y) * (-2.0 * LOG2E))
+    far = (1.0 - t) / (1.0 + t)
+    z = y * y
+    near = 1.0 + z * (-1 / 3 + z * (2 / 15 + z * (-17 / 315 + z * (62 / 2835 - z * (1382 / 155925)))))
+    return tl.where(tl.abs(y) < 0.3, y * near, tl.where(y < 0.0, -far, far))
 
-    rows and cols broadcast against each other, in either order. A bias needs the unit to be 1.
+
+@triton.jit
+def distance(here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """How far each key of a tile is from the position of each of its rows."""
+    i, j = tile_indices(M, N, TRANSPOSED)
+    return tl.abs(i + (start_m + here.offset - start_n) - j).to(tl.float32)
+
+
+@triton.jit
+def logits(
+    qk, x, here, start_m, start_n, scale_log2, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
+    MASKED: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """A tile of logits, the unit that makes them base-2 logits, and the tanh of the soft cap.
+
+    exp2(s * unit - m) is one FMA and one EX2; what is added to the logits needs the unit to be 1. A tile is [M, N], or
+    [N, M] if TRANSPOSED.
     """
-    s, unit = qk, scale_log2
-    if SPEC.has_bias:
-        s = qk * scale_log2 + load_bias(bias, b, h, rows, cols, seqlen_q, seqlen_k, SPEC)
+    s, unit, capped = qk, scale_log2, 0.0
+    if SPEC.reshapes:
+        s = qk * scale_log2
         unit = 1.0
+    if SPEC.rules.soft_cap is not None:
+        cap: tl.constexpr = SPEC.rules.soft_cap * LOG2E
+        capped = tanh(s * (1.0 / cap))
+        s = capped * cap
+    if SPEC.bias is not None:
+        i, j = tile_indices(M, N, TRANSPOSED)
+        s += load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * LOG2E
+    if SPEC.slopes is not None:
+        slope = load_scalar(x, here.b, here.h, SPEC.slopes, SPEC) * LOG2E
+        s -= slope * distance(here, start_m, start_n, M, N, TRANSPOSED)
     if MASKED:
-        s = tl.where(visible(rows, cols, seqlen_k, SPEC), s, float("-inf"))
-    return s, unit
+        s = tl.where(visible(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC), s, float("-inf"))
+    return s, unit, capped
 
 
 @triton.jit
-def attn_fwd_kernel(q, k, v, scale, bias, seqlen_q, seqlen_k, o, m_out, l_out, SPEC: tl.constexpr, CFG: tl.constexpr):
-    """One block of query rows against every key it sees: o, and each row's maximum m (base 2) and sum l."""
+def attn_fwd_kernel(
+    q, k, v, x, spans, seqlen_q, seqlen_k, o, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
+):  # fmt: skip
+    """One block of query rows against every key it sees: o, and each row's maximum m (base 2) and sum l.
+
+    x: the operands of `SPEC.operands`, in order. spans: which keys each block meets, where that is looked up. max_out,
+    if wanted: each row's largest logit, without the sink.
+    """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
     D: tl.constexpr = SPEC.block_d
     DV: tl.constexpr = SPEC.block_dv
     H_KV: tl.constexpr = SPEC.kv_heads
-    RAGGED_K: tl.constexpr = SPEC.multiple_k < N  # the last tile of keys may be cut short
-    FIRST: tl.constexpr = 0 if SPEC.causal or RAGGED_K else 1  # otherwise no tile needs the mask
+    EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
+    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
+    FIRST: tl.constexpr = 0 if SPEC.causal or SPEC.spans or EDGE_K != WHOLE else 1  # else no tile needs the mask
     block, b, h = program(tl.cdiv(seqlen_q, M), SPEC.heads, SPEC.causal)  # the last rows see most: they go first
     start_m, h_kv = block * M, h // SPEC.group
+    here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
     k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
     v = open_rows(v, b, seqlen_k, H_KV, SPEC.v_dim, N, DV, CFG)
-    q_tile = load_rows(q, b, h, start_m, seqlen_q, SPEC.heads, SPEC.head_dim, M, D, SPEC.multiple_q < M)  # [M, D]
-    scale_log2 = load_scale(scale)
+    q_tile = load_rows(q, b, h, start_m, seqlen_q, here.end_q, SPEC.heads, SPEC.head_dim, M, D, EDGE_Q)  # [M, D]
+    scale_log2 = load_scale(x, b, SPEC)
     rows = start_m + tl.arange(0, M)
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV], tl.float32)
-    full, end = key_span(start_m, seqlen_k, SPEC, CFG)
+    span = key_span(block, here, spans, SPEC, CFG)
     # One loop body, compiled masked and then bare: the other way round, ptxas serialises wgmma where tiles come
-    # through pointers. The first tile shows every row a key, so m is finite from then on.
+    # through pointers.
     for BARE in tl.static_range(FIRST, 2):
-        for n in range(0 if BARE else full, full if BARE else end, N):
-            k_tile = load_rows(k, b, h_kv, n, seqlen_k, H_KV, SPEC.head_dim, N, D, RAGGED_K and not BARE)
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-            cols = n + tl.arange(0, N)
-            s, unit = logits(
-                s, bias, b, h, rows[:, None], cols[None, :], scale_log2, seqlen_q, seqlen_k, not BARE, SPEC
+        first, last = phase(span, BARE, SPEC.spans, False)
+        for i in range(first, last, N):
+            n = tile_start(i, span, BARE, SPEC.spans)
+            k_tile = load_rows(
+                k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, WHOLE if BARE else EDGE_K
             )
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
+            s, unit, _ = logits(s, x, here, start_m, n, scale_log2, M, N, False, not BARE, SPEC)
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
-            pivot = m_new
-            if SPEC.has_bias:  # -inf hides a key, so a row may have seen nothing so far
+            pivot = m_new  # finite, as the first tile shows every row a key
+            if SPEC.hides:
                 pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(s * unit - pivot[:, None])  # [M, N]
             alpha = tl.exp2(m - pivot)
-            v_tile = load_rows(v, b, h_kv, n, seqlen_k, H_KV, SPEC.v_dim, N, DV, RAGGED_K and not BARE)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
             l = l * alpha + tl.sum(p, 1)
+            if SPEC.drops:
+                p = drop(p, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
+            v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, WHOLE if BARE else EDGE_K)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
             m = m_new
+    if max_out is not None:
+        store_vector(max_out, tl.where(rows < here.end_q, m, float("-inf")), b, h, start_m, seqlen_q, SPEC.heads)
+    if SPEC.sinks is not None:  # one more logit, with nothing to add to o
+        sink = load_scalar(x, b, h, SPEC.sinks, SPEC) * LOG2E
+        m_new = tl.maximum(m, sink)
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - pivot)
+        l = l * alpha + tl.exp2(sink - pivot)
+        acc *= alpha[:, None]
+        m = m_new
+    if SPEC.q_lengths is not None:
+        m = tl.where(rows < here.end_q, m, float("-inf"))
+        l = tl.where(rows < here.end_q, l, 0.0)
+        acc = tl.where((rows < here.end_q)[:, None], acc, 0.0)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a row that sees nothing: o = 0
     store_rows(o, acc, b, h, start_m, seqlen_q, SPEC.heads, SPEC.v_dim)
     store_vector(m_out, m, b, h, start_m, seqlen_q, SPEC.heads)

@@ -9,6 +9,15 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# How a tile of rows may end (`load_rows`).
+WHOLE, RAGGED, CUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.constexpr_function
+def edge(lengths, multiple, rows):
+    """How tiles of `rows` rows may end, where a sequence is a multiple of `multiple` long and may have lengths."""
+    return 2 if lengths is not None else int(multiple < rows)
+
 
 @triton.jit
 def program(blocks, HEADS: tl.constexpr, REVERSED: tl.constexpr):
@@ -18,6 +27,15 @@ def program(blocks, HEADS: tl.constexpr, REVERSED: tl.constexpr):
     if REVERSED:
         block = blocks - 1 - block
     return block, pid // blocks // HEADS, pid // blocks % HEADS
+
+
+@triton.jit
+def tile_indices(M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The rows and the keys of a tile, counted from its corner: [M, 1] and [1, N], or [1, M] and [N, 1]."""
+    if TRANSPOSED:
+        return tl.arange(0, M)[None, :], tl.arange(0, N)[:, None]
+    else:
+        return tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
 
 
 @triton.jit
@@ -45,18 +63,25 @@ def row_offsets(b, h, start, seqlen, H: tl.constexpr, D: tl.constexpr, ROWS: tl.
 
 @triton.jit
 def load_rows(
-    x, b, h, start, seqlen,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RAGGED: tl.constexpr,
+    x, b, h, start, seqlen, limit,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """x[b, start:start+ROWS, h, :COLS] of an array [B, seqlen, H, D]; past seqlen (if RAGGED) and past D reads 0."""
-    if isinstance(x, tl.tensor_descriptor):  # strides and bounds live in the descriptor
-        return x.load([b, start, h, 0]).reshape(ROWS, COLS)
+    """x[b, start:start+ROWS, h, :COLS] of an array [B, seqlen, H, D]; past D reads 0.
+
+    EDGE: no row of the tile is past the end (`WHOLE`); rows past seqlen read 0 (`RAGGED`: limit is seqlen); rows past
+    limit, which is any less, read 0 whatever is there (`CUT`).
+    """
+    if isinstance(x, tl.tensor_descriptor):  # strides and the array's own bounds live in the descriptor
+        tile = x.load([b, start, h, 0]).reshape(ROWS, COLS)
+        if EDGE == CUT:
+            tile = tl.where(start + tl.arange(0, ROWS)[:, None] < limit, tile, 0.0)
+        return tile
     else:
         base, offsets, rows, cols = row_offsets(b, h, start, seqlen, H, D, ROWS, COLS)
-        if RAGGED and COLS > D:
-            return tl.load(x + base + offsets, mask=(start + rows < seqlen) & (cols < D), other=0.0)
-        elif RAGGED:
-            return tl.load(x + base + offsets, mask=start + rows < seqlen, other=0.0)
+        if EDGE != WHOLE and COLS > D:
+            return tl.load(x + base + offsets, mask=(start + rows < limit) & (cols < D), other=0.0)
+        elif EDGE != WHOLE:
+            return tl.load(x + base + offsets, mask=start + rows < limit, other=0.0)
         elif COLS > D:
             return tl.load(x + base + offsets, mask=cols < D, other=0.0)
         else:
@@ -85,36 +110,56 @@ def store_vector(x, vector, b, h, start, seqlen, H: tl.constexpr):
 
 
 @triton.jit
-def bias_offsets(b, h, rows, cols, seqlen_q, seqlen_k, SPEC: tl.constexpr):
-    """Where a bias plane of (b, h) starts, the offsets of rows and cols in it, and which of them exist.
-
-    rows and cols are indices that broadcast against each other, in either order: [M, 1] and [1, N] or
-    [1, M] and [N, 1]. An axis along which the bias is broadcast has length 1 and takes no part.
-    """
-    height, width = 1, 1
-    if SPEC.bias_rows:
-        height = seqlen_q
-    if SPEC.bias_cols:
-        # A power of two known to divide the row stride lets a tile be read in wide words.
-        width = seqlen_k // SPEC.multiple_k * SPEC.multiple_k
+def plane_number(b, h, OPERAND: tl.constexpr, SPEC: tl.constexpr):
+    """Which [rows, cols] plane of an operand `[n, 1|H, rows, cols]` (spec.py) belongs to batch b and head h."""
     plane = tl.zeros((), tl.int64)
-    if SPEC.bias_batch:
-        plane += tl.cast(b, tl.int64) * (SPEC.heads if SPEC.bias_heads else 1)
-    if SPEC.bias_heads:
-        plane += h
-    offsets = tl.zeros_like(rows).to(tl.int64)
-    inside = rows >= 0
-    if SPEC.bias_rows:
-        offsets += rows.to(tl.int64) * width
-        inside &= rows < seqlen_q
-    if SPEC.bias_cols:
-        offsets = offsets + cols
-        inside = inside & (cols < seqlen_k)
-    return plane * height * width, offsets, inside
+    if OPERAND.batch == 0:
+        plane += b
+    elif OPERAND.batch > 1:
+        plane += b % OPERAND.batch
+    if OPERAND.heads:
+        plane = plane * SPEC.heads + h
+    return plane
 
 
 @triton.jit
-def load_bias(bias, b, h, rows, cols, seqlen_q, seqlen_k, SPEC: tl.constexpr):
-    """bias[b, h, rows, cols] as base-2 logits, broadcast to the tile; reads 0 outside the array."""
-    base, offsets, inside = bias_offsets(b, h, rows, cols, seqlen_q, seqlen_k, SPEC)
-    return tl.load(bias + base + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2E
+def operand_offsets(b, h, rows, cols, seqlen_q, seqlen_k, OPERAND: tl.constexpr, SPEC: tl.constexpr):
+    """Where an operand's plane starts, the offsets of rows and cols in it, and which of them exist.
+
+    rows and cols are indices that broadcast against each other, in either order: [M, 1] and [1, N] or
+    [1, M] and [N, 1]. An axis along which the operand does not vary has length 1 and takes no part.
+    """
+    height, width = 1, 1
+    if OPERAND.rows:
+        height = seqlen_q
+    if OPERAND.cols:
+        # A power of two known to divide the row stride lets a tile be read in wide words.
+        width = seqlen_k // SPEC.multiple_k * SPEC.multiple_k
+    if OPERAND.rows and OPERAND.cols:
+        offsets = rows.to(tl.int64) * width + cols
+        inside = (rows < seqlen_q) & (cols < seqlen_k)
+    elif OPERAND.rows:
+        offsets = rows.to(tl.int64)
+        inside = rows < seqlen_q
+    elif OPERAND.cols:
+        offsets = cols.to(tl.int64)
+        inside = cols < seqlen_k
+    else:
+        offsets = tl.zeros_like(rows).to(tl.int64)
+        inside = rows >= 0
+    return plane_number(b, h, OPERAND, SPEC) * height * width, offsets, inside
+
+
+@triton.jit
+def load_operand(x, here, rows, cols, OPERAND: tl.constexpr, SPEC: tl.constexpr):
+    """An operand at [here.b, here.h, rows, cols]: a tile that broadcasts to them; reads 0 outside the array."""
+    base, offsets, inside = operand_offsets(
+        here.b, here.h, rows, cols, here.seqlen_q, here.seqlen_k, OPERAND, SPEC
+    )  # fmt: skip
+    return tl.load(x[OPERAND.at] + base + offsets, mask=inside, other=0)
+
+
+@triton.jit
+def load_scalar(x, b, h, OPERAND: tl.constexpr, SPEC: tl.constexpr):
+    """An operand that varies along neither sequence, at [b, h]."""
+    return tl.load(x[OPERAND.at] + plane_number(b, h, OPERAND, SPEC))

@@ -2,15 +2,22 @@
 
 import dataclasses
 import itertools
+import random
 import zlib
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies
+from reference import kept
+
+ARRAYS = ("mask", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "alibi_slopes")
+"""The options of `flash_attention` that are arrays; in a case's `inputs`, or None there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of `flash_attention`, by its shapes."""
+    """One call of `flash_attention`, by its shapes and options."""
 
     name: str
     seqlen_q: int = 64
@@ -25,35 +32,131 @@ class Case:
     """The axes of `bhqk` (batch, head, query, key) that the bias has; "-" has none of them, "" is no bias."""
     dtype: str = "float32"
     scale: float | None = None
-    block: tuple[int, int] = (32, 32)
+    block: tuple[int | None, int | None] = (32, 32)
     """Small, so that several tiles meet in few elements."""
+    alignment: str = "top_left"
+    window: int | tuple[int | None, int | None] | None = None
+    mask: str = ""
+    """Its axes, as the bias's."""
+    segments: str = ""
+    """"packed": documents in order, each batch its own; "shared": in order, then padding, without a batch axis;
+    "mixed": in no order, padding between."""
+    lengths: str = ""
+    """"q", "k" or "qk": whose lengths are given. One of three or more is 0."""
+    soft_cap: float | None = None
+    sinks: bool = False
+    alibi: str = ""
+    """The axes of the slopes: "h" or "bh"."""
+    dropout: float = 0.0
+    lse: bool = True
+    """Whether lse is a result, and something depends on it."""
+    max_logits: bool = False
 
     def __str__(self) -> str:
         return self.name
 
     @property
-    def bias_shape(self) -> tuple[int, ...] | None:
+    def static(self) -> dict[str, Any]:
+        """The options that are not arrays, for `flash_attention`."""
+        options = {
+            "causal": self.causal,
+            "causal_alignment": self.alignment,
+            "window_size": self.window,
+            "logits_soft_cap": self.soft_cap,
+            "dropout_rate": self.dropout,
+        }
+        return options | ({"dropout_seed": self.seed} if self.dropout else {})
+
+    @property
+    def seed(self) -> int:
+        """Of 64 bits."""
+        return zlib.crc32(self.name.encode()) * 0x9E3779B1
+
+    @property
+    def offset(self) -> int:
+        """What a row's position is ahead of its index."""
+        return self.seqlen_k - self.seqlen_q if self.alignment == "bottom_right" else 0
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What `flash_attention` returns, in order."""
+        return ("o", *["lse"] * self.lse, *["max_logits"] * self.max_logits)
+
+    def axes(self, names: str) -> tuple[int, ...]:
+        """The shape of what has only these of the axes `bhqk` of the logits."""
         full = {"b": self.batch, "h": (self.heads,), "q": (self.seqlen_q,), "k": (self.seqlen_k,)}
-        shape = [n if axis in self.bias else 1 for axis in "bhqk" for n in full[axis]]
-        return tuple(shape) if self.bias else None
+        return tuple(n if axis in names else 1 for axis in "bhqk" for n in full[axis])
 
     def inputs(self) -> dict[str, np.ndarray | None]:
-        """q, k, v, bias, and the cotangents do and dlse, drawn from the case's name."""
+        """q, k, v, bias, the cotangents do and dlse, and `ARRAYS`, drawn from the case's name; what dropout keeps."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         v_dim = self.v_dim or self.head_dim
+        own_dtype = "float32" if self.dtype == "float64" else self.dtype
 
         def draw(*shape, dtype=self.dtype):
             return rng.standard_normal(shape).astype(jnp.dtype(dtype))
 
-        bias_dtype = "float32" if self.dtype == "float64" else self.dtype
-        return {
+        x = {
             "q": draw(*self.batch, self.seqlen_q, self.heads, self.head_dim),
             "k": draw(*self.batch, self.seqlen_k, self.kv_heads, self.head_dim),
             "v": draw(*self.batch, self.seqlen_k, self.kv_heads, v_dim),
-            "bias": None if self.bias_shape is None else draw(*self.bias_shape, dtype=bias_dtype),
+            "bias": draw(*self.axes(self.bias), dtype=own_dtype) if self.bias else None,
             "do": draw(*self.batch, self.seqlen_q, self.heads, v_dim),
             "dlse": draw(*self.batch, self.heads, self.seqlen_q, dtype="float32"),
         }
+        x |= dict.fromkeys((*ARRAYS, "keep"))
+        if self.mask:
+            x["mask"] = _mask(rng, self.axes(self.mask))
+        if self.segments:
+            x["q_segment_ids"] = _segments(rng, self.segments, self.batch, self.seqlen_q)
+            if self.seqlen_k != self.seqlen_q or self.segments == "mixed":  # else kv's are q's
+                x["kv_segment_ids"] = _segments(rng, self.segments, self.batch, self.seqlen_k)
+        if "q" in self.lengths:
+            x["q_lengths"] = _lengths(rng, self.batch, self.seqlen_q)
+        if "k" in self.lengths:
+            x["kv_lengths"] = _lengths(rng, self.batch, self.seqlen_k)
+        if self.sinks:
+            x["sinks"] = draw(self.heads, dtype=own_dtype)
+        if self.alibi:
+            shape = (*self.batch, self.heads) if self.alibi == "bh" else (self.heads,)
+            x["alibi_slopes"] = rng.uniform(0.01, 0.5, shape).astype(np.float32)
+        if self.dropout:
+            shape = self.batch, self.heads, self.seqlen_q, self.seqlen_k
+            x["keep"] = kept(self.seed, *shape, self.dropout, self.offset)
+        return x
+
+
+def _mask(rng, shape) -> np.ndarray:
+    """Three of four True; and a block of all True and one of all False, for the tiles that fall into them."""
+    mask = rng.random(shape) < 0.75
+    for value in (False, True) if shape[-2:] != (1, 1) else (True,):
+        firsts = [rng.integers(0, n // 2 + 1) for n in shape[-2:]]
+        block = [slice(first, first + (n + 1) // 2) for first, n in zip(firsts, shape[-2:], strict=True)]
+        mask[*(rng.integers(0, n) for n in shape[:-2]), *block] = value
+    return mask
+
+
+def _segments(rng, kind: str, batch, seqlen: int) -> np.ndarray:
+    """Ids of a few documents."""
+    documents = 2 if seqlen < 48 else 3
+    if kind == "mixed":
+        ids = rng.integers(0, documents, (*batch, seqlen))
+        ids[rng.random(ids.shape) < 0.1] = -1
+        return ids.astype(np.int32)
+    ends = np.arange(1, documents) / documents + rng.uniform(-0.15, 0.15, (*batch, 1, documents - 1))
+    ids = (np.arange(seqlen)[:, None] >= ends * seqlen).sum(-1, dtype=np.int32)
+    if kind == "shared":
+        ids = ids[(0,) * len(batch)]
+        ids[seqlen - seqlen // 8 :] = -1
+    return ids
+
+
+def _lengths(rng, batch, seqlen: int) -> np.ndarray:
+    """At least half of what there is; but of three or more, one is 0."""
+    lengths = rng.integers((seqlen + 1) // 2, seqlen + 1, batch)
+    if lengths.size > 2:
+        lengths.flat[rng.integers(lengths.size)] = 0
+    return np.asarray(lengths, np.int32)
 
 
 def _biases() -> list[Case]:
@@ -65,6 +168,139 @@ def _biases() -> list[Case]:
     ]
 
 
+def _options() -> list[Case]:
+    """Each option alone, and those that are used together."""
+
+    def case(name, seqlen_q=40, seqlen_k=40, **options):
+        small = {"heads": 1, "kv_heads": 1, "head_dim": 16, "block": (16, 16)}
+        return Case(name, seqlen_q, seqlen_k, **small | options)
+
+    low, two = {"alignment": "bottom_right"}, {"batch": (2,), "heads": 2}
+    return [
+        case("bottom_right_few_rows", 20, 50, causal=True, **low),
+        case("bottom_right_many_rows", 50, 20, causal=True, **low),  # the first see nothing
+        case("window_left", 50, 70, window=(9, None)),
+        case("window_right", 70, 50, window=(None, 9)),
+        case("window_both", 70, 50, window=(20, 5)),
+        case("window_one_number", 50, 50, window=7, block=(16, 32)),
+        case("window_causal", 70, 70, window=(20, 5), causal=True, block=(32, 16)),
+        case("window_zero", window=0),
+        case("window_huge", window=(2**31 - 1, 2**31 - 1)),
+        case("window_bottom_right", 20, 50, window=(9, 3), **low),
+        case("window_bottom_right_many_rows", 50, 20, window=(9, 3), **low),
+        *(case(f"mask_{axes}", 50, 40, mask=axes, **two) for axes in ("-", "b", "q", "hq", "qk")),
+        case("mask_causal", 70, 70, mask="qk", causal=True),
+        case("segments_packed", 70, 70, segments="packed", batch=(2,)),
+        case("segments_packed_causal", 70, 70, segments="packed", causal=True),
+        case("segments_packed_cross", 40, 60, segments="packed", batch=(2,)),
+        case("segments_shared", 50, 50, segments="shared", causal=True, **two),
+        case("segments_mixed", 40, 50, segments="mixed", batch=(2,)),
+        case("lengths_q", 50, 40, lengths="q", batch=(4,)),
+        case("lengths_k", 40, 50, lengths="k", batch=(4,), causal=True),
+        case("lengths_qk", 50, 50, lengths="qk", batch=(4,)),
+        case("lengths_bottom_right", 30, 50, lengths="qk", batch=(4,), causal=True, **low),
+        case("soft_cap", soft_cap=2.0),
+        case("soft_cap_flat", 40, 50, soft_cap=5.0, scale=4.0, causal=True, bias="hk"),
+        case("soft_cap_wide", soft_cap=1000.0, dtype="float16"),
+        case("sinks", 50, 40, sinks=True, **two),
+        case("sinks_hidden_rows", 40, 50, sinks=True, mask="bq", lengths="q", **two),
+        case("alibi", alibi="h", causal=True, heads=2),
+        case("alibi_by_batch", 40, 60, alibi="bh", **two, **low),
+        case("alibi_many_rows", 70, 20, alibi="h", heads=2),
+        case("dropout", 40, 50, dropout=0.3, **two),
+        case("dropout_much", dropout=0.9, causal=True, bias="qk", block=(32, 16)),
+        case("dropout_bottom_right", 50, 30, dropout=0.3, causal=True, dtype="float16", **low),
+        case("dropout_little", dropout=1e-4),
+        case("max_logits", 50, 40, bias="h", mask="bhqk", max_logits=True, **two),
+        case("max_logits_only", scale=-0.3, lse=False, max_logits=True),
+        case("only_o", 50, 40, lse=False),
+        # Models: Mistral, Gemma 2, gpt-oss, DeepSeek's MLA over packed documents, a BERT with padding, decoding.
+        case("sliding", 70, 70, window=(24, 0), causal=True, heads=2, dtype="bfloat16"),
+        case("gemma", 60, 60, window=(20, 0), causal=True, soft_cap=5.0, heads=2, dtype="float16"),
+        case("gpt_oss", 60, 60, window=(20, 0), causal=True, sinks=True, heads=2, dtype="bfloat16"),
+        case(
+            "mla", head_dim=192, v_dim=128, kv_heads=2, causal=True, segments="packed", dtype="bfloat16", **two,
+        ),
+        case("padded", lengths="qk", dropout=0.1, batch=(3,)),
+        case("decode", 1, 70, causal=True, lengths="k", heads=4, kv_heads=1, batch=(3,), **low),
+        case(
+            "no_batch_options", segments="packed", lengths="qk", alibi="bh", mask="hqk", sinks=True, batch=(), heads=2,
+            max_logits=True,
+        ),
+        case(
+            "three_batch_axes_options", 30, 30, segments="packed", lengths="k", alibi="bh", mask="bk", dropout=0.2,
+            batch=(2, 1, 2), block=(32, 32),
+        ),
+        case(
+            "everything", 30, 40, causal=True, window=(30, 5), mask="qk", segments="packed", lengths="qk", soft_cap=3.0,
+            sinks=True, alibi="bh", dropout=0.2, bias="hqk", max_logits=True, **two, **low,
+        ),
+    ]  # fmt: skip
+
+
+FACTORS: dict[str, tuple] = {
+    "seqlens": ((33, 33), (20, 45), (45, 20)),
+    "many_heads": ((2, 1), (2, 2), (4, 2)),
+    "head_dim": (16, 40),
+    "dtype": ("float32", "float16", "bfloat16"),
+    "block": ((16, 16), (32, 16), (16, 32)),
+    "causal": (False, True),
+    "alignment": ("top_left", "bottom_right"),
+    "window": (None, (8, None), (None, 8), (20, 6)),
+    "mask": ("", "qk", "bk", "h", "bhqk"),
+    "segments": ("", "packed", "mixed", "shared"),
+    "lengths": ("", "q", "k", "qk"),
+    "soft_cap": (None, 2.0),
+    "sinks": (False, True),
+    "alibi": ("", "h", "bh"),
+    "dropout": (0.0, 0.3),
+    "bias": ("", "hqk", "bk", "q", "bhqk"),
+    "lse": (True, False),
+    "max_logits": (False, True),
+}
+"""What a case may be, the plainest first: every two values of any two of them meet in one of the `PAIRS`."""
+
+
+def from_factors(name: str, seqlens, many_heads, **options) -> Case:
+    return Case(name, *seqlens, (2,), *many_heads, **options)
+
+
+BOUNDS = ("seqlens", "causal", "alignment", "window")
+"""Of these, which make one interval together, every three values meet."""
+
+
+def _pairs() -> list[Case]:
+    """Few cases in which all meet that shall: grown greedily, value by value, plain ones where nothing is missing."""
+    names, rng = list(FACTORS), random.Random(0)
+    missing = {
+        frozenset(zip(some, values, strict=True))
+        for some in (*itertools.combinations(names, 2), *itertools.combinations(BOUNDS, 3))
+        for values in itertools.product(*(FACTORS[name] for name in some))
+    }
+    cases = []
+    while missing:
+        chosen = set(rng.choice(sorted(missing, key=lambda some: repr(sorted(some, key=repr)))))
+        rest = [name for name in names if name not in dict(chosen)]
+        rng.shuffle(rest)
+        for name in rest:
+            new = [chosen | {(name, value)} for value in FACTORS[name]]
+            chosen = max(new, key=lambda some: sum(m <= some for m in missing))  # the first of equals
+        missing = {m for m in missing if not m <= chosen}
+        cases.append(from_factors(f"pair_{len(cases):02}", **dict(chosen)))
+    return cases
+
+
+def drawn() -> strategies.SearchStrategy[Case]:
+    """Any case that `FACTORS` allow, on any short lengths."""
+    length = strategies.integers(1, 40)
+    factors = {name: strategies.sampled_from(values) for name, values in FACTORS.items()}
+    factors["seqlens"] = strategies.tuples(length, length)
+    factors["v_dim"] = strategies.sampled_from((None, 24))
+    return strategies.fixed_dictionaries(factors).map(lambda options: from_factors("drawn", **options))
+
+
+PAIRS = _pairs()
+OPTIONS = _options()
 CASES = [
     Case("plain", 128, 128),
     Case("causal", 128, 128, causal=True),
@@ -104,4 +340,6 @@ CASES = [
     Case("bfloat16_bias", 70, 50, dtype="bfloat16", bias="bk"),
     Case("bfloat16_head_dim_80", 64, 64, dtype="bfloat16", head_dim=80),
     *_biases(),
+    *OPTIONS,
+    *PAIRS,
 ]

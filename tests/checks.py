@@ -4,112 +4,158 @@ Rounding: `ROUNDINGS` of the result in its own dtype; one of the base-2 logits i
 a relative error of p as large as the logit; and `ROUNDINGS` in fp32 of the terms whose difference a gradient is.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import Case
-from reference import attention
+from reference import attention, by_query_head, capped, distance, logits, probabilities
 
 from jax_flash_attn2 import Config, flash_attention
 
-NAMES = ("o", "lse", "dq", "dk", "dv", "dbias", "dscale")
+DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes")
+SUMS = ("dscale", "dsinks", "dalibi_slopes")
+"""A few numbers each, with no neighbours whose largest would be a fair measure: the terms that they sum are."""
 TIMES, ROUNDINGS = 2, 4
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""A small case runs for a millisecond and compiles for a second, most of that in LLVM's optimizer."""
 
 
-def results(function, case: Case, inputs) -> dict[str, np.ndarray]:
-    """Both results of `function(q, k, v, bias, scale)`, and its gradients for the case's cotangents."""
-    scale = jnp.asarray(case.head_dim**-0.5 if case.scale is None else case.scale, inputs["dlse"].dtype)
-    operands = [None if inputs[x] is None else jnp.asarray(inputs[x]) for x in ("q", "k", "v", "bias")]
-
-    @jax.jit
-    def both(*operands):
-        (o, lse), vjp = jax.vjp(function, *operands)
-        # A row that sees nothing has lse = -inf, which nothing can be done with: its cotangent is 0.
-        dlse = jnp.where(lse == -jnp.inf, 0, jnp.asarray(inputs["dlse"]).astype(lse.dtype))
-        return o, lse, *vjp((jnp.asarray(inputs["do"]).astype(o.dtype), dlse))
-
-    o, lse, dq, dk, dv, dbias, dscale = both(*operands, scale)
-    out = dict(zip(NAMES, (o, lse, dq, dk, dv, dbias, dscale), strict=True))
-    return {name: np.asarray(x) for name, x in out.items() if x is not None}
-
-
-def flash(case: Case, inputs=None, **options) -> dict[str, np.ndarray]:
-    """What `flash_attention` makes of the case."""
-    config = Config(*case.block)
-    function = functools.partial(flash_attention, causal=case.causal, return_lse=True, config=config, **options)
-    return results(lambda q, k, v, b, s: function(q, k, v, b, softmax_scale=s), case, inputs or case.inputs())
-
-
-def exact(case: Case, inputs=None) -> dict[str, np.ndarray]:
-    """The definition in fp64."""
-    inputs = inputs or case.inputs()
-    with jax.enable_x64(True):
-        wide = {k: None if x is None else x.astype(np.float64) for k, x in inputs.items()}
-        return results(functools.partial(attention, causal=case.causal), case, wide)
-
-
-def plain(case: Case, inputs=None) -> dict[str, np.ndarray]:
-    """The definition in the case's own precision: products accumulated in fp32, p and results rounded to the dtype."""
-    inputs = inputs or case.inputs()
-    dtype = jnp.dtype(case.dtype)
-    function = functools.partial(attention, causal=case.causal, compute=jnp.float32, round_p=dtype)
-
-    def rounded(q, k, v, bias, scale):
-        o, lse = function(q, k, v, bias, scale)
-        return o.astype(dtype), lse
-
-    return results(rounded, case, inputs)
-
-
-def _logits_and_terms(case: Case, inputs) -> tuple[float, dict[str, float]]:
-    """The largest base-2 logit, and how large the terms are that the gradients of the logits are summed from.
-
-    dq, dk, dbias and dscale are sums of p * (dp - delta), and that difference may cancel, exactly so in a row that
-    sees one key. dp and delta are rounded on their own, each relative to itself, and leave such a gradient off by
-    some roundings of the root of the sum of the squares of p * (|dp| + |delta|), times k, q, 1 or q k.
-    """
-    group = case.heads // case.kv_heads
-    x = {k: None if v is None else v.astype(np.float64) for k, v in inputs.items()}
-    k, v = (np.repeat(x[name], group, -2) for name in "kv")
+def operands(case: Case, inputs) -> tuple[dict, dict, dict]:
+    """What is differentiated, the other arrays, and the cotangents of the results."""
+    real = np.float64 if inputs["q"].dtype == np.float64 else np.float32
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    qk = np.einsum("...qhd,...khd->...hqk", x["q"], k)
-    dp = np.einsum("...qhd,...khd->...hqk", x["do"], v)
-    s = qk * scale
-    largest = float(np.max(abs(s), initial=0.0)) * math.log2(math.e)
-    s = s + (0 if x["bias"] is None else x["bias"])
-    s = np.where(np.tri(*s.shape[-2:], dtype=bool) | (not case.causal), s, -np.inf)
-    m = np.max(s, -1, keepdims=True, initial=-1e300)
-    p = np.exp(s - m)
-    p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
-    delta = np.sum(p * dp, -1, keepdims=True)
+    given = {name: x for name, x in inputs.items() if x is not None} | {"scale": np.asarray(scale, real)}
+    # Nothing may come of a cotangent of max_logits.
+    cotangents = {"o": given.pop("do"), "lse": given.pop("dlse"), "max_logits": np.ones((), real)}
+    inner = {name: given.pop(name) for name in DIFFERENTIABLE if name in given}
+    return inner, given, cotangents
+
+
+def results(function, inner, given, cotangents) -> dict[str, jax.Array]:
+    """The results of `function(inner, given)`, by name, and its gradients with respect to all of inner."""
+    out, vjp = jax.vjp(lambda inner: function(inner, given), inner)
+    cotangents = {name: jnp.broadcast_to(cotangents[name].astype(x.dtype), x.shape) for name, x in out.items()}
+    if "lse" in out:  # a row that sees nothing has lse = -inf, which nothing can be done with: its cotangent is 0
+        cotangents["lse"] = jnp.where(out["lse"] == -jnp.inf, 0, cotangents["lse"])
+    return out | {f"d{name}": x for name, x in vjp(cotangents)[0].items()}
+
+
+def run(function, *args, quick: bool = True):
+    """`function(*args)` under jit, in NumPy arrays."""
+    return jax.tree.map(np.asarray, jax.jit(function, compiler_options=QUICK if quick else None)(*args))
+
+
+def flash(case: Case, inputs=None, *, quick: bool = True, **options) -> dict[str, np.ndarray]:
+    """What `flash_attention` makes of the case."""
+    options = {**case.static, "config": Config(*case.block), **options}
+
+    def function(inner, given):
+        arrays = {"softmax_scale" if name == "scale" else name: x for name, x in (inner | given).items()}
+        arrays.pop("keep", None)
+        out = flash_attention(**arrays, **options, return_lse=case.lse, return_max_logits=case.max_logits)
+        return dict(zip(case.results, out if isinstance(out, tuple) else (out,), strict=True))
+
+    return run(functools.partial(results, function), *operands(case, inputs or case.inputs()), quick=quick)
+
+
+def plain(case: Case, inputs) -> dict[str, np.ndarray]:
+    """The definition in the case's own precision: products accumulated in fp32, p and results rounded to the dtype."""
+    function = functools.partial(_definition, case, compute=jnp.float32, round_p=jnp.dtype(case.dtype))
+    return run(functools.partial(results, function), *operands(case, inputs))
+
+
+def exact(case: Case, inputs) -> tuple[dict[str, np.ndarray], float, dict[str, float]]:
+    """The definition in fp64, with what `_logits_and_terms` says of it."""
+
+    def function(inner, given, cotangents):
+        out = results(functools.partial(_definition, case), inner, given, cotangents)
+        return out, *_logits_and_terms(case, inner, given, cotangents, out["o"])
+
+    with jax.enable_x64(True):
+        real = {k for k, x in inputs.items() if x is not None and jnp.issubdtype(x.dtype, jnp.floating)}
+        return run(function, *operands(case, {k: x.astype(np.float64) if k in real else x for k, x in inputs.items()}))
+
+
+def _options(case: Case) -> dict[str, Any]:
+    return {name: x for name, x in case.static.items() if not name.startswith("dropout")}
+
+
+def _definition(case: Case, inner, given, **precision) -> dict[str, jax.Array]:
+    o, *rest = attention(**inner, **given, **_options(case), dropout_rate=case.dropout, **precision)
+    out = {"o": o.astype(precision.get("round_p", o.dtype)), **dict(zip(("lse", "max_logits"), rest, strict=True))}
+    return {name: out[name] for name in case.results}
+
+
+def _logits_and_terms(case: Case, inner, given, cotangents, o):
+    """The largest base-2 logit, bias aside; and how large the terms are that the gradients of the logits are sums of.
+
+    Those are sums of p * (dp - delta), and that difference may cancel, exactly so in a row that sees one key. dp and
+    delta are rounded on their own, each relative to itself, and leave such a gradient off by some roundings of the
+    root of the sum of the squares of p * (|dp| + |delta|), each times the derivative of its logit. (dp is 0 where
+    dropout hides it, and for a sink.)
+    """
+    q, k, scale, do = inner["q"], inner["k"], inner["scale"], cotangents["o"]
+    keep = given.get("keep")
+    p, lse, _ = probabilities(**{n: x for n, x in (inner | given).items() if n not in ("v", "keep")}, **_options(case))
+    dp = jnp.einsum("...qhd,...khd->...hqk", do, by_query_head(inner["v"], q))
+    dp = dp if keep is None else jnp.where(keep, dp / (1 - case.dropout), 0)
+    delta = jnp.einsum("...qhd,...qhd->...hq", do, o)[..., None]
     squares = (p * (abs(dp) + abs(delta))) ** 2
-    dk = np.einsum("...hqk,...qhd->...khd", squares, (scale * x["q"]) ** 2)
+    ahead, qk = distance(q, k, case.alignment), logits(q, k, scale=1.0)
+    through_cap = squares
+    if case.soft_cap is not None:
+        slope = jax.jvp(lambda s: capped(s, case.soft_cap), (scale * qk,), (jnp.ones_like(qk),))[1]
+        through_cap = squares * slope**2
+
+    def summed(function, x, squares):
+        """Over all that an element of x is broadcast to."""
+        return jax.linear_transpose(lambda x: jnp.broadcast_to(function(x), squares.shape), x)(squares)[0]
+
+    dk = jnp.einsum("...hqk,...qhd->...khd", through_cap, (scale * q) ** 2)
     terms = {
-        "dq": np.einsum("...hqk,...khd->...qhd", squares, (scale * k) ** 2),
-        "dk": dk.reshape(*dk.shape[:-2], case.kv_heads, group, -1).sum(-2),
-        "dscale": np.sum(squares * qk**2),
+        "dq": jnp.einsum("...hqk,...khd->...qhd", through_cap, (scale * by_query_head(k, q)) ** 2),
+        "dk": summed(lambda k: by_query_head(k, q), k, dk),
+        "dscale": jnp.sum(through_cap * qk**2),
     }
-    if x["bias"] is not None:
-        _, vjp = jax.vjp(lambda bias: jnp.broadcast_to(bias, squares.shape), inputs["bias"].astype(np.float32))
-        terms["dbias"] = vjp(squares.astype(np.float32))[0]  # sums the axes along which the bias is broadcast
-    return largest, {name: float(np.sqrt(np.max(t, initial=0.0))) for name, t in terms.items()}
+    if "bias" in inner:
+        terms["dbias"] = summed(lambda x: x, inner["bias"], squares)
+    if "alibi_slopes" in inner:
+        terms["dalibi_slopes"] = summed(
+            lambda x: x[..., None, None], inner["alibi_slopes"], squares * (ahead**2).astype(q.dtype)
+        )
+    if "sinks" in inner:
+        p_sink = jnp.where(lse == -jnp.inf, 0, 1 - p.sum(-1))
+        dlse = cotangents["lse"] if case.lse else 0.0  # all there is in a row that sees nothing
+        terms["dsinks"] = summed(lambda x: x[:, None], inner["sinks"], (p_sink * (abs(delta[..., 0]) + abs(dlse))) ** 2)
+    s = logits(q, k, None, scale, ahead, case.soft_cap, inner.get("alibi_slopes"))
+    largest = jnp.max(abs(s), initial=0.0) * math.log2(math.e)
+    return largest, {name: jnp.sqrt(jnp.max(t, initial=0.0)) for name, t in terms.items()}
+
+
+@functools.lru_cache(maxsize=512)
+def _expected(case: Case):
+    return exact(case, case.inputs()), plain(case, case.inputs())
 
 
 def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None) -> None:
     """Applies the rule to every result."""
-    inputs = inputs or case.inputs()
-    want, rough = exact(case, inputs), plain(case, inputs)
-    largest_logit, terms = _logits_and_terms(case, inputs)
+    if inputs is None:
+        expected = _expected(dataclasses.replace(case, block=(None, None)))
+    else:
+        expected = exact(case, inputs), plain(case, inputs)
+    (want, largest_logit, terms), rough = expected
     assert got.keys() == want.keys()
     eps32 = float(jnp.finfo(jnp.float32).eps)
     for name, x in got.items():
         assert x.shape == want[name].shape, name
         error, plain_error = _error(x, want[name]), _error(rough[name], want[name])
-        # dscale is one number, with no neighbours whose largest would be a fair measure: its terms are.
-        dtype, size = (case.dtype, terms[name]) if name == "dscale" else (x.dtype, _size(want[name]))
+        dtype, size = (case.dtype, terms[name]) if name in SUMS else (x.dtype, _size(want[name]))
         band = (ROUNDINGS * float(jnp.finfo(dtype).eps) + largest_logit * eps32) * size
         band += ROUNDINGS * eps32 * terms.get(name, 0.0)
         assert error <= TIMES * plain_error + band, (
@@ -119,6 +165,7 @@ def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None) -> None:
 
 def assert_same_bits(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
     """Bitwise equal, NaN and the sign of zero included."""
+    assert first.keys() == second.keys()
     for name, x in first.items():
         assert x.tobytes() == second[name].tobytes(), name
 
@@ -131,3 +178,72 @@ def _error(x: np.ndarray, want: np.ndarray) -> float:
 
 def _size(want: np.ndarray) -> float:
     return float(np.max(np.abs(np.where(np.isfinite(want), want, 0.0)), initial=0.0))
+
+
+# What must hold for every implementation; `flash` is one of them, as `flash` above.
+
+SETTINGS = hypothesis.settings(
+    deadline=None,
+    derandomize=True,
+    phases=[hypothesis.Phase.generate],  # shrinking takes hundreds of runs
+)
+"""For drawn cases: the same ones each time."""
+
+
+def assert_padding_is_not_read(flash, case: Case) -> None:
+    """NaN in the rows and keys that lengths cut off reaches nothing."""
+    assert case.batch == (4,)
+    x = case.inputs()
+    x["q_lengths"] = np.array([case.seqlen_q - 3, 16, 0, case.seqlen_q], np.int32)  # within a tile, at its edge, ...
+    x["kv_lengths"] = np.array([16, case.seqlen_k - 3, case.seqlen_k, 0], np.int32)
+    clean = flash(case, x)
+    dirty = {name: None if a is None else a.copy() for name, a in x.items()}
+    for b in range(4):
+        for name, length in (("q", "q_lengths"), ("do", "q_lengths"), ("k", "kv_lengths"), ("v", "kv_lengths")):
+            dirty[name][b, x[length][b] :] = np.nan
+    dirty = flash(case, dirty)
+    assert_near(case, clean, x)
+    assert_same_bits(clean, dirty)
+    for b in range(4):
+        assert not clean["dq"][b, x["q_lengths"][b] :].any()
+        assert not clean["dk"][b, x["kv_lengths"][b] :].any()
+        assert not clean["dv"][b, x["kv_lengths"][b] :].any()
+
+
+def assert_documents_are_apart(flash, case: Case) -> None:
+    """What is in one document changes no bit of another's results and gradients."""
+    x = case.inputs()
+    changed, rng = dict(x), np.random.default_rng(0)
+    ids = x["q_segment_ids"], x["q_segment_ids"] if x["kv_segment_ids"] is None else x["kv_segment_ids"]
+    here, there = (
+        np.broadcast_to(i, (*case.batch, n)) == 1 for i, n in zip(ids, (case.seqlen_q, case.seqlen_k), strict=True)
+    )
+    assert here.any()
+    assert there.any()
+    for name, mine in (("q", here), ("do", here), ("k", there), ("v", there)):
+        noise = 10 * rng.standard_normal(x[name].shape).astype(x[name].dtype)
+        changed[name] = np.where(mine[..., None, None], noise, x[name])
+    one, other = flash(case, x), flash(case, changed)
+    for name, mine in (("o", here), ("dq", here), ("dk", there), ("dv", there)):
+        np.testing.assert_array_equal(one[name][~mine], other[name][~mine], err_msg=name)
+        assert (one[name] != other[name]).any()
+    rows = np.broadcast_to(here[..., None, :], one["lse"].shape)
+    np.testing.assert_array_equal(one["lse"][~rows], other["lse"][~rows])
+
+
+def kept_by_pass(flash, case: Case) -> dict[str, np.ndarray]:
+    """What dropout keeps in each pass, `[*batch, H, Sq, Sk]`: logits are equal, values and keys unit vectors."""
+    assert case.heads == case.kv_heads
+    x, n = case.inputs(), case.head_dim
+
+    def units(seqlen):
+        return np.broadcast_to(np.eye(seqlen, n, dtype=np.float32)[:, None], (*case.batch, seqlen, case.heads, n))
+
+    x |= {"q": np.zeros_like(x["q"]), "k": units(case.seqlen_k), "v": units(case.seqlen_k), "dlse": 0 * x["dlse"]}
+    by_row = flash(case, x | {"do": units(case.seqlen_q)})
+    by_key = flash(case, x | {"do": np.ones_like(x["do"])})
+    return {
+        "fwd": by_row["o"][..., : case.seqlen_k].swapaxes(-2, -3) > 0,  # o_ij = p_ij
+        "dkdv": by_row["dv"][..., : case.seqlen_q].swapaxes(-2, -3).swapaxes(-1, -2) > 0,  # dv_ji = p_ij
+        "dq": by_key["dq"][..., : case.seqlen_k].swapaxes(-2, -3) > 0,  # p_ij * (1 / (1 - rate) or 0, less a mean)
+    }

@@ -5,13 +5,23 @@ NaN, so a read outside an array does.
 """
 
 import dataclasses
+import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case
-from checks import assert_near, assert_same_bits, flash
+from cases import CASES, Case, drawn
+from checks import (
+    SETTINGS,
+    assert_documents_are_apart,
+    assert_near,
+    assert_padding_is_not_read,
+    assert_same_bits,
+    flash,
+    kept_by_pass,
+)
 
 from jax_flash_attn2 import flash_attention, gpu_target, interpret
 
@@ -34,6 +44,12 @@ def test_values_and_gradients(case):
     assert_near(case, interpreted(case, block_ptr=False))
 
 
+@hypothesis.settings(SETTINGS, max_examples=5)
+@hypothesis.given(drawn())
+def test_drawn_cases(case):
+    assert_near(case, interpreted(case))
+
+
 SOME = {
     "causal",
     "wide_keys",
@@ -44,7 +60,7 @@ SOME = {
     "gqa_6_2",
     "bias_bhqk",
 }
-SOME |= {"head_dim_40", "narrow_v", "float16", "bfloat16_bias"}
+SOME |= {"head_dim_40", "narrow_v", "float16", "bfloat16_bias", "lengths_qk", "window_both", "everything"}
 
 
 @pytest.mark.parametrize("capability", [80, 90], ids=["descriptor_in_kernel", "descriptor_from_host"])
@@ -56,7 +72,7 @@ def test_descriptors(case, capability):
         assert_same_bits(interpreted(case, block_ptr=True), interpreted(case, block_ptr=False))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("ragged_causal", "bfloat16", "bias_k")], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("ragged_causal", "bias_k")], ids=str)
 def test_bitwise_repeatable(case):
     assert_same_bits(interpreted(case), interpreted(case))
 
@@ -103,7 +119,7 @@ def test_tuned_blocks():
 def test_vmap():
     """The batching rule folds the mapped axis into the batch, here with an unmapped key and a mapped bias."""
     case = Case("vmap", 20, 30, batch=(3,), bias="bhqk", head_dim=16)
-    x = {k: jnp.asarray(v) for k, v in case.inputs().items()}
+    x = {k: jnp.asarray(v) for k, v in case.inputs().items() if v is not None}
 
     def loss(q, k, v, bias):
         o = flash_attention(q[None], k[None], v[None], bias[None], implementation="triton")
@@ -119,8 +135,37 @@ def test_vmap():
 def test_empty():
     """No queries, no keys, no batch."""
     for changes in ({"seqlen_q": 0}, {"seqlen_k": 0}, {"batch": (0,)}):
-        case = dataclasses.replace(Case("empty", 20, 20, causal=True), **changes)
+        case = dataclasses.replace(Case("empty", 20, 20, causal=True, max_logits=True), **changes)
         got = interpreted(case)
         assert (got["o"] == 0).all()
         assert (got["lse"] == -np.inf).all()
+        assert (got["max_logits"] == -np.inf).all()
         assert (got["dq"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("padded", 50, 60, (4,), 2, 1, 16, block=(16, 16), bias="hk", causal=True),
+        Case(
+            "padded_everything", 40, 40, (4,), 1, 1, 16, block=(16, 32), sinks=True, alibi="bh", dropout=0.2, mask="qk"
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("block_ptr", [False, True], ids=["ptr_block", "block_ptr"])
+def test_padding_is_not_read(block_ptr, case):
+    assert_padding_is_not_read(functools.partial(interpreted, block_ptr=block_ptr), case)
+
+
+def test_documents_are_apart():
+    case = Case("documents", 60, 60, (1,), 2, 1, 16, block=(16, 16), segments="packed", causal=True, soft_cap=2.0)
+    assert_documents_are_apart(interpreted, case)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (64, 16), (16, 32)], ids=str)
+def test_blocks_drop_the_same_keys(block):
+    """Every pass, whatever its blocks, drops the keys that Philox says."""
+    case = Case("kept", 40, 48, (1,), 2, 2, 48, alignment="bottom_right", dropout=0.3, block=block)
+    for name, kept in kept_by_pass(interpreted, case).items():
+        np.testing.assert_array_equal(kept, case.inputs()["keep"], err_msg=name)

@@ -2,12 +2,21 @@
 
 import dataclasses
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case
-from checks import assert_near, assert_same_bits, flash
+from cases import CASES, OPTIONS, PAIRS, Case, drawn
+from checks import (
+    SETTINGS,
+    assert_documents_are_apart,
+    assert_near,
+    assert_padding_is_not_read,
+    assert_same_bits,
+    flash,
+    kept_by_pass,
+)
 from jax.test_util import check_grads
 
 from jax_flash_attn2 import Config, flash_attention
@@ -18,40 +27,78 @@ def test_values_and_gradients(case):
     assert_near(case, flash(case))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "thousand" in c.name or "causal" in c.name], ids=str)
+TUNED = ("thousand", "thousand_keys", "causal", "ragged_causal", "window_causal", "segments_packed", "everything")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in TUNED], ids=str)
 def test_tuned_blocks(case):
-    """The block sizes that callers get who ask for none."""
+    """The block sizes that callers get who ask for none, compiled as for them."""
     tuned = dataclasses.replace(case, block=(None, None))
-    assert_near(tuned, flash(tuned))
+    assert_near(tuned, flash(tuned, quick=False))
 
 
-def test_float64():
-    """Under x64 the path computes in fp64, and finite differences agree with its gradients."""
+@hypothesis.settings(SETTINGS, max_examples=10)
+@hypothesis.given(drawn())
+def test_drawn_cases(case):
+    assert_near(case, flash(case))
+
+
+@pytest.mark.parametrize("case", [*OPTIONS[::3], *PAIRS[::3]], ids=str)
+def test_higher_order(case):
+    """The path that JAX differentiates by itself."""
+    assert_near(case, flash(case, higher_order=True))
+
+
+EVERYTHING = Case(
+    "float64", 13, 18, dtype="float64", heads=4, kv_heads=2, head_dim=4, batch=(2,), bias="hk", causal=True,
+    alignment="bottom_right", window=(12, 2), mask="qk", segments="packed", lengths="qk", soft_cap=3.0, sinks=True,
+    alibi="bh", dropout=0.2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("higher_order", [False, True], ids=["first_order", "higher_order"])
+def test_float64(higher_order):
+    """Under x64 both paths compute in fp64, and finite differences agree with their gradients, second ones too."""
     with jax.enable_x64(True):
-        case = Case("float64", 20, 30, dtype="float64", heads=4, causal=True, bias="hk", head_dim=8)
-        x = {k: None if v is None else jnp.asarray(v, jnp.float64) for k, v in case.inputs().items()}
+        x = {k: jnp.asarray(a) for k, a in EVERYTHING.inputs().items() if a is not None and k != "keep"}
+        do, dlse = x.pop("do"), x.pop("dlse").astype(jnp.float64)
+        inner = {k: x.pop(k) for k in ("q", "k", "v", "bias", "sinks", "alibi_slopes")}
+        inner = {k: a.astype(jnp.float64) for k, a in inner.items()} | {"softmax_scale": jnp.float64(0.3)}
+        options = {**EVERYTHING.static, **x, "return_lse": True, "config": Config(16, 16), "higher_order": higher_order}
 
-        def f(q, k, v, bias, scale):
-            o, lse = flash_attention(
-                q, k, v, bias, causal=True, softmax_scale=scale, return_lse=True, config=Config(16, 16)
-            )
+        def f(inner):
+            o, lse = flash_attention(**inner, **options)
             assert o.dtype == lse.dtype == jnp.float64
-            return (o * x["do"]).sum() + (lse * x["dlse"]).sum()
+            return (o * do).sum() + (jnp.where(lse == -jnp.inf, 0, lse) * dlse).sum()
 
-        operands = (x["q"], x["k"], x["v"], x["bias"], jnp.float64(0.3))
-        check_grads(f, operands, order=1, modes=("rev",), atol=1e-6, rtol=1e-6)
+        order, modes = (2, ("fwd", "rev")) if higher_order else (1, ("rev",))
+        check_grads(f, (inner,), order=order, modes=modes, atol=1e-5, rtol=1e-5)
 
 
-def _temporary_bytes(seqlen: int, **options) -> int:
+def _temporary_bytes(seqlen: int, segments: bool = False, **options) -> int:
     x = jax.ShapeDtypeStruct((1, seqlen, 8, 64), jnp.float32)
-    step = jax.grad(lambda q, k, v: flash_attention(q, k, v, **options).sum(), argnums=(0, 1, 2))
-    return jax.jit(step).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    ids = jax.ShapeDtypeStruct((1, seqlen), jnp.int32) if segments else None
+
+    def loss(q, k, v, ids):
+        return flash_attention(q, k, v, q_segment_ids=ids, **options).sum()
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    return step.lower(x, x, x, ids).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_memory_is_linear(causal):
+MEMORY = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window_size": (512, 0)},
+    "segments": {"segments": True, "causal": True, "dropout_rate": 0.1, "dropout_seed": 1, "logits_soft_cap": 30.0},
+    "higher_order": {"causal": True, "higher_order": True},
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_linear(name):
     """Forward and backward: twice the length takes at most 2.2 times the memory, and far less than the logits."""
-    small, large = _temporary_bytes(8192, causal=causal), _temporary_bytes(16384, causal=causal)
+    small, large = _temporary_bytes(8192, **MEMORY[name]), _temporary_bytes(16384, **MEMORY[name])
     print(f"temporary memory: {small / 2**20:.1f} MiB at 8192, {large / 2**20:.1f} MiB at 16384")
     assert large <= 2.2 * small
     assert large < 16384 * 16384 * 4
@@ -81,7 +128,7 @@ def test_rows_far_below_zero():
     assert_near(case, flash(case, x), x)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("ragged_causal", "bias_bhqk", "bfloat16")], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("ragged_causal", "bfloat16", "everything")], ids=str)
 def test_bitwise_repeatable(case):
     assert_same_bits(flash(case), flash(case))
 
@@ -95,3 +142,38 @@ def test_nan_stays_where_it_is():
     dirty = flash(case, x)
     for name in ("o", "lse", "dq", "dk", "dv"):
         np.testing.assert_array_equal(clean[name][0], dirty[name][0])
+
+
+PADDED = [
+    Case("padded", 50, 60, (4,), 2, 1, 16, block=(16, 16), bias="hk"),
+    Case("padded_causal", 60, 50, (4,), 2, 1, 16, block=(32, 16), causal=True, alignment="bottom_right"),
+    Case(
+        "padded_everything", 50, 50, (4,), 2, 2, 16, block=(16, 32), window=(20, 5), soft_cap=2.0, sinks=True,
+        alibi="bh", dropout=0.2, mask="qk", max_logits=True,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PADDED, ids=str)
+def test_padding_is_not_read(case):
+    assert_padding_is_not_read(flash, case)
+
+
+DOCUMENTS = [
+    Case("documents", 70, 70, (1,), 2, 1, 16, block=(16, 16), segments="packed", causal=True),
+    Case("documents_mixed", 50, 60, (2,), 2, 2, 16, block=(32, 16), segments="mixed", soft_cap=2.0, dropout=0.2),
+]
+
+
+@pytest.mark.parametrize("case", DOCUMENTS, ids=str)
+def test_documents_are_apart(case):
+    assert_documents_are_apart(flash, case)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (64, 16), (16, 32), (32, 64), (None, None)], ids=str)
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+def test_blocks_drop_the_same_keys(alignment, block):
+    """Every pass, whatever its blocks, drops the keys that Philox says."""
+    case = Case("kept", 40, 48, (2,), 2, 2, 48, alignment=alignment, dropout=0.3, block=block)
+    for name, kept in kept_by_pass(flash, case).items():
+        np.testing.assert_array_equal(kept, case.inputs()["keep"], err_msg=name)

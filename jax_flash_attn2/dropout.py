@@ -1,0 +1,74 @@
+"""Which keys dropout drops: Philox4x32-10 (Salmon et al. 2011) of the seed, batch, head, row and key, and nothing else.
+
+So every block size, backend and pass drops the same keys, and none of it is kept from one pass to the next. A key j is
+dropped from the row at position i' where word `j % 4` of `philox(i', j // 4, 0, 0)` is below a threshold.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # what the two words of the key grow by from round to round
+
+
+def keys(seed: tuple[Any, Any], batch_size: int, heads: int) -> tuple[Array, Array]:
+    """The two words of each batch's and head's own key, uint32 `[B, H, 1, 1]`, from the two words of a seed."""
+    b = jnp.arange(batch_size, dtype=jnp.uint32)[:, None, None, None]
+    h = jnp.arange(heads, dtype=jnp.uint32)[None, :, None, None]
+    return philox(b, h, 0, 0, *seed)[:2]
+
+
+def keep(key0: Array, key1: Array, rows: Array, cols: Array, threshold: int) -> Array:
+    """Whether rows at positions `rows` keep keys `cols`: int32, broadcasting against each other and the key's words."""
+    words = philox(rows, cols // 4, 0, 0, key0, key1)
+    which = cols % 4
+    word = jnp.where(which < 2, jnp.where(which == 0, *words[:2]), jnp.where(which == 2, *words[2:]))
+    return word >= _threshold(threshold)
+
+
+def keep_range(key0: Array, key1: Array, rows: Array, start: Any, size: int, threshold: int) -> Array:
+    """`keep` for keys `[start, start + size)` along the last axis, where `rows` and the key's words have length 1.
+
+    A call of philox serves four keys here, and one in `keep`.
+    """
+    aligned = isinstance(start, int) and start % 4 == 0
+    quads = start // 4 + jnp.arange(-(-size // 4) + (not aligned), dtype=jnp.int32)
+    kept = [(word >= _threshold(threshold)).astype(jnp.uint32) for word in philox(rows, quads, 0, 0, key0, key1)]
+    packed = kept[0] | kept[1] << 8 | kept[2] << 16 | kept[3] << 24  # a byte each
+    # Without the barrier XLA would fuse philox into what unpacks the bytes, and run it for each of them.
+    unpacked = lax.bitcast_convert_type(lax.optimization_barrier(packed), jnp.uint8)
+    unpacked = unpacked.reshape(*packed.shape[:-1], -1)
+    return lax.dynamic_slice_in_dim(unpacked, start % 4, size, unpacked.ndim - 1) != 0
+
+
+def philox(c0, c1, c2, c3, k0, k1) -> tuple[Array, Array, Array, Array]:
+    """Four random words for a counter of four words and a key of two: uint32, broadcasting against each other."""
+    c0, c1, c2, c3, k0, k1 = (_uint32(x) for x in (c0, c1, c2, c3, k0, k1))
+    for i in range(_ROUNDS):
+        (high0, low0), (high1, low1) = _multiply(_MULTIPLIERS[0], c0), _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        if i + 1 < _ROUNDS:
+            k0, k1 = k0 + np.uint32(_WEYL[0]), k1 + np.uint32(_WEYL[1])
+    return c0, c1, c2, c3
+
+
+def _multiply(a: int, b: Array) -> tuple[Array, Array]:
+    """High and low word of a * b. By halves of 16 bits: JAX has no 64-bit integers unless x64 is on."""
+    a_low, a_high = np.uint32(a & 0xFFFF), np.uint32(a >> 16)
+    b_low, b_high = b & np.uint32(0xFFFF), b >> np.uint32(16)
+    middle = a_high * b_low + (a_low * b_low >> np.uint32(16))
+    carry = a_low * b_high + (middle & np.uint32(0xFFFF)) >> np.uint32(16)
+    return a_high * b_high + (middle >> np.uint32(16)) + carry, np.uint32(a) * b
+
+
+def _uint32(x: Any) -> Array:
+    """x mod 2**32."""
+    return jnp.asarray(np.uint32(x & 0xFFFFFFFF)) if isinstance(x, int) else jnp.asarray(x).astype(jnp.uint32)
+
+
+def _threshold(threshold: int) -> np.uint32:
+    return np.uint32(min(threshold, 0xFFFFFFFF))

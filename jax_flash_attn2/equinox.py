@@ -1,0 +1,177 @@
+"""Flash attention in `equinox.nn.MultiheadAttention`.
+
+    attention = MultiheadAttention(8, 512, causal=True, key=key)  # where equinox.nn.MultiheadAttention was
+    model = use_flash_attention(model, causal=True)               # or in a model that exists, weights and all
+
+Importing this imports Equinox.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .api import flash_attention
+
+_OPTIONS = (
+    "causal", "causal_alignment", "window_size", "logits_soft_cap", "softmax_scale", "implementation", "block_ptr",
+    "config", "higher_order",
+)  # fmt: skip
+"""Arguments of `flash_attention` that a module keeps: no arrays among them. All others are given when it is called."""
+
+
+class MultiheadAttention(eqx.nn.MultiheadAttention):
+    """`equinox.nn.MultiheadAttention`: the same fields, arguments and numbers, without the `[T, S]` weights.
+
+    Two differences: a query that sees no key gets 0 (before the output projection) instead of the mean of all values,
+    and dropout drops other keys, at the same rate, independently for each head.
+    """
+
+    options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+    """Arguments of `flash_attention`, by name."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Takes what `equinox.nn.MultiheadAttention` takes, and options for `flash_attention`.
+
+        Args:
+          *args: num_heads, query_size and so on.
+          **kwargs: likewise; and causal, causal_alignment, window_size, logits_soft_cap, softmax_scale,
+            implementation, block_ptr, config, higher_order, all static: hashable, and no arrays.
+
+        Raises:
+          TypeError: there is no such argument, or an option is not hashable.
+        """
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        super().__init__(*args, **kwargs)
+        self.options = _static(options)
+
+    def __call__(
+        self,
+        query: Array,
+        key_: Array,
+        value: Array,
+        mask: Array | None = None,
+        *,
+        key: Array | None = None,
+        inference: bool | None = None,
+        deterministic: bool | None = None,
+        process_heads: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None,
+        **arguments: Any,
+    ) -> Array:
+        """Attends. There is no batch axis: `jax.vmap` maps over one.
+
+        Args:
+          query: `[T, query_size]`.
+          key_: `[S, key_size]`.
+          value: `[S, value_size]`.
+          mask: `[T, S]` or `[num_heads, T, S]`; True (or not 0): attend.
+          key: a PRNG key for dropout, typed or not.
+          inference: True: no dropout; None: what the module's own dropout says.
+          deterministic: the old name of inference.
+          process_heads: changes the heads of queries, keys and values before attention, and leaves their shapes.
+          **arguments: of `flash_attention`, for this call: bias, q_segment_ids, sinks and so on, for arrays without a
+            batch axis; and options, which then take the place of the module's.
+
+        Returns:
+          `[T, output_size]`.
+
+        Raises:
+          RuntimeError: dropout without a key.
+          ValueError, TypeError: shapes or dtypes do not fit, or as in `flash_attention`.
+        """
+        if deterministic is not None:
+            inference = deterministic
+            warnings.warn("MultiheadAttention()(deterministic=...) is now inference=...", stacklevel=2)
+        if key_.shape[0] != value.shape[0]:
+            raise ValueError(
+                f"key and value must both be sequences of equal length, got {key_.shape[0]} and {value.shape[0]}"
+            )
+        for name in ("dropout_rate", "dropout_seed", "return_lse", "return_max_logits"):
+            if name in arguments:
+                raise TypeError(f"{name} is not for this call: the module has a dropout, and returns the output alone")
+
+        heads = tuple(
+            jax.vmap(projection)(x).reshape(x.shape[0], self.num_heads, size)
+            for projection, x, size in (
+                (self.query_proj, query, self.qk_size),
+                (self.key_proj, key_, self.qk_size),
+                (self.value_proj, value, self.vo_size),
+            )
+        )
+        if process_heads is not None:
+            shapes = [x.shape for x in heads]
+            heads = process_heads(*heads)
+            if [x.shape for x in heads] != shapes:
+                raise ValueError(
+                    f"process_heads must not change the shapes of the heads, {shapes}, got {[x.shape for x in heads]}"
+                )
+        dtype = jnp.result_type(*heads)
+        o = flash_attention(
+            *(x.astype(dtype) for x in heads),
+            mask=None if mask is None else self._seen(mask, query.shape[0], key_.shape[0]),
+            **self._dropout(key, inference),
+            **{**dict(self.options), **arguments},
+        )
+        assert isinstance(o, Array)  # and no lse, which nobody asked for
+        return jax.vmap(self.output_proj)(o.reshape(query.shape[0], self.num_heads * self.vo_size))
+
+    def _seen(self, mask: Array, seqlen_q: int, seqlen_k: int) -> Array:
+        if mask.shape not in ((seqlen_q, seqlen_k), (self.num_heads, seqlen_q, seqlen_k)):
+            raise ValueError(
+                f"mask must have shape (query_seq_length, kv_seq_length)=({seqlen_q}, {seqlen_k}), or num_heads="
+                f"{self.num_heads} of them. Got {mask.shape}."
+            )
+        return mask if mask.dtype == jnp.bool_ else mask != 0
+
+    def _dropout(self, key: Array | None, inference: bool | None) -> dict[str, Any]:
+        rate = self.dropout.p
+        if (self.dropout.inference if inference is None else inference) or (isinstance(rate, int | float) and not rate):
+            return {}
+        if key is None:
+            raise RuntimeError("Dropout requires a key when running in non-deterministic mode.")
+        return {"dropout_rate": rate, "dropout_seed": key}
+
+
+def use_flash_attention[Model](model: Model, **options: Any) -> Model:
+    """The model, with every `equinox.nn.MultiheadAttention` in it turned into this module's.
+
+    Args:
+      model: any PyTree. Weights are taken over as they are. Attention that somebody derived from Equinox's is left
+        alone, as it may not be what it was.
+      **options: as in `MultiheadAttention`.
+
+    Returns:
+      A PyTree like the model.
+
+    Raises:
+      TypeError: there is no such option, or it is not hashable.
+    """
+    static = _static(options)
+
+    def turned(x: Any) -> Any:
+        if type(x) is not eqx.nn.MultiheadAttention:
+            return x
+        new = object.__new__(MultiheadAttention)  # as Equinox makes a module from its leaves
+        for field in dataclasses.fields(x):
+            object.__setattr__(new, field.name, getattr(x, field.name))
+        object.__setattr__(new, "options", static)
+        return new
+
+    return jax.tree.map(turned, model, is_leaf=lambda x: type(x) is eqx.nn.MultiheadAttention)
+
+
+def _static(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options as part of a module's structure."""
+    for name, x in options.items():
+        if name not in _OPTIONS:
+            raise TypeError(f"there is no option {name!r}, only {', '.join(_OPTIONS)}")
+        try:
+            hash(x)
+        except TypeError:
+            raise TypeError(f"{name} must be hashable, as it is static, got {type(x).__name__}") from None
+    return tuple(sorted(options.items()))

@@ -1,0 +1,188 @@
+"""What a call would do, and why, without doing it."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from . import inputs, interpret, spans, tuning, xla
+from .inputs import Call
+from .passes import PASSES
+from .spec import Spec, Tuned
+from .target import Target, present
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One kernel, or one pass of the XLA path, over one call."""
+
+    name: str
+    """"fwd", "dq", "dkdv" or "dbias"; the XLA path has "fwd" and "bwd"."""
+    config: Tuned | None
+    """What the kernel is compiled with; None on the XLA path."""
+    block_m: int
+    block_n: int
+    tiles: int
+    """Tiles `[block_m, block_n)` of logits that there are, over all batches and heads."""
+    visited: int | None
+    """Of these, how many are computed. None: that depends on data that is not known yet (traced)."""
+    masked: int | None
+    """Of these, how many go through the mask."""
+    flops: int | None
+    """Floating point operations of the matrix products in the tiles visited (a multiply-add is 2)."""
+    bytes: int
+    """What must move at least: every operand read and every result written once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call would do. `print` it."""
+
+    implementation: str
+    """"triton" or "xla"."""
+    where: str
+    """The GPU that the kernels are made for, or the platform that XLA compiles for."""
+    passes: tuple[Pass, ...]
+    reasons: tuple[str, ...]
+    """Why it is not something else."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.implementation} on {self.where}", *(f"  {reason}" for reason in self.reasons)]
+        for p in self.passes:
+            how = f"{p.block_m}x{p.block_n}"
+            if p.config is not None:
+                c = p.config
+                how += f" warps {c.num_warps} stages {c.num_stages} {'block-ptr' if c.block_ptr else 'ptr-block'}"
+            if p.visited is None:
+                tiles = f"{p.tiles} tiles, how many are visited depends on the data"
+            else:
+                share = p.visited / max(p.tiles, 1)
+                tiles = f"{p.visited} of {p.tiles} tiles visited ({share:.1%}), {p.masked} through the mask"
+            work = "" if p.flops is None else f", {p.flops / 1e9:.4g} GFLOP"
+            lines.append(f"  {p.name:5} {how}: {tiles}{work}, {p.bytes / 2**20:.4g} MiB")
+        return "\n".join(lines)
+
+
+def explain(q, k, v, bias=None, **options: Any) -> Explanation:
+    """Which implementation and configuration a call would run, on what, over how many tiles, and why.
+
+    Args:
+      q, k, v, bias, **options: as for `flash_attention`. Tiles are counted for every pass of a forward and backward
+        run, from the data where segments, lengths or masks decide.
+
+    Returns:
+      An `Explanation`; its text is printed too.
+
+    Raises:
+      What `flash_attention` would raise, for these arguments and on this machine.
+    """
+    call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **inputs.defaults() | options)
+    spec = Spec.of(call.rules, q, k, v, operands)
+    target, reasons = _target(call, q, bool(options.get("higher_order")))
+    if target is None:
+        result = Explanation("xla", jax.default_backend(), _xla_passes(call, spec, q, k, v, operands), reasons)
+    else:
+        passes = [
+            _kernel(name, tuning.choose(name, spec, q.dtype, target, call.config(name)), spec, q, k, v, operands)
+            for name in PASSES
+            if name != "dbias" or "bias" in operands
+        ]
+        result = Explanation("triton", target.name, tuple(passes), reasons)
+    print(result)
+    return result
+
+
+def supported(q, k, v, bias=None, **options: Any) -> bool:
+    """Whether `flash_attention` takes these arguments on this machine; never raises for what it would refuse.
+
+    Args:
+      q, k, v, bias, **options: as for `flash_attention`.
+    """
+    try:
+        call, (q, *_), _ = inputs.prepare(q, k, v, bias, **inputs.defaults() | options)
+        _target(call, q, bool(options.get("higher_order")))
+    except (TypeError, ValueError, ImportError):
+        return False
+    return True
+
+
+def _target(call: Call, q: Array, higher_order: bool) -> tuple[Target | None, tuple[str, ...]]:
+    """The GPU that would run it, or None for XLA; and why."""
+    gpu = jax.default_backend() == "gpu"
+    if higher_order:
+        return None, ("higher_order=True runs on XLA, which differentiates it to any order",)
+    if call.implementation == "xla":
+        return None, ('implementation="xla" was asked for',)
+    if call.implementation == "triton" and not gpu and call.target is None:
+        if not interpret.enabled():
+            raise inputs.not_on_this_platform_error()
+        return Target(80), ("TRITON_INTERPRET=1: the kernels run in Triton's interpreter",)
+    if q.dtype == jnp.float64:
+        return None, ("the Triton kernels have no float64",)
+    if call.target is None and not gpu:
+        return None, (f"the Triton kernels need a GPU, and JAX's default backend is {jax.default_backend()}",)
+    if gpu or call.implementation == "triton":
+        try:
+            importlib.import_module(".launch", __package__)
+        except ImportError as error:
+            raise inputs.missing_triton_error(error) from error
+    reason = "an enclosing gpu_target names it" if call.target else "JAX's default backend is this GPU"
+    return call.target or present(), (reason,)
+
+
+def _kernel(name: str, config: Tuned, spec: Spec, q, k, v, operands) -> Pass:
+    starts = np.arange(0, q.shape[1], config.block_m)
+    counts = _count(spec, q, k, operands, starts, config.block_m, config.block_n)
+    return _pass(name, config, config.block_m, config.block_n, counts, spec, q, k, v, operands)
+
+
+def _xla_passes(call: Call, spec: Spec, q, k, v, operands) -> tuple[Pass, ...]:
+    passes = []
+    for name, wanted in (("fwd", "fwd"), ("bwd", "dkdv")):
+        starts, block_m, block_n = xla.tiles(spec, call.config(wanted), q, k, operands, forward=name == "fwd")
+        counts = _count(spec, q, k, operands, starts, block_m, block_n, together=True)
+        passes.append(_pass(name, None, block_m, block_n, counts, spec, q, k, v, operands))
+    return tuple(passes)
+
+
+# Matrix products of each pass, as multiples of D (q k', ds k, ds' q) and of Dv (p v, do v', p' do).
+_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkdv": (2, 2), "dbias": (1, 1), "bwd": (3, 2)}
+
+
+def _pass(name, config, block_m, block_n, counts, spec: Spec, q, k, v, operands) -> Pass:
+    tiles, visited, masked = counts
+    with_d, with_dv = _PRODUCTS[name]
+    flops = None
+    if visited is not None:
+        flops = 2 * visited * block_m * block_n * (with_d * spec.head_dim + with_dv * spec.v_dim)
+    o = q.size // spec.head_dim * spec.v_dim
+    sizes = {
+        "fwd": q.size + k.size + v.size + o,
+        "dq": 2 * q.size + k.size + v.size + 2 * o,
+        "dkdv": q.size + 2 * (k.size + v.size) + o,
+        "dbias": q.size + k.size + v.size + o,
+        "bwd": 2 * (q.size + k.size + v.size) + 2 * o,
+    }
+    extra = sum(x.size * x.dtype.itemsize for x in operands.values())
+    return Pass(name, config, block_m, block_n, tiles, visited, masked, flops, sizes[name] * q.dtype.itemsize + extra)
+
+
+def _count(
+    spec: Spec, q, k, operands, starts, block_m, block_n, together: bool = False
+) -> tuple[int, int | None, int | None]:
+    """Tiles in all, visited and masked. together: a tile is met for all batches and heads, or for none of them."""
+    batch, seqlen_q, heads = q.shape[:3]
+    seqlen_k = k.shape[1]
+    tiles = batch * heads * len(starts) * -(-seqlen_k // block_n) if seqlen_k else 0
+    if not tiles:
+        return 0, 0, 0
+    table = spans.query_spans(spec, operands, batch, seqlen_q, seqlen_k, starts, block_m, block_n)
+    if isinstance(table, jax.core.Tracer):
+        return tiles, None, None
+    begin, full, stop, end = np.moveaxis(np.asarray(spans.union(table) if together else table, np.int64), -1, 0)
+    copies = batch * heads * len(starts) // begin.size
+    return tiles, int((end - begin).sum()) * copies, int((full - begin + end - stop).sum()) * copies

@@ -1,0 +1,249 @@
+"""Flash attention where Flax takes an `attention_fn`: `nnx.MultiHeadAttention`, `linen.MultiHeadDotProductAttention`.
+
+    nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn, decode=False, rngs=rngs)
+    linen.MultiHeadDotProductAttention(8, attention_fn=make_attention_fn(window_size=(128, 0)))
+
+Flax itself is not imported here.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .api import flash_attention
+from .spec import Config, Precision
+
+_NOT_OPTIONS = (
+    "q", "k", "v", "bias", "mask", "causal", "dropout_rate", "dropout_seed", "return_lse", "return_max_logits"
+)  # fmt: skip
+"""Arguments of `flash_attention` that Flax decides, or that an `attention_fn` cannot return."""
+
+_OPTIONS = ("rope", *(name for name in inspect.signature(flash_attention).parameters if name not in _NOT_OPTIONS))
+
+
+def attention_fn(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    is_causal: bool = False,
+    input_positions: Array | None = None,
+    force_fp32_for_softmax: bool = True,
+    einsum_dot_general: Callable | None = None,
+    qk_attn_weights_einsum: Callable | None = None,
+    attn_weights_value_einsum: Callable | None = None,
+    rope: Callable | None = None,
+    **options: Any,
+) -> Array:
+    """`flash_attention` with the arguments of `nnx.dot_product_attention` and `linen.dot_product_attention`.
+
+    It gives their numbers, with two differences: a row that sees no key gives 0 instead of the mean of all values,
+    and dropout drops other keys, at the same rate. `make_attention_fn` sets options once and for all.
+
+    Args:
+      query: `[*batch, T, N, H]`, any number of batch axes, none included.
+      key: `[*batch, S, K, H]`; K divides N. In a decode step T is 1 and key and value are the whole cache.
+      value: `[*batch, S, K, Hv]`.
+      bias: added to the logits; broadcasts to `[*batch, N, T, S]`.
+      mask: broadcasts to `[*batch, N, T, S]`, and may have more axes of length 1 in front. Booleans or numbers, as
+        Flax's `make_causal_mask` and its like return them: attend where it is not 0.
+      broadcast_dropout: True: all batches and heads drop the same keys. False: each drops its own.
+      dropout_rng: a PRNG key, typed or not.
+      dropout_rate: the probability that a key is dropped, from 0 to below 1.
+      deterministic: True: no dropout.
+      dtype: what query, key and value are cast to; None: what they promote to.
+      precision: as `jax.lax.dot_general` takes it. For float32 it sets `Config.precision`: "highest" is "ieee", "high"
+        "tf32x3"; None and "default" leave it. float16 and bfloat16 are multiplied exactly whatever is asked.
+      module: must be None (`sow_weights=False`): no weights exist that could be sown.
+      is_causal: row i sees keys j <= i.
+      input_positions: numbers `[T]` or `[*batch, T]`, for rope.
+      force_fp32_for_softmax: accepted; the softmax is always computed in float32 (float64 for float64).
+      einsum_dot_general: must be None.
+      qk_attn_weights_einsum: must be None.
+      attn_weights_value_einsum: must be None.
+      rope: rotates queries and keys before attention: a function of `[*batch, T, H]`, and of positions `[T]` where
+        input_positions are given, such as `nnx.RoPE()`.
+      **options: arguments of `flash_attention`: causal_alignment, window_size, q_segment_ids, kv_segment_ids,
+        q_lengths, kv_lengths, logits_soft_cap, sinks, alibi_slopes, softmax_scale, implementation, block_ptr, config,
+        higher_order.
+
+    Returns:
+      `[*batch, T, N, Hv]`, in dtype or in what query, key and value promote to.
+
+    Raises:
+      ValueError: what is asked for cannot be done: weights to sow, an einsum of one's own, a precision that the kernels
+        do not have, dropout without a key, is_causal in a decode step (see there).
+      TypeError, ValueError: shapes and dtypes do not fit, as in `flash_attention`.
+    """
+    _refuse_what_needs_weights(
+        module=module, einsum_dot_general=einsum_dot_general, qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )  # fmt: skip
+    _check_options(options)
+    if dtype is None:
+        dtype = jnp.result_type(query, key, value)
+        dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
+    query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+    if rope is not None:
+        query, key = _rotate(rope, query, key, input_positions)
+    elif input_positions is not None:
+        raise ValueError("input_positions are for rope, which is None; give one: make_attention_fn(rope=nnx.RoPE())")
+    if is_causal and mask is not None and options.get("causal_alignment", "top_left") == "top_left":
+        _refuse_causal_decoding(query.shape[-3], key.shape[-3])
+    options["config"] = _with_precision(options.get("config"), precision, query.dtype)
+    o = flash_attention(
+        query,
+        key,
+        value,
+        bias if bias is None or not jnp.issubdtype(bias.dtype, jnp.integer) else bias.astype(jnp.float32),
+        mask=None if mask is None else _as_booleans(mask, query.ndim),
+        causal=bool(is_causal),
+        **_dropout(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        **options,
+    )
+    assert isinstance(o, Array)  # and no lse, which nobody asked for
+    return o
+
+
+def make_attention_fn(**options: Any) -> Callable[..., Array]:
+    """`attention_fn` with options that Flax does not know.
+
+    The same options give the same object (unless there are arrays or a dict among them), so that modules which differ
+    in nothing compare equal and are traced once.
+
+    Args:
+      **options: rope, and what is listed in `attention_fn`.
+
+    Returns:
+      A function with `attention_fn`'s signature. Linen reads it to learn which arguments it may pass.
+
+    Raises:
+      TypeError: there is no such option.
+    """
+    _check_options(options)
+    options = dict(sorted(options.items()))
+    try:
+        hash(tuple(options.values()))
+    except TypeError:
+        return functools.partial(attention_fn, **options)
+    return _made(**options)
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def _made(**options: Any) -> Callable[..., Array]:
+    return functools.partial(attention_fn, **options)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"attention_fn has no option {name!r}; it has {', '.join(_OPTIONS)}")
+
+
+def _refuse_what_needs_weights(**arguments: Any) -> None:
+    for name, x in arguments.items():
+        if x is not None:
+            what = "sow_weights must be False" if name == "module" else f"{name} must be None"
+            raise ValueError(
+                f"{what}: flash attention never holds the attention weights; Flax's own dot_product_attention does"
+            )
+
+
+def _refuse_causal_decoding(seqlen_q: int, seqlen_k: int) -> None:
+    """Flax before 0.12.12 passes is_causal on in decode steps, where the one query would see the first key only."""
+    if seqlen_q == 1 < seqlen_k:
+        raise ValueError(
+            f"is_causal=True counts from the first key, so this one query would see key 0 of {seqlen_k} alone; in a "
+            f'decode step pass is_causal=False (the mask does the work), or set causal_alignment="bottom_right"'
+        )
+
+
+def _as_booleans(mask: Array, ndim: int) -> Array:
+    mask = jnp.asarray(mask)
+    while mask.ndim > ndim and mask.shape[0] == 1:
+        mask = mask[0]
+    return mask if mask.dtype == jnp.bool_ else mask != 0
+
+
+def _rotate(rope: Callable, query: Array, key: Array, positions: Array | None) -> tuple[Array, Array]:
+    if query.shape[-3] != key.shape[-3]:
+        raise ValueError(
+            f"rope needs as many queries as keys, got {query.shape[-3]} and {key.shape[-3]}; for a cache, rotate keys "
+            f"before they enter it"
+        )
+    rotate = jax.vmap(rope, -2, -2)  # over heads
+    if positions is not None:
+        with_positions = jax.vmap(rope, (-2, None), -2)
+        batch = query.shape[:-3] if positions.ndim > 1 else ()
+        positions = jnp.broadcast_to(positions, (*batch, positions.shape[-1]))
+        for _ in batch:  # rope takes positions [T]
+            with_positions = jax.vmap(with_positions)
+        rotate = lambda x: with_positions(x, positions)
+    return rotate(query), rotate(key)
+
+
+def _dropout(broadcast: bool, rng: Array | None, rate: float, deterministic: bool) -> dict[str, Any]:
+    if deterministic or rate == 0:
+        return {}
+    if rng is None:
+        raise ValueError(f"dropout_rate={rate} needs a dropout_rng, unless deterministic=True")
+    return {"dropout_rate": rate, "dropout_seed": jax.random.bits(rng, (1, 1), jnp.uint32) if broadcast else rng}
+
+
+# Precision: jax.lax's words, and Config's.
+
+_EXACTNESS = {"tf32": 0, "tf32x3": 1, "ieee": 2}
+assert _EXACTNESS.keys() == set(get_args(Precision))
+
+_PRESET = lax.DotAlgorithmPreset
+_MEANING: dict[Any, Precision | None] = {
+    None: None,
+    lax.Precision.DEFAULT: None,
+    lax.Precision.HIGH: "tf32x3",
+    lax.Precision.HIGHEST: "ieee",
+    _PRESET.DEFAULT: None,
+    _PRESET.TF32_TF32_F32: "tf32",
+    _PRESET.TF32_TF32_F32_X3: "tf32x3",
+    _PRESET.F32_F32_F32: "ieee",
+}
+_OWN = {"float16": _PRESET.F16_F16_F32, "bfloat16": _PRESET.BF16_BF16_F32, "float64": _PRESET.F64_F64_F64}
+"""The algorithm by which each other dtype is multiplied anyway."""
+
+
+def _with_precision(config: Any, precision: Any, dtype: Any) -> Any:
+    """A config that is as exact as `precision` asks."""
+    pair = precision if isinstance(precision, tuple) else (precision,)
+    asked = [_meaning(x, dtype) for x in pair]
+    wanted = max((x for x in asked if x is not None), key=_EXACTNESS.__getitem__, default=None)
+    if wanted is None or dtype != jnp.float32:  # other dtypes have one way only, and it loses nothing
+        return config
+    if config is None:
+        return Config(precision=wanted)
+    for one in config.values() if isinstance(config, Mapping) else (config,):
+        if _EXACTNESS[one.precision] < _EXACTNESS[wanted]:
+            raise ValueError(f"precision={precision} asks for {wanted!r}, got config.precision={one.precision!r}")
+    return config
+
+
+def _meaning(precision: Any, dtype: Any) -> Precision | None:
+    if isinstance(precision, str):
+        precision = _PRESET.__members__.get(precision) or lax.Precision(precision)
+    if precision == _OWN.get(jnp.dtype(dtype).name):
+        return None
+    if precision not in _MEANING:
+        raise ValueError(f"precision={precision} is none that {jnp.dtype(dtype).name} attention has")
+    return _MEANING[precision]

@@ -1,0 +1,245 @@
+"""Attention on arrays that lie on several devices, under plain `jit`: who computes what, and what is summed.
+
+Batches, heads and query rows are divided as q is; keys and values follow along batches and heads and are gathered
+along the sequence. The rule tells Shardy so, so that it spreads shardings through the call; `_Plan` then makes each
+operand fit, and each device runs the code of a single device on its share.
+
+The axes of every array have a letter: b batch, h query heads, x key/value heads, i query rows, j keys, d and v the
+widths of a row, 1 an axis along which an operand does not vary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax._src import dispatch  # the only way to have the devices named when a primitive is lowered
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .inputs import Call
+
+Maths = Callable[..., list[Array]]
+"""A pass as its primitive takes it: (*arrays, **params) -> results."""
+
+
+def name_devices(primitive: Any) -> None:
+    """Has JAX say which devices there are when it lowers `primitive`."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def is_divided(ctx: Any) -> bool:
+    """Whether what is lowered here will be divided among devices by XLA (and not by `shard_map`)."""
+    context = ctx.module_context.axis_context
+    mesh = getattr(context, "mesh", None)
+    if mesh is not None:
+        return mesh.size > 1 and frozenset(context.manual_axes) != frozenset(mesh.axis_names)
+    return getattr(context, "num_devices", 1) > 1
+
+
+def on_auto_axes(function: Callable, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
+    """function(arrays, options), on a mesh with explicit axes too: results are typed as q is, XLA does the rest."""
+    q = arrays["q"]
+    spec = _explicit_spec(q)
+    if spec is None:
+        return function(arrays, options)
+    *batch, rows, heads, _ = (*spec, *(None,) * (q.ndim - len(spec)))
+    out = [PartitionSpec(*batch, rows, heads, None)]
+    out += [PartitionSpec(*batch, heads, rows)] if options["return_lse"] else []
+    out += [PartitionSpec(*batch, heads)] if options["return_max_logits"] else []
+    moving = {name: x for name, x in arrays.items() if isinstance(x, Array)}
+    fixed = {name: x for name, x in arrays.items() if name not in moving}
+    call: Callable[..., Any] = jax.sharding.auto_axes(
+        lambda moving: function(fixed | moving, options), out_sharding=tuple(out), axes=_explicit_axes(q)
+    )
+    return call(moving)
+
+
+def _explicit_axes(x: Any) -> tuple[str, ...]:
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    return () if mesh is None or mesh.empty else tuple(mesh.explicit_axes)
+
+
+def _explicit_spec(x: Any) -> PartitionSpec | None:
+    """How x is sharded over explicit axes; None: there are none."""
+    if not isinstance(x, Array) or x.ndim < 3 or not _explicit_axes(x):
+        return None
+    return jax.typeof(x).sharding.spec
+
+
+def forward(maths: Maths, *args: Array, call: Call, names: tuple[str, ...]) -> list[Array]:
+    """The forward pass, divided."""
+    params = {"call": call, "names": names}
+    args = (*args[:3], *_whole_batches(args[3:], args[0].shape[0]))
+    letters = ["bihd", "bjxd", "bjxv", *(_letters(x, args[0], args[1]) for x in args[3:])]
+
+    def share(plan: "_Plan", q, k, v, *rest):
+        operands = plan.own_operands(call, dict(zip(names, rest, strict=True)))
+        return maths(q, plan.own_heads(k), plan.own_heads(v), *operands.values(), call=call, names=tuple(operands))
+
+    results = ["bihv", "bhi", "bhi", "bhi", "bhi"][: 5 if call.rules.max_logits else 4]
+    return _divided(maths, share, args, letters, results, params)
+
+
+def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> list[Array]:
+    """The backward pass, divided."""
+    end, batch = 7 + len(names), args[0].shape[0]
+    args = (*args[:7], *_whole_batches(args[7:end], batch), *args[end:])
+    full = [args[7 + names.index(name)].shape[0] == batch for name in wanted]
+    apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
+    params = {"call": call, "names": names, "wanted": wanted, "apart": apart}
+    letters = ["bihd", "bjxd", "bjxv", "bihv", "bhi", "bhi", "bihv"]
+    letters += [_letters(x, args[0], args[1]) for x in args[7:end]] + ["bhi"] * (len(args) - end)
+    own = [letters[7 + names.index(name)] for name in wanted]
+    own = [f"b{x[1:]}" if n > 1 else x for x, n in zip(own, apart, strict=True)]
+
+    def share(plan: "_Plan", q, k, v, o, m, l, do, *rest):
+        operands = plan.own_operands(call, dict(zip(names, rest, strict=False)))
+        here = params | {"names": tuple(operands), "apart": tuple(max(n // plan.parts("b"), 1) for n in apart)}
+        heads = plan.own_heads(k), plan.own_heads(v)
+        dq, dk, dv, *grads = maths(q, *heads, o, m, l, do, *operands.values(), *rest[len(names) :], **here)
+        dk, dv = (plan.sum(plan.put_heads(x, like), "bjx") for x, like in ((dk, k), (dv, v)))
+        return [dq, dk, dv, *(plan.sum(x, mine) for x, mine in zip(grads, own, strict=True))]
+
+    return _divided(
+        maths, share, args, letters, ["bihd", "bjxd", "bjxv", *own], params, math.gcd(*(n for n in apart if n > 1))
+    )
+
+
+def _letters(x: Array, q: Array, k: Array) -> str:
+    """Of an operand `[1|B, 1|H, 1|Sq, 1|Sk]`."""
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    return "".join(letter if n == m > 1 else "1" for letter, n, m in zip("bhij", x.shape, full, strict=True))
+
+
+def _whole_batches(operands: Sequence[Array], batch: int) -> list[Array]:
+    """Operands whose batch axis has a period of its own, repeated: their batches must divide as all others do."""
+    return [jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if 1 < x.shape[0] < batch else x for x in operands]
+
+
+def _divided(maths, share, args, letters, results, params, groups: int = 0) -> list[Array]:
+    heads, kv_heads = args[0].shape[2], args[1].shape[2]
+    sizes = {"b": args[0].shape[0], "i": args[0].shape[1], "h": heads, "x": kv_heads}
+
+    def partition(mesh: Mesh, arg_shapes, result_shapes):
+        arrays = [*zip(letters, arg_shapes, strict=True), *zip(results, result_shapes, strict=True)]
+        plan = _Plan.of(mesh, sizes, arrays, groups)
+        shardings = [[NamedSharding(mesh, plan.spec(x)) for x in group] for group in (results, letters)]
+
+        def own_share(*own):
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # nothing is divided any further
+                return share(plan, *own)
+
+        return mesh, own_share, shardings[0], tuple(shardings[1])
+
+    call = custom_partitioning(lambda *args: maths(*args, **params))
+    call.def_partition(partition, sharding_rule=lambda mesh, *_: _rule(letters, results, sizes, mesh))
+    return call(*args)
+
+
+def _rule(letters: list[str], results: list[str], sizes: Mapping[str, int], mesh: Mesh) -> tuple[str, dict[str, Any]]:
+    """The call in Shardy's notation, an einsum whose query heads are pairs (key head, head of its group).
+
+    A mesh axis that does not divide the key heads would divide such a pair in two ways at once, which a PartitionSpec
+    cannot say. On a mesh with one, query heads and key heads are divided each by themselves.
+    """
+    group = sizes["h"] // sizes["x"]
+    pairs = group > 1 and sizes["x"] > 1 and all(sizes["x"] % n == 0 for n in mesh.shape.values())
+    query = {True: "(x g)", False: "x" if group == 1 else "h"}[pairs]
+    ones = iter(range(4 * len(letters + results)))
+
+    def factors(letters: str) -> str:
+        return " ".join(query if x == "h" else f"u{next(ones)}" if x == "1" else x for x in letters)
+
+    sides = [", ".join(map(factors, group)) for group in (letters, results)]
+    factor_sizes = {"g": group} if pairs else {}
+    return " -> ".join(sides), {"need_replication_factors": ("d", "j", "v"), **factor_sizes}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Which mesh axes divide b, i and h, and x if key heads are divided too."""
+
+    mesh: Mesh
+    axes: Mapping[str, tuple[str, ...]]
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, mesh: Mesh, sizes: Mapping[str, int], arrays: list[tuple[str, Any]], groups: int) -> "_Plan":
+        """What the arrays' shardings ask for, as far as it goes together; q, which comes first, has the first word.
+
+        groups: what a batch may be divided by where gradients are summed in groups of batches; 0: by anything.
+        """
+        axes: dict[str, tuple[str, ...]] = {}
+        for letters, x in arrays:
+            for letter, names in zip(letters, getattr(x.sharding, "spec", ()), strict=False):
+                letter = "h" if letter == "x" else letter
+                names = names if isinstance(names, tuple) else () if names is None else (names,)
+                taken = {name for other in axes.values() for name in other}
+                parts = math.prod(mesh.shape[name] for name in names)
+                fits = letter in sizes and sizes[letter] % parts == 0 and not (letter == "b" and groups % parts)
+                if names and fits and not axes.get(letter) and not taken & set(names):
+                    axes[letter] = names
+        axes = {letter: axes.get(letter, ()) for letter in "bih"}
+        axes["x"] = axes["h"] if sizes["x"] % math.prod(mesh.shape[a] for a in axes["h"]) == 0 else ()
+        return cls(mesh, axes, sizes)
+
+    def spec(self, letters: str) -> PartitionSpec:
+        return PartitionSpec(*(self.axes.get(letter) or None for letter in letters))
+
+    def parts(self, letter: str) -> int:
+        """How many shares an axis is divided into."""
+        return math.prod(self.mesh.shape[a] for a in self.axes[letter])
+
+    def own_operands(self, call: Call, operands: Mapping[str, Array]) -> dict[str, Array]:
+        """Operands as the rows of this device count: its first row is not the first."""
+        own = dict(operands)
+        if not self.axes["i"]:
+            return own
+        start = lax.axis_index(self.axes["i"]) * (self.sizes["i"] // self.parts("i"))
+        rules = call.rules
+        if rules.left is not None or rules.right is not None or rules.dropout_rate or "slopes" in own:
+            own["offset"] = own.get("offset", jnp.zeros((1, 1, 1, 1), jnp.int32)) + start.astype(jnp.int32)
+        if "q_lengths" in own:
+            own["q_lengths"] = jnp.maximum(own["q_lengths"] - start, 0).astype(jnp.int32)
+        return own
+
+    def _head_numbers(self) -> Array:
+        """The key head of each of this device's query heads."""
+        heads = self.sizes["h"] // self.parts("h")
+        return (lax.axis_index(self.axes["h"]) * heads + jnp.arange(heads)) // (self.sizes["h"] // self.sizes["x"])
+
+    def _slices(self) -> tuple[bool, bool]:
+        """Whether a device has more key heads than it needs, and whether one of them serves all its query heads."""
+        group, heads = self.sizes["h"] // self.sizes["x"], self.sizes["h"] // self.parts("h")
+        return self.axes["x"] != self.axes["h"] and self.sizes["x"] > 1, group % heads == 0
+
+    def own_heads(self, k: Array) -> Array:
+        """The key heads that this device's query heads read, of `[B, Sk, Hkv, D]`."""
+        slices, one = self._slices()
+        if not slices:
+            return k
+        numbers = self._head_numbers()
+        return jnp.take(k, numbers[:1] if one else numbers, axis=2)
+
+    def put_heads(self, dk: Array, k: Array) -> Array:
+        """`own_heads` undone, for what is to be summed over devices."""
+        slices, one = self._slices()
+        if not slices:
+            return dk
+        numbers = self._head_numbers()
+        return jnp.zeros(k.shape, dk.dtype).at[:, :, numbers[:1] if one else numbers].add(dk)
+
+    def sum(self, x: Array, letters: str) -> Array:
+        """Over the devices between which an array of these letters is not divided, though the logits are."""
+        if "x" in letters:
+            missing = self.axes["i"] + (self.axes["h"] if self.axes["x"] != self.axes["h"] else ())
+        else:
+            missing = tuple(a for letter in "bih" if letter not in letters for a in self.axes[letter])
+        if not missing:
+            return x
+        wide = x.dtype if x.dtype == jnp.float64 else jnp.float32
+        return lax.psum(x.astype(wide), missing).astype(x.dtype)

@@ -1,0 +1,224 @@
+"""Which tiles a block meets, where that depends on data or on bounds (`Spec.spans`).
+
+A block of rows (or of keys) meets the tiles `[begin, end)` of the other sequence; of these, `[full, stop)` show it all
+that they hold and need no mask. Bounds (causal, window, lengths) are interval arithmetic on the block's ends. Segments
+are compared by the least and the largest id of block and tile: right for ids in any order, tight for sorted ones. A
+mask is reduced to any and all per tile.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .spec import Spec
+
+
+def query_spans(
+    spec: Spec,
+    operands: Mapping[str, Array],
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    starts_m: Any,
+    block_m: int,
+    block_n: int,
+) -> Array:
+    """The tiles of keys that each block of query rows meets.
+
+    Args:
+      spec: what is seen.
+      operands: those of `spec.OPERANDS` that the call has.
+      batch: B.
+      seqlen_q: Sq, at least 1.
+      seqlen_k: Sk, at least 1.
+      starts_m: the first row of each block, `[blocks]`.
+      block_m: rows per block; those past Sq do not count.
+      block_n: keys per tile; tile j is `[j * block_n, (j + 1) * block_n)`.
+
+    Returns:
+      int32 `[1|B, 1|H, blocks, 4]`: begin, full, stop and end, numbers of tiles. The block meets the tiles
+      `[begin, full)` and `[stop, end)` through the mask, sees `[full, stop)` whole, and no others at all. No tile of
+      `[full, stop)` reaches past Sk. begin <= full <= stop <= end; (0, 0, 0, 0) where the block sees nothing.
+    """
+    rows = _side(operands, "q", batch, jnp.asarray(starts_m, jnp.int32), block_m, seqlen_q)
+    cols = _side(operands, "kv", batch, _starts(seqlen_k, block_n), block_n, seqlen_k)
+    masks = _mask_tiles(operands, batch, rows, cols)
+    return _spans(rows, cols, spec.rules.left, spec.rules.right, _offset(operands, batch), masks, whole_past_end=False)
+
+
+def key_spans(
+    spec: Spec,
+    operands: Mapping[str, Array],
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    block_m: int,
+    block_n: int,
+) -> Array:
+    """The tiles of query rows that each block of keys `[j * block_n, (j + 1) * block_n)` meets.
+
+    Args:
+      spec: as in `query_spans`, and so are operands, batch, seqlen_q and seqlen_k.
+      operands: those that the call has.
+      batch: B.
+      seqlen_q: Sq.
+      seqlen_k: Sk.
+      block_m: rows per tile; tile i is `[i * block_m, (i + 1) * block_m)`.
+      block_n: keys per block; those past Sk do not count.
+
+    Returns:
+      int32 `[1|B, 1|H, blocks, 4]` as in `query_spans`, but that a tile of `[full, stop)` may reach past Sq.
+    """
+    rows = _side(operands, "q", batch, _starts(seqlen_q, block_m), block_m, seqlen_q)
+    cols = _side(operands, "kv", batch, _starts(seqlen_k, block_n), block_n, seqlen_k)
+    masks = [x.swapaxes(2, 3) for x in _mask_tiles(operands, batch, rows, cols)]
+    # Row i sees keys from i + offset - left to i + offset + right: key j is seen from j - offset - right on.
+    return _spans(cols, rows, spec.rules.right, spec.rules.left, -_offset(operands, batch), masks, whole_past_end=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """One of the two sequences, cut into blocks (or tiles): `[starts, starts + block)`, less what is past its end."""
+
+    starts: Array
+    block: int
+    seqlen: int
+    length: Array
+    """`[n, 1, 1]`: what lies at or past it is hidden."""
+    ids: tuple[Array, ...] | None
+    """Of the segments in each block, `[n, 1, blocks]`: the least, the largest, and whether there is padding too."""
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return self.starts.shape[0]
+
+
+def _starts(seqlen: int, block: int) -> Array:
+    return jnp.arange(0, seqlen, block, dtype=jnp.int32)
+
+
+def _side(operands: Mapping[str, Array], name: str, batch: int, starts: Array, block: int, seqlen: int) -> _Side:
+    length, ids = operands.get(f"{name}_lengths"), operands.get(f"{name}_segments")
+    length = jnp.full((1, 1, 1), seqlen) if length is None else length[..., 0]
+    length = _per_batch(jnp.clip(length, 0, seqlen).astype(jnp.int32), batch)
+    if ids is not None:
+        ids = _gather(ids.reshape(ids.shape[0], 1, seqlen), 2, starts, block)
+        lowest = jnp.where(ids < 0, np.iinfo(np.int32).max, ids).min(-1)
+        ids = tuple(_per_batch(x, batch) for x in (lowest, ids.max(-1), (ids < 0).any(-1)))
+    return _Side(starts, block, seqlen, length, ids)
+
+
+def _offset(operands: Mapping[str, Array], batch: int) -> Array:
+    """`[1|B, 1, 1]`."""
+    return _per_batch(operands["offset"][..., 0], batch) if "offset" in operands else jnp.zeros((1, 1, 1), jnp.int32)
+
+
+def _per_batch(x: Array, batch: int) -> Array:
+    """`[n, ...]` -> `[1|B, ...]`."""
+    return x if x.shape[0] in (1, batch) else jnp.tile(x, (batch // x.shape[0],) + (1,) * (x.ndim - 1))
+
+
+def _gather(x: Array, axis: int, starts: Array, block: int) -> Array:
+    """An axis -> blocks, and what each holds; one that is cut short repeats the last element."""
+    index = starts[:, None] + jnp.arange(block, dtype=jnp.int32)
+    return jnp.take(x, jnp.minimum(index, x.shape[axis] - 1), axis)
+
+
+def _spans(x: _Side, y: _Side, back, forth, shift: Array, masks: list[Array], whole_past_end: bool) -> Array:
+    """Which of y's tiles x's blocks meet. An index i of x sees those of y from i + shift - back to i + shift + forth.
+
+    `masks`: whether a mask shows each block any of each tile, and all of it, or nothing.
+    """
+    met, whole = _met(x, y, back, forth, shift), _whole(x, y, back, forth, shift, whole_past_end)
+    if x.ids is not None or masks:
+        tile = jnp.arange(y.blocks, dtype=jnp.int32)
+        met, whole = ((start[..., None] <= tile) & (tile < stop[..., None]) for start, stop in (met, whole))
+        for some, every in (*_segment_tiles(x, y), *([masks] if masks else [])):
+            met, whole = met & some, whole & every
+        met, whole = _hull(met), _longest_run(whole)
+    (begin, end), (full, stop) = met, whole
+    begin, end = (jnp.where(begin < end, n, 0) for n in (begin, end))
+    full, stop = (jnp.where(full < stop, n, end) for n in (full, stop))
+    return jnp.stack(jnp.broadcast_arrays(begin, full, stop, end), -1).astype(jnp.int32)
+
+
+def _met(x: _Side, y: _Side, back, forth, shift: Array) -> tuple[Array, Array]:
+    """The tiles where some index of a block sees something, as far as bounds and lengths know."""
+    first, last = x.starts, jnp.minimum(x.starts + x.block, x.length) - 1
+    begin = 0 if back is None else jnp.maximum(first + shift - back, 0)
+    end = y.length if forth is None else jnp.minimum(last + shift + forth + 1, y.length)
+    end = jnp.where((first <= last) & (begin < end), end, 0)
+    return jnp.minimum(begin, end) // y.block, -(-end // y.block)
+
+
+def _whole(x: _Side, y: _Side, back, forth, shift: Array, whole_past_end: bool) -> tuple[Array, Array]:
+    """The tiles where every index of a block sees everything, likewise."""
+    first, last = x.starts, jnp.minimum(x.starts + x.block, x.seqlen) - 1
+    begin = jnp.zeros((1, 1, 1), jnp.int32) if back is None else jnp.maximum(last + shift - back, 0)
+    end = y.length if forth is None else jnp.clip(first + shift + forth + 1, 0, y.length)
+    end = jnp.where(last < x.length, end, 0)
+    stop = jnp.where(whole_past_end & (end == y.seqlen), y.blocks, end // y.block)
+    return -(-begin // y.block), stop
+
+
+def _segment_tiles(x: _Side, y: _Side) -> list[tuple[Array, Array]]:
+    """Whether ids may be equal somewhere in block and tile, and whether they surely are everywhere."""
+    if x.ids is None or y.ids is None:
+        return []
+    (x_low, x_high, x_padded), (y_low, y_high, y_padded) = (
+        [n[..., None] for n in x.ids],
+        [n[:, :, None] for n in y.ids],
+    )
+    some = (x_low <= y_high) & (y_low <= x_high)
+    every = (x_low == x_high) & (y_low == y_high) & (x_low == y_low) & ~x_padded & ~y_padded
+    return [(some, every)]
+
+
+def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _Side) -> list[Array]:
+    """Whether the mask shows some, and every, element of each block of rows and tile of keys: `[1|B, 1|H, .., ..]`."""
+    if "mask" not in operands:
+        return []
+    mask = lax.optimization_barrier(operands["mask"])  # XLA would take minutes to fold a large constant's reduction
+    return [_per_batch(_reduce_tiles(mask, rows, cols, reduce), batch) for reduce in (jnp.any, jnp.all)]
+
+
+def _reduce_tiles(x: Array, rows: _Side, cols: _Side, reduce: Callable) -> Array:
+    """`[n, h, 1|Sq, 1|Sk]` -> `[n, h, 1|blocks, 1|tiles]`: keys first, so that rows are gathered from little."""
+    if x.shape[3] > 1:  # a last tile that is cut short apart, so that the array is never padded, which would copy it
+        whole = cols.seqlen // cols.block * cols.block
+        tiles = [reduce(x[..., :whole].reshape(*x.shape[:3], -1, cols.block), -1)]
+        if whole < cols.seqlen:
+            tiles.append(reduce(x[..., whole:], -1, keepdims=True))
+        x = jnp.concatenate(tiles, -1)
+    return reduce(_gather(x, 2, rows.starts, rows.block), 3) if x.shape[2] > 1 else x
+
+
+def _hull(x: Array) -> tuple[Array, Array]:
+    """From the first True of the last axis to behind the last; (0, 0) where there is none."""
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.where(x.any(-1), x.argmax(-1), 0), jnp.where(x, index + 1, 0).max(-1)
+
+
+def _longest_run(x: Array) -> tuple[Array, Array]:
+    """The first of the longest runs of True along the last axis; of length 0 where there is none."""
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    length = index - lax.cummax(jnp.where(x, -1, index), x.ndim - 1)  # of the run that ends here
+    stop = length.argmax(-1).astype(jnp.int32) + 1
+    return stop - length.max(-1), stop
+
+
+def union(table: Array) -> Array:
+    """[blocks, 4]: the tiles that a block meets in any batch or head, of which those seen whole in all.
+
+    Args:
+      table: `[1|B, 1|H, blocks, 4]`, spans.
+    """
+    begin, full, stop, end = jnp.moveaxis(table, -1, 0)
+    begin = jnp.where(begin < end, begin, jnp.iinfo(table.dtype).max)  # a head that sees nothing has no say
+    begin, full, stop, end = begin.min((0, 1)), full.max((0, 1)), stop.min((0, 1)), end.max((0, 1))
+    return jnp.stack([jnp.minimum(begin, end), full, jnp.maximum(full, stop), end], -1)

@@ -1,0 +1,102 @@
+"""`explain` counts what runs, and `supported` agrees with the call."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flash_attn2 as fa
+from jax_flash_attn2 import explain, flash_attention, gpu_target, supported
+
+T, DOCUMENTS = 8192, 12
+X = jnp.zeros((1, T, 2, 64), jnp.bfloat16)
+SEGMENTS = jnp.asarray(np.arange(T) * DOCUMENTS // T)[None]
+
+
+def visited(**options):
+    return [p.visited for p in explain(X, X, X, causal=True, **options).passes]
+
+
+def test_packed_documents_on_a_gpu():
+    """Twelve documents in 8192 tokens meet at most 16% of the tiles that one does, in every kernel."""
+    with gpu_target(compute_capability=90):
+        dense, packed = visited(), visited(q_segment_ids=SEGMENTS)
+    assert len(dense) == 3
+    assert all(few <= 0.16 * many for few, many in zip(packed, dense, strict=True)), (packed, dense)
+
+
+def test_packed_documents_on_xla():
+    dense, packed = visited(implementation="xla"), visited(implementation="xla", q_segment_ids=SEGMENTS)
+    assert len(dense) == 2
+    assert all(few <= 0.25 * many for few, many in zip(packed, dense, strict=True)), (packed, dense)
+
+
+def test_packed_documents_hold_no_logits():
+    """Neither on XLA nor on a GPU is anything [T, T] in the module."""
+
+    def loss(q, k, v, ids):
+        return flash_attention(q, k, v, causal=True, q_segment_ids=ids).astype(jnp.float32).sum()
+
+    grad = jax.jit(jax.grad(loss, (0, 1, 2)))
+    assert f"{T},{T}" not in grad.lower(X, X, X, SEGMENTS).compile().as_text()
+    pytest.importorskip("jax_triton")
+    pytest.importorskip("jax_cuda13_plugin")
+    with gpu_target(compute_capability=90):
+        assert f"{T}x{T}" not in grad.trace(X, X, X, SEGMENTS).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_text(capsys):
+    with gpu_target(compute_capability=80):
+        result = explain(X, X, X, causal=True, config=fa.Config(64, 64))
+    assert capsys.readouterr().out == f"{result}\n"
+    forward = result.passes[0]
+    blocks = T // 64
+    assert forward.visited == 2 * blocks * (blocks + 1) // 2
+    assert forward.masked == 2 * blocks
+    assert forward.flops == forward.visited * 64 * 64 * 2 * 2 * 64
+    assert "triton on sm_80\n  an enclosing gpu_target names it" in str(result)
+    assert "ptr-block: 16512 of 32768 tiles visited (50.4%), 256 through the mask" in str(result)
+
+
+def test_reasons():
+    x = jnp.zeros((1, 64, 2, 16))
+    why = {
+        "need a GPU": explain(x, x, x),
+        "was asked for": explain(x, x, x, implementation="xla"),
+        "differentiates it to any order": explain(x, x, x, higher_order=True),
+    }
+    for reason, result in why.items():
+        assert result.implementation == "xla"
+        assert reason in str(result)
+    with gpu_target(compute_capability=90):
+        assert explain(x, x, x).implementation == "triton"
+        with jax.enable_x64(True):
+            y = x.astype(jnp.float64)
+            assert "no float64" in str(explain(y, y, y))
+
+
+def test_traced_data_is_said_to_be_unknown():
+    def f(ids):
+        x = jnp.zeros((1, 64, 2, 16))
+        assert explain(x, x, x, q_segment_ids=ids, config=fa.Config(16, 16)).passes[0].visited is None
+        return ids
+
+    jax.jit(f)(jnp.zeros((1, 64), jnp.int32))
+
+
+def test_supported():
+    x = jnp.zeros((1, 64, 2, 16))
+    assert supported(x, x, x, causal=True, window_size=8)
+    assert not supported(x, x, x, implementation="triton")  # no GPU here
+    assert not supported(x, x, x[:, :3])
+    assert not supported(x, x, x, mask=jnp.ones((64, 64)))
+    with gpu_target(compute_capability=90):
+        assert supported(x, x, x, implementation="triton")
+
+
+def test_explain_raises_what_the_call_would():
+    x = jnp.zeros((1, 64, 2, 16))
+    with pytest.raises(ValueError, match='implementation="triton" runs on GPUs'):
+        explain(x, x, x, implementation="triton")
+    with pytest.raises(TypeError, match="mask must have dtype bool"):
+        explain(x, x, x, mask=jnp.ones((64, 64)))
