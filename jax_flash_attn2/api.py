@@ -144,8 +144,9 @@ def _with_kernels(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | 
 
 def _natively(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
     """The path that JAX differentiates by itself."""
-    if q.size == 0 or k.size == 0:
-        return _attention(call, q, k, v, operands)
+    if primitives.nothing_to_see(q, k, v):
+        o, lse, _, _, *row_max = primitives.forward_of_nothing(call, q, k, v, operands)
+        return o, lse, row_max[0] if row_max else None
     return xla.differentiable(Spec.of(call.rules, q, k, v, operands), call.config("fwd"), q, k, v, operands)
 
 

@@ -68,11 +68,8 @@ def _aval(shape, dtype):
 
 def _forward(run, target, q, k, v, *rest, call: Call, names):
     operands = dict(zip(names, rest, strict=True))
-    if _nothing_to_see(q, k, v):
-        o, *rows = (jnp.zeros(x.shape, x.dtype) for x in _forward_shapes(q, k, v, call=call, names=names))
-        lse = _lse_of_nothing(operands, rows[0])
-        m = jnp.where(lse == -jnp.inf, -jnp.inf, lse)
-        return [o, lse, m, jnp.exp(lse - jnp.where(m == -jnp.inf, 0, m)), *(x - jnp.inf for x in rows[3:])]
+    if nothing_to_see(q, k, v):
+        return forward_of_nothing(call, q, k, v, operands)
     spec = Spec.of(call.rules, q, k, v, operands)
     if run is None:
         return _present(*xla.forward(spec, call.config("fwd"), q, k, v, operands))
@@ -82,7 +79,7 @@ def _forward(run, target, q, k, v, *rest, call: Call, names):
 
 def _backward(run, target, q, k, v, o, m, l, do, *rest, call: Call, names, wanted, apart):
     operands, dlse = dict(zip(names, rest, strict=False)), rest[len(names)] if len(rest) > len(names) else None
-    if _nothing_to_see(q, k, v):
+    if nothing_to_see(q, k, v):
         shapes = _backward_shapes(
             q, k, v, o, m, l, do, *rest, call=call, names=names, wanted=wanted, apart=apart
         )  # fmt: skip
@@ -104,8 +101,16 @@ def _present(*results: Array | None) -> list[Array]:
     return [x for x in results if x is not None]
 
 
-def _nothing_to_see(q, k, v) -> bool:
+def nothing_to_see(q, k, v) -> bool:
+    """Whether there are no rows, or no keys for them."""
     return q.size == 0 or k.size == 0 or v.size == 0
+
+
+def forward_of_nothing(call: Call, q, k, v, operands: Mapping[str, Array]) -> list[Array]:
+    """`forward` where there is nothing to see."""
+    o, *rows = (jnp.zeros(x.shape, x.dtype) for x in _forward_shapes(q, k, v, call=call, names=()))
+    lse = _lse_of_nothing(operands, rows[0])
+    return [o, lse, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)), *(x - jnp.inf for x in rows[3:])]
 
 
 def _lse_of_nothing(operands: Mapping[str, Array], row: Array) -> Array:

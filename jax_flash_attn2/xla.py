@@ -33,6 +33,7 @@ _DIFFERENTIABLE_SCORES = 2**21
 """How many logits `differentiable` holds at a time."""
 
 
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def forward(
     spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
 ) -> tuple[Array, Array, Array, Array, Array | None]:
@@ -99,6 +100,7 @@ def forward(
     return t.rows_out(o, t.seqlen_q).astype(dtype), lse, m, l, row_max[0] if row_max else None
 
 
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def backward(
     spec: Spec,
     config: Config | None,
@@ -188,6 +190,7 @@ def backward(
     return *dqkv, *(grads[name].astype(operands[name].dtype) for name in wanted)
 
 
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def differentiable(
     spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
 ) -> tuple[Array, Array, Array | None]:
