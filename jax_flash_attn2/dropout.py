@@ -36,7 +36,7 @@ def keep_range(key0: Array, key1: Array, rows: Array, start: Any, size: int, thr
     A call of philox serves four keys here, and one in `keep`.
     """
     aligned = isinstance(start, int) and start % 4 == 0
-    quads = start // 4 + jnp.arange(-(-size // 4) + (not aligned), dtype=jnp.int32)
+    quads = jnp.asarray(start // 4, jnp.int32) + jnp.arange(-(-size // 4) + (not aligned), dtype=jnp.int32)
     kept = [(word >= _threshold(threshold)).astype(jnp.uint32) for word in philox(rows, quads, 0, 0, key0, key1)]
     packed = kept[0] | kept[1] << 8 | kept[2] << 16 | kept[3] << 24  # a byte each
     # Without the barrier XLA would fuse philox into what unpacks the bytes, and run it for each of them.

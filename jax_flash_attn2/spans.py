@@ -201,7 +201,7 @@ def _reduce_tiles(x: Array, rows: _Side, cols: _Side, reduce: Callable) -> Array
 def _hull(x: Array) -> tuple[Array, Array]:
     """From the first True of the last axis to behind the last; (0, 0) where there is none."""
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    return jnp.where(x.any(-1), x.argmax(-1), 0), jnp.where(x, index + 1, 0).max(-1)
+    return jnp.where(x.any(-1), x.argmax(-1).astype(jnp.int32), 0), jnp.where(x, index + 1, 0).max(-1)
 
 
 def _longest_run(x: Array) -> tuple[Array, Array]:

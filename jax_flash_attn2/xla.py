@@ -300,7 +300,12 @@ class _Tiling:
 
     def row_index(self, start_m):
         """[M * G, 1]: the rows of a tile."""
-        return start_m + jnp.arange(self.block_m * self.spec.group)[:, None] // self.spec.group
+        rows = _int32(jnp.arange(self.block_m * self.spec.group))[:, None]
+        return _int32(start_m) + rows // self.spec.group
+
+    def col_index(self, start_n):
+        """[1, N]: the keys of a tile."""
+        return _int32(start_n) + _int32(jnp.arange(self.block_n))[None, :]
 
     def positions(self, operands, start_m):
         """[1|B, 1, M * G, 1], or without the first two axes: where the rows of a tile are among the keys."""
@@ -310,8 +315,8 @@ class _Tiling:
     def visible(self, operands, start_m, j):
         """[1|B, 1|Hkv, M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held."""
         start_n, rules = self.start_n(j), self.spec.rules
-        cols = start_n + jnp.arange(self.block_n)[None, :]
-        visible = cols >= j * self.block_n
+        cols = self.col_index(start_n)
+        visible = cols >= _int32(j * self.block_n)
         if rules.left is not None:
             visible &= self.positions(operands, start_m) - rules.left <= cols
         if rules.right is not None:
@@ -344,7 +349,7 @@ class _Tiling:
 
     def distances(self, operands, start_m, start_n):
         """[1|B, 1, M * G, N]: how far each key is from the row's position."""
-        cols = start_n + jnp.arange(self.block_n)[None, :]
+        cols = self.col_index(start_n)
         return jnp.abs(self.positions(operands, start_m) - cols).astype(self.dtype)
 
     def kept(self, operands, start_m, start_n):
@@ -404,7 +409,7 @@ class _Tiling:
         lengths = self.lengths[side]
         if lengths is None:
             return x
-        return jnp.where(jnp.arange(x.shape[1])[:, None, None] < self.per_batch(lengths), x, 0)
+        return jnp.where(_int32(jnp.arange(x.shape[1]))[:, None, None] < self.per_batch(lengths), x, 0)
 
     def grad_zeros(self, operand, apart):
         """Where the gradient of an operand is summed."""
@@ -507,6 +512,11 @@ def _sum_to(x, shape, apart):
     x = x.reshape(apart, -1, shape[0], *x.shape[1:])
     x = x.sum([1, *(axis + 2 for axis in (1, 2, 3) if shape[axis] == 1)], keepdims=True)
     return x.reshape(-1, *x.shape[3:])
+
+
+def _int32(x):
+    """Row and key numbers are int32 under x64 too, as lengths and offsets are."""
+    return jnp.asarray(x, jnp.int32)
 
 
 def _min(x, y):

@@ -235,17 +235,19 @@ def assert_documents_are_apart(flash, case: Case) -> None:
 
 def kept_by_pass(flash, case: Case) -> dict[str, np.ndarray]:
     """What dropout keeps in each pass, `[*batch, H, Sq, Sk]`: logits are equal, values and keys unit vectors."""
-    assert case.heads == case.kv_heads
-    x, n = case.inputs(), case.head_dim
+    rows, keys, x = case.seqlen_q, case.seqlen_k, case.inputs()
+    assert (case.heads, case.head_dim, case.v_dim) == (case.kv_heads, keys, keys + rows)
 
-    def units(seqlen):
-        return np.broadcast_to(np.eye(seqlen, n, dtype=np.float32)[:, None], (*case.batch, seqlen, case.heads, n))
+    def each(*parts):
+        """A row is the parts beside each other, in every batch and head."""
+        row = np.concatenate(parts, -1, dtype=np.float32)[:, None]
+        return np.broadcast_to(row, (*case.batch, len(row), case.heads, row.shape[-1]))
 
-    x |= {"q": np.zeros_like(x["q"]), "k": units(case.seqlen_k), "v": units(case.seqlen_k), "dlse": 0 * x["dlse"]}
-    by_row = flash(case, x | {"do": units(case.seqlen_q)})
-    by_key = flash(case, x | {"do": np.ones_like(x["do"])})
+    x |= {"q": np.zeros_like(x["q"]), "k": each(np.eye(keys)), "v": each(np.eye(keys), np.zeros((keys, rows)))}
+    x |= {"do": each(np.ones((rows, keys)), np.eye(rows)), "dlse": np.zeros_like(x["dlse"])}
+    got = {name: np.moveaxis(a, -2, -3) for name, a in flash(case, x).items() if name in ("o", "dq", "dv")}
     return {
-        "fwd": by_row["o"][..., : case.seqlen_k].swapaxes(-2, -3) > 0,  # o_ij = p_ij
-        "dkdv": by_row["dv"][..., : case.seqlen_q].swapaxes(-2, -3).swapaxes(-1, -2) > 0,  # dv_ji = p_ij
-        "dq": by_key["dq"][..., : case.seqlen_k].swapaxes(-2, -3) > 0,  # p_ij * (1 / (1 - rate) or 0, less a mean)
+        "fwd": got["o"][..., :keys] > 0,  # p_ij
+        "dq": got["dq"] > 0,  # p_ij * (1 / (1 - rate) or 0, less a mean of these)
+        "dkdv": got["dv"][..., keys:].swapaxes(-1, -2) > 0,  # p_ij
     }

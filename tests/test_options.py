@@ -29,6 +29,7 @@ SAME = {
     "window of one number": ({"window_size": 5}, {"window_size": (5, 5)}),
     "window as a list": ({"window_size": [5, None]}, {"window_size": (5, None)}),
     "window of NumPy's": ({"window_size": (np.int64(5), None)}, {"window_size": (5, None)}),
+    "a window past the end": ({"window_size": (2**40, 2**31 - 1)}, {}),
     "no window": ({"window_size": (None, None)}, {}),
     "causal as a window": ({"window_size": (None, 0)}, {"causal": True}),
     "causal and a window": ({"causal": True, "window_size": (5, 9)}, {"window_size": (5, 0)}),

@@ -27,7 +27,7 @@ def test_values_and_gradients(case):
     assert_near(case, flash(case))
 
 
-TUNED = ("thousand", "thousand_keys", "causal", "ragged_causal", "window_causal", "segments_packed", "everything")
+TUNED = ("thousand", "thousand_keys", "causal", "ragged_causal", "segments_packed_causal", "everything")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in TUNED], ids=str)
@@ -37,13 +37,13 @@ def test_tuned_blocks(case):
     assert_near(tuned, flash(tuned, quick=False))
 
 
-@hypothesis.settings(SETTINGS, max_examples=10)
+@hypothesis.settings(SETTINGS, max_examples=8)
 @hypothesis.given(drawn())
 def test_drawn_cases(case):
     assert_near(case, flash(case))
 
 
-@pytest.mark.parametrize("case", [*OPTIONS[::3], *PAIRS[::3]], ids=str)
+@pytest.mark.parametrize("case", [*OPTIONS[::4], *PAIRS[::4]], ids=str)
 def test_higher_order(case):
     """The path that JAX differentiates by itself."""
     assert_near(case, flash(case, higher_order=True))
@@ -170,10 +170,10 @@ def test_documents_are_apart(case):
     assert_documents_are_apart(flash, case)
 
 
-@pytest.mark.parametrize("block", [(16, 16), (64, 16), (16, 32), (32, 64), (None, None)], ids=str)
-@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
-def test_blocks_drop_the_same_keys(alignment, block):
+@pytest.mark.parametrize("block", [(16, 16), (64, 16), (16, 32), (None, None)], ids=str)
+def test_blocks_drop_the_same_keys(block):
     """Every pass, whatever its blocks, drops the keys that Philox says."""
-    case = Case("kept", 40, 48, (2,), 2, 2, 48, alignment=alignment, dropout=0.3, block=block)
+    alignment = "bottom_right" if block[0] == 16 else "top_left"
+    case = Case("kept", 40, 50, (2,), 2, 2, 50, 90, alignment=alignment, dropout=0.3, block=block)
     for name, kept in kept_by_pass(flash, case).items():
         np.testing.assert_array_equal(kept, case.inputs()["keep"], err_msg=name)
