@@ -78,10 +78,7 @@ def points() -> list[Point]:
     plain = [Point(r.arch, r.name, r.width, causal, r.config) for r in tuning.ROWS for causal in (False, True)]
     tuned = dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain)
     extras = [
-        (*key, extra)
-        for key in tuned
-        for extra in EXTRAS
-        if extra == "bias" or (key[0] in (80, 90) and key[2] == 128) or (key[0] == 90 and key[2] == 64)
+        (*key, extra) for key in tuned for extra in EXTRAS if extra == "bias" or (key[0] in (80, 90) and key[2] == 128)
     ]
     return plain + [_tuned(*key) for key in extras]
 
