@@ -251,7 +251,11 @@ class _Tiling:
         self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
         self.masked = spec.causal or spec.spans
         block_m, block_n = _choose_blocks(
-            self.seqlen_q, self.seqlen_k, q.shape[0] * spec.heads, whole_rows and not self.masked
+            self.seqlen_q,
+            self.seqlen_k,
+            q.shape[0] * spec.heads,
+            whole_rows and not self.masked,
+            256 if spec.q_segments is not None else 512,  # documents are met tile by tile: small ones waste less
         )
         self.block_m = min((config and config.block_m) or block_m, self.seqlen_q)
         self.block_n = min((config and config.block_n) or block_n, self.seqlen_k)
@@ -478,7 +482,7 @@ class _Tiling:
         return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), precision=precision)
 
 
-def _choose_blocks(seqlen_q, seqlen_k, batch_heads, whole_rows):
+def _choose_blocks(seqlen_q, seqlen_k, batch_heads, whole_rows, largest):
     """Block sizes that were fast on CPUs with 1 MiB of L2 per core and 32 MiB of L3.
 
     One tile where it is small: with no running statistics XLA fuses the softmax into the matrix product, and
@@ -487,7 +491,7 @@ def _choose_blocks(seqlen_q, seqlen_k, batch_heads, whole_rows):
     """
     if batch_heads * seqlen_q * seqlen_k <= 2**21:
         return seqlen_q, seqlen_k
-    side = min(max(_power_of_two(1.5 * math.sqrt(2**19 / batch_heads)), 128), 512)
+    side = min(max(_power_of_two(1.5 * math.sqrt(2**19 / batch_heads)), 128), largest)
     block_m = side * max(side // seqlen_k, 1)  # a tile that is short one way is long the other
     block_n = side * max(side // seqlen_q, 1)
     rows = _power_of_two(2**22 / (batch_heads * seqlen_k))

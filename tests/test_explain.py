@@ -26,9 +26,11 @@ def test_packed_documents_on_a_gpu():
 
 
 def test_packed_documents_on_xla():
-    dense, packed = visited(implementation="xla"), visited(implementation="xla", q_segment_ids=SEGMENTS)
+    """Of tiles of the same size."""
+    config = fa.Config(256, 256)
+    dense, packed = (visited(implementation="xla", config=config, **o) for o in ({}, {"q_segment_ids": SEGMENTS}))
     assert len(dense) == 2
-    assert all(few <= 0.25 * many for few, many in zip(packed, dense, strict=True)), (packed, dense)
+    assert all(few <= 0.16 * many for few, many in zip(packed, dense, strict=True)), (packed, dense)
 
 
 def test_packed_documents_hold_no_logits():
