@@ -173,7 +173,7 @@ class Spec:
     @property
     def drop_threshold(self) -> int:
         """A key is dropped where 32 random bits are below this."""
-        return round(self.rules.dropout_rate * 2**32)
+        return min(round(self.rules.dropout_rate * 2**32), 2**32 - 1)
 
     @property
     def keep_scale(self) -> float:
