@@ -85,23 +85,28 @@ def _dtype(dtype: np.dtype) -> _Dtype:
 
 @functools.cache
 def _mend_bfloat16() -> None:
-    """tl.dot in the interpreter multiplies the bit patterns of bf16 operands (triton#11584); widen them first."""
+    """Triton's interpreter holds bf16 as bit patterns: tl.dot multiplies these (triton#11584), a cast to them cuts
+    off where a GPU rounds. Widen the ones, round the other."""
     import triton.language as tl
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    builder = interpreter.InterpreterBuilder
-    create_dot = builder.create_dot
+    builder = InterpreterBuilder
+    cast, create_dot = builder.cast_impl, builder.create_dot
 
     def widen(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+        return TensorHandle(handle.data.view(jnp.bfloat16).astype(np.float32), tl.float32)
+
+    def cast_rounded(self, x, dtype):
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, dtype)
+        return TensorHandle(x.data.astype(jnp.bfloat16).view(np.uint16), tl.bfloat16)
 
     def create_dot_widened(self, a, b, d, input_precision, max_num_imprecise_acc):
         return create_dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
 
-    builder.create_dot = create_dot_widened
+    builder.cast_impl, builder.create_dot = cast_rounded, create_dot_widened
 
 
 def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
