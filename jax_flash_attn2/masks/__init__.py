@@ -1,5 +1,8 @@
 """Masks as data: predicates and builders, a cache, masks of weights, maskers, and block masks that the kernels read."""
 
+from .builders import causal_mask_comparison, causal_mask_tril, make_causal_mask
+from .cache import CacheInfo, MaskCache, causal_mask, causal_mask_cache
+from .dense import dense_attention
 from .predicates import (
     Predicate,
     all_of,
@@ -17,14 +20,22 @@ from .predicates import (
 )
 
 __all__ = [
+    "CacheInfo",
+    "MaskCache",
     "Predicate",
     "all_of",
     "any_of",
     "causal",
+    "causal_mask",
+    "causal_mask_cache",
+    "causal_mask_comparison",
+    "causal_mask_tril",
+    "dense_attention",
     "dilated",
     "documents",
     "evaluate",
     "from_dense",
+    "make_causal_mask",
     "negate",
     "padding",
     "prefix_lm",

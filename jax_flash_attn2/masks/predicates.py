@@ -332,6 +332,19 @@ def evaluate(
     return element(*(jnp.asarray(x) for x in indices))
 
 
+def window_pair(name: str, window: Any) -> tuple[int | None, int | None]:
+    """`flash_attention`'s window_size, named `name` here, as (left, right); an integer is both."""
+    pair = tuple(window) if isinstance(window, tuple | list) else (window, window)
+    if len(pair) != 2 or not all(n is None or _is_integer(n) for n in pair):
+        raise TypeError(
+            f"{name} must be an integer, a pair (left, right) of integers or None (no bound), got {window!r}"
+        )
+    if any(n is not None and n < 0 for n in pair):
+        raise ValueError(f"{name} must not be negative, got {window!r}; None means that there is no bound")
+    left, right = (None if n is None else min(int(n), _FAR) for n in pair)
+    return left, right
+
+
 # One argument each.
 
 

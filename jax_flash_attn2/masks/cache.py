@@ -1,0 +1,192 @@
+"""Dense causal masks that are built once and then looked up."""
+
+import collections
+import threading
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import inputs
+from . import predicates
+
+_Key = tuple[int, int, int | None, int | None, int, str]  # Sq, Sk, left, right, offset, dtype
+
+
+class CacheInfo(NamedTuple):
+    """What a `MaskCache` has done since it was made or cleared, and what it holds."""
+
+    hits: int
+    misses: int
+    maxsize: int
+    currsize: int
+    """Masks held."""
+    nbytes: int
+    """Their memory."""
+
+
+class MaskCache:
+    """The causal (and window) masks last used, one for each (seqlen_q, seqlen_k, window, alignment, dtype).
+
+    A mask holds Sq * Sk elements of its dtype on the default device: 64 MiB in bool at 8192 x 8192, four times that in
+    float32. The least recently used go when there are more than `maxsize` of them, or more than `max_bytes` in all; a
+    mask that is larger than `max_bytes` by itself is built each time.
+
+    Any number of threads may use one cache; a mask that several ask for at once is built once. Under jit too a call
+    gives a concrete array, which is never a tracer and becomes a constant of the program that is being traced: each
+    program compiled with it keeps its own copy. There a comparison of indices, which XLA fuses into what uses it, costs
+    less memory; what the cache saves is building masks call by call outside of jit, and at every trace.
+    """
+
+    def __init__(self, maxsize: int = 32, max_bytes: int = 2**28):
+        for name, n in (("maxsize", maxsize), ("max_bytes", max_bytes)):
+            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+                raise ValueError(
+                    f"{name} must be an integer of at least 1, got {n!r}; where no cache is wanted, use none"
+                )
+        self.maxsize = maxsize
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._masks: collections.OrderedDict[_Key, Array] = collections.OrderedDict()  # the last used at the end
+        self._hits = self._misses = self._nbytes = 0
+
+    def causal(
+        self,
+        seqlen_q: int,
+        seqlen_k: int | None = None,
+        *,
+        window: "inputs.WindowSize | None" = None,
+        causal_alignment: "inputs.Alignment" = "top_left",
+        dtype: Any = bool,
+    ) -> Array:
+        """Row i, at i' = i or i + Sk - Sq ("bottom_right"), sees keys j <= i' that are in its window.
+
+        Args:
+          seqlen_q: Sq, at least 0.
+          seqlen_k: Sk; Sq if left out.
+          window: as `flash_attention`'s window_size: keys j >= i' - left.
+          causal_alignment: "top_left" or "bottom_right".
+          dtype: bool: True is seen. A floating one: what is added to logits, 0 where seen and -inf elsewhere, so that
+            it serves as a bias. (For weights of 1 and 0 cast the bool.)
+
+        Returns:
+          `[1, 1, Sq, Sk]` of that dtype.
+
+        Raises:
+          TypeError, ValueError: an argument does not fit.
+        """
+        left, _ = predicates.window_pair("window", window)
+        return self.window(seqlen_q, seqlen_k, window=(left, 0), causal_alignment=causal_alignment, dtype=dtype)
+
+    def window(
+        self,
+        seqlen_q: int,
+        seqlen_k: int | None = None,
+        *,
+        window: "inputs.WindowSize | None",
+        causal_alignment: "inputs.Alignment" = "top_left",
+        dtype: Any = bool,
+    ) -> Array:
+        """The same without being causal: keys i' - left <= j <= i' + right. Arguments as of `causal`."""
+        key = _key(seqlen_q, seqlen_k, window, causal_alignment, dtype)
+        with self._lock:  # held while a mask is built: whoever else asks for it waits for that instead of building it
+            mask = self._masks.get(key)
+            if mask is not None and not mask.is_deleted():  # as donating it to a jitted function would have done
+                self._hits += 1
+                self._masks.move_to_end(key)
+                return mask
+            self._misses += 1
+            self._forget(key)
+            mask = _build(*key)
+            if mask.nbytes <= self.max_bytes:
+                self._masks[key] = mask
+                self._nbytes += mask.nbytes
+                while len(self._masks) > self.maxsize or self._nbytes > self.max_bytes:
+                    self._forget(next(iter(self._masks)))
+            return mask
+
+    def _forget(self, key: _Key) -> None:
+        mask = self._masks.pop(key, None)
+        if mask is not None:
+            self._nbytes -= mask.nbytes
+
+    def info(self) -> CacheInfo:
+        """Hits and misses so far, and what is held."""
+        with self._lock:
+            return CacheInfo(self._hits, self._misses, self.maxsize, len(self._masks), self._nbytes)
+
+    def clear(self) -> None:
+        """Forgets all masks, and counts from 0 again."""
+        with self._lock:
+            self._masks.clear()
+            self._hits = self._misses = self._nbytes = 0
+
+
+causal_mask_cache = MaskCache()
+"""The cache that `causal_mask` and `dense_attention` use."""
+
+
+def causal_mask(
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    window: "inputs.WindowSize | None" = None,
+    causal_alignment: "inputs.Alignment" = "top_left",
+    dtype: Any = bool,
+) -> Array:
+    """`MaskCache.causal` of `causal_mask_cache`: `[1, 1, Sq, Sk]`."""
+    return causal_mask_cache.causal(seqlen_q, seqlen_k, window=window, causal_alignment=causal_alignment, dtype=dtype)
+
+
+def build_window(
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    window: "inputs.WindowSize | None",
+    causal_alignment: "inputs.Alignment" = "top_left",
+    dtype: Any = bool,
+) -> Array:
+    """`MaskCache.window` without a cache."""
+    return _build(*_key(seqlen_q, seqlen_k, window, causal_alignment, dtype))
+
+
+def _build(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, offset: int, dtype: str) -> Array:
+    """The mask, now: a concrete array whatever is being traced."""
+    with jax.ensure_compile_time_eval():
+        ahead = jnp.arange(seqlen_q, dtype=jnp.int32)[:, None] + offset - jnp.arange(seqlen_k, dtype=jnp.int32)[None, :]
+        seen = jnp.ones(ahead.shape, jnp.bool_) if left is None else ahead <= left
+        seen = seen if right is None else seen & (-ahead <= right)
+        mask = seen if dtype == "bool" else jnp.where(seen, jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))
+        return jax.block_until_ready(mask[None, None])  # what cannot be built fails here, and is not kept
+
+
+def _key(seqlen_q: Any, seqlen_k: Any, window: Any, alignment: Any, dtype: Any) -> _Key:
+    """The arguments, checked; two calls for equal masks by equal means have one key."""
+    seqlen_q = _length("seqlen_q", seqlen_q)
+    seqlen_k = seqlen_q if seqlen_k is None else _length("seqlen_k", seqlen_k)
+    if alignment not in get_args(inputs.Alignment):
+        raise ValueError(f"causal_alignment must be one of {get_args(inputs.Alignment)}, got {alignment!r}")
+    offset = seqlen_k - seqlen_q if alignment == "bottom_right" else 0
+    return seqlen_q, seqlen_k, *predicates.window_pair("window", window), offset, _dtype(dtype)
+
+
+def _length(name: str, n: Any) -> int:
+    if not isinstance(n, int | np.integer) or isinstance(n, bool):
+        raise TypeError(f"{name} must be an integer (static under jit: x.shape[1], say), got {n!r}")
+    if n < 0:
+        raise ValueError(f"{name} must not be negative, got {n}")
+    return int(n)
+
+
+def _dtype(dtype: Any) -> str:
+    dtype = jnp.dtype(dtype)
+    if dtype != jnp.bool_ and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"dtype must be bool (True: seen) or floating (added to logits: 0 or -inf), got {dtype.name}; for numbers "
+            f"1 and 0 cast the bool"
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise TypeError(f"dtype {dtype.name} needs jax_enable_x64; switch it on, or ask for float32")
+    return dtype.name

@@ -1,0 +1,117 @@
+"""Attention with all of its logits in memory: for looking at weights, for small shapes, and as a baseline."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import inputs
+from . import predicates
+from .cache import MaskCache, build_window, causal_mask_cache
+
+
+def dense_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None = None,
+    *,
+    causal: bool = False,
+    causal_alignment: "inputs.Alignment" = "top_left",
+    window_size: "inputs.WindowSize | None" = None,
+    mask: Any = None,
+    softmax_scale: float | Array | None = None,
+    cache: MaskCache | None = causal_mask_cache,
+    return_weights: bool = False,
+) -> Array | tuple[Array, Array]:
+    """`flash_attention`, done plainly: O(Sq * Sk) memory, with a dense causal or window mask that a cache keeps.
+
+    Differentiable by JAX itself, in both modes and to any order. Logits, softmax and sums are in float32 (float64 for
+    float64), products of float32 in full precision; weights are rounded to v's dtype where they multiply v.
+
+    Args:
+      q: `[*batch, Sq, H, D]`; float16, bfloat16, float32 or float64.
+      k: `[*batch, Sk, Hkv, D]` in q's dtype; query head h reads head `h // (H // Hkv)`.
+      v: `[*batch, Sk, Hkv, Dv]` in q's dtype.
+      bias: added to the logits; broadcasts to `[*batch, H, Sq, Sk]`. -inf hides a key.
+      causal, causal_alignment, window_size: as of `flash_attention`.
+      mask: booleans that broadcast to `[*batch, H, Sq, Sk]`, True: seen. Or a `Mask` of weights w, whose four axes
+        are 1 or full ([B, H, Sq, Sk], B all of batch): logits become logit - log(w), and w = 0 hides a key. Or a
+        predicate (`predicates.py`).
+      softmax_scale: a number or a 0-d array; D**-0.5 by default.
+      cache: where the dense mask of causal and window_size is looked up; None: built anew at each call.
+      return_weights: also return the softmax.
+
+    Returns:
+      o `[*batch, Sq, H, Dv]` in q's dtype, or (o, weights), weights `[*batch, H, Sq, Sk]` in float32 (float64). A row
+      that sees no key has o = 0, weights of 0 and gradients of 0.
+
+    Raises:
+      TypeError, ValueError: an argument does not fit; the messages are `flash_attention`'s.
+    """
+    if cache is not None and not isinstance(cache, MaskCache):
+        raise TypeError(f"cache must be a MaskCache, or None (build the mask each time), got {cache!r}")
+    if not isinstance(return_weights, bool):
+        raise TypeError(f"return_weights must be True or False, got {return_weights!r}")
+    given = mask if isinstance(mask, Array | np.ndarray) else None
+    options = {"causal": causal, "causal_alignment": causal_alignment, "window_size": window_size, "mask": given}
+    options = inputs.defaults() | options | {"softmax_scale": softmax_scale}
+    call, (q, k, v, operands), batch = inputs.prepare(q, k, v, bias, **options)
+    (_, seqlen_q, heads, _), (size, seqlen_k, kv_heads, _) = q.shape, k.shape
+
+    real = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    grouped = q.reshape(size, seqlen_q, kv_heads, heads // kv_heads, q.shape[-1])
+    s = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, precision="highest", preferred_element_type=real)
+    s = s.reshape(size, heads, seqlen_q, seqlen_k) * operands["scale"]
+    if "bias" in operands:
+        s = s + operands["bias"].astype(real)
+    if call.rules.left is not None or call.rules.right is not None:
+        build = build_window if cache is None else cache.window
+        window = call.rules.left, call.rules.right
+        seen = build(seqlen_q, seqlen_k, window=window, causal_alignment=causal_alignment)
+        s = jnp.where(seen, s, -jnp.inf)
+    if "mask" in operands:
+        s = jnp.where(operands["mask"], s, -jnp.inf)
+    elif mask is not None:
+        s = _under(mask, s)
+    p = _softmax(s)
+    o = jnp.einsum(
+        "bhgqk,bkhd->bqhgd",
+        p.reshape(size, kv_heads, heads // kv_heads, seqlen_q, seqlen_k).astype(v.dtype),
+        v,
+        precision="highest",
+        preferred_element_type=real,
+    )
+    o = o.astype(q.dtype).reshape(*batch, seqlen_q, heads, v.shape[-1])
+    return (o, p.reshape(*batch, *p.shape[1:])) if return_weights else o
+
+
+def _softmax(s: Array) -> Array:
+    """Along the last axis; rows of nothing but -inf give 0."""
+    m = jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True, initial=-jnp.inf))
+    e = jnp.exp(s - jnp.where(m == -jnp.inf, 0, m))
+    l = jnp.sum(e, -1, keepdims=True)
+    return e / jnp.where(l == 0, 1, l)
+
+
+def _under(mask: Any, s: Array) -> Array:
+    """Logits `[B, H, Sq, Sk]` under a mask that is no array: a `Mask`, or a predicate."""
+    if hasattr(mask, "to_dense"):
+        weights = mask.to_dense()
+        if weights.ndim != 4 or any(n not in (1, m) for n, m in zip(weights.shape, s.shape, strict=True)):
+            raise ValueError(
+                f"mask must have the axes [B, H, Sq, Sk] = {s.shape} (each 1 or full), got shape {weights.shape}"
+            )
+    elif callable(mask):
+        weights = predicates.evaluate(mask, *(jnp.arange(n, dtype=jnp.int32) for n in s.shape))
+    else:
+        raise TypeError(
+            f"mask must be an array of booleans, a Mask or a predicate, got {type(mask).__name__}; numbers that mean "
+            f"yes or no are mask != 0"
+        )
+    seen = weights.astype(jnp.bool_)
+    if weights.dtype != jnp.bool_:
+        s = s - jnp.log(jnp.where(seen, weights.astype(s.dtype), 1))
+    return jnp.where(seen, s, -jnp.inf)
