@@ -112,7 +112,6 @@ class Mask:
         """
         shape = _shape(shape)
         rows, keys = math.prod(shape[:3]), shape[3]
-        known = _known(indices, ptr)
         indices, ptr = _integers("indices", indices), _integers("ptr", ptr)
         if indices.ndim != 1:
             raise ValueError(f"indices must have one axis [size], got shape {indices.shape}; flatten them")
@@ -120,22 +119,24 @@ class Mask:
             raise ValueError(f"ptr must have shape [B * H * Sq + 1] = ({rows + 1},), got {ptr.shape}")
         data = _data(data, indices.shape, dtype)
         overflow = None
-        if known:
-            with jax.ensure_compile_time_eval():
-                good = jax.tree.map(bool, _inspect(indices, ptr, keys))
-            if not good["ptr"]:
-                raise ValueError("ptr must rise from 0, got values that do not; it counts the entries before each row")
-            if not good["fits"]:
-                raise ValueError(
-                    f"ptr[-1] must be at most the size of indices, {indices.size}, got {_last(ptr)}; give more room"
-                )
-            if not good["range"]:
-                raise ValueError(f"indices must be in [0, Sk) = [0, {keys}), got others; leave unused ones to ptr")
-            if canonical and not good["ascend"]:
-                raise ValueError("canonical=True wants keys that ascend within each row, got others; leave it False")
-            canonical = good["ascend"]
-        else:
+        if not _known(ptr):
             overflow = ptr[-1] > indices.size
+        else:
+            counted = np.asarray(ptr)
+            if counted[0] != 0 or (counted[1:] < counted[:-1]).any():
+                raise ValueError("ptr must rise from 0, got values that do not; it counts the entries before each row")
+            if counted[-1] > indices.size:
+                raise ValueError(
+                    f"ptr[-1] must be at most the size of indices, {indices.size}, got {counted[-1]}; give more room"
+                )
+        if _known(indices, ptr):
+            with jax.ensure_compile_time_eval():
+                inside, ascend = map(bool, _inspect(indices, ptr, keys=keys))
+            if not inside:
+                raise ValueError(f"indices must be in [0, Sk) = [0, {keys}), got others; leave unused ones to ptr")
+            if canonical and not ascend:
+                raise ValueError("canonical=True wants keys that ascend within each row, got others; leave it False")
+            canonical = ascend
         if not canonical:
             indices, ptr, data = _combine(_entry_rows(ptr, indices.size), indices, data, rows=rows)
         return _fit(cls, shape, (indices, ptr, data), indices.size, overflow)
@@ -170,7 +171,7 @@ class Mask:
         row_indices = _integers("row_indices", row_indices)
         if row_indices.ndim != 4 or row_indices.shape[:3] != shape[:3]:
             raise ValueError(f"row_indices must have shape [*{shape[:3]}, n], got {row_indices.shape}")
-        _check_size("B * H * Sq * n", row_indices.size, "give row_indices fewer columns")
+        check_size("B * H * Sq * n", row_indices.size, "give row_indices fewer columns")
         data = _data(data, row_indices.shape, dtype)
         if known and row_indices.size:
             with jax.ensure_compile_time_eval():
@@ -235,7 +236,7 @@ class Mask:
         if mask.kind == "empty":
             nothing = jnp.zeros(0, jnp.int32), jnp.zeros(rows + 1, jnp.int32), jnp.zeros(0, mask.dtype)
             return _fit(type(mask), mask.shape, nothing, size)
-        _check_size("the number of weights", rows * keys, "make it of indices (from_indices) in the first place")
+        check_size("the number of weights", rows * keys, "make it of indices (from_indices) in the first place")
         if mask.kind == "full":
             every = jnp.tile(jnp.arange(keys, dtype=jnp.int32), rows)
             ptr = jnp.arange(rows + 1, dtype=jnp.int32) * keys
@@ -274,7 +275,7 @@ class Mask:
                 f"mask of {mask.shape}"
             )
         if mask.kind == "sparse":
-            _check_size("the number of entries", mask.size * _times(mask.shape, shape), "merge or apply it densely")
+            check_size("the number of entries", mask.size * _times(mask.shape, shape), "merge or apply it densely")
         return _broadcast(mask, shape=shape)
 
     # Used.
@@ -312,8 +313,8 @@ class Mask:
     def merge(self, other: "Mask", mode: Mode = DEFAULT_MODE, *, size: int | None = None) -> "Mask":
         """The mask of the sums of both masks' weights, clipped to 1.
 
-        Weights become the wider dtype of both (bool and bool: or). A full mask makes all full, an empty one changes
-        nothing, neither at any cost.
+        Weights become the wider dtype of both (bool and bool: or). A full mask makes all full and an empty one changes
+        nothing, whatever the mode, without a look at the other mask's arrays.
 
         Args:
           other: a mask with the same Sq and Sk, and the same B and H where neither is 1.
@@ -330,18 +331,19 @@ class Mask:
             raise TypeError(f"other must be a Mask, got {type(other).__name__}; make one with Mask.from_dense")
         _check_mode(mode, size)
         shape = _common_shape(self.shape, other.shape)
-        dtype = jnp.promote_types(self.dtype, other.dtype)
+        dtype = _wider(self.dtype, other.dtype)
         if "full" in (self.kind, other.kind):
             return type(self).full(shape, dtype)
         if "empty" in (self.kind, other.kind):
-            return (other if self.kind == "empty" else self).astype(dtype).broadcast_to(shape)
+            only = (other if self.kind == "empty" else self).astype(dtype).broadcast_to(shape)
+            return only if size is None else only.to_indices(size)
         # What is room enough for the result is enough for each of the two.
         a, b = (mask.astype(dtype)._held(mode, size) for mask in (self, other))
         overflow = _either(a.overflow, b.overflow)
         if mode == "dense":
             return type(self)(shape, "dense", dtype, dense=_add_dense(a.dense, b.dense), overflow=overflow)
         a, b = a.broadcast_to(shape), b.broadcast_to(shape)
-        _check_size("the number of entries of both", a.size + b.size, 'use mode="dense"')
+        check_size("the number of entries of both", a.size + b.size, 'use mode="dense"')
         return _fit(type(self), shape, _add_sparse(a, b), size, overflow)
 
     def __repr__(self) -> str:
@@ -412,6 +414,12 @@ def _dtype(dtype: Any) -> np.dtype:
     return dtype
 
 
+def _wider(a: Any, b: Any) -> np.dtype:
+    """The dtype that holds both, also where JAX is set to refuse to choose one."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
+
+
 def _size(size: Any) -> int:
     if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 0 <= size <= _MAX_SIZE:
         raise ValueError(f"size must be an int from 0 to {_MAX_SIZE}, or None, got {size!r}")
@@ -425,7 +433,8 @@ def _check_mode(mode: Any, size: Any) -> None:
         raise ValueError(f'size means nothing to mode="dense", got size={size!r}; leave it out, or use mode="sparse"')
 
 
-def _check_size(name: str, n: int, instead: str) -> None:
+def check_size(name: str, n: int, instead: str) -> None:
+    """Raises where the places among n entries do not fit an int32."""
     if n > _MAX_SIZE:
         raise ValueError(f"{name} of a sparse mask must be at most {_MAX_SIZE} (int32), got {n}; {instead}")
 
@@ -480,12 +489,6 @@ def _converted(x: Array | np.ndarray, dtype: Any = None) -> Array:
         return jnp.asarray(x, dtype)
 
 
-def _last(ptr: Array) -> int:
-    """How many entries there are, of a ptr that is known."""
-    with jax.ensure_compile_time_eval():
-        return int(ptr[-1])
-
-
 def _fits(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
     """Whether a mask of `shape` stands for one of the shape `onto`."""
     return shape[2:] == onto[2:] and all(m in (1, n) for m, n in zip(shape[:2], onto[:2], strict=True))
@@ -522,17 +525,13 @@ def _are_weights(x: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="keys")
-def _inspect(indices: Array, ptr: Array, keys: int) -> dict[str, Array]:
-    """What is right about a list of entries."""
-    used = jnp.arange(indices.size, dtype=jnp.int32) < ptr[-1]
+def _inspect(indices: Array, ptr: Array, keys: int) -> tuple[Array, Array]:
+    """Whether all used indices are keys, and whether they ascend within each row."""
     row = _entry_rows(ptr, indices.size)
-    ascends = (row != jnp.roll(row, 1)) | (indices > jnp.roll(indices, 1)) | (jnp.arange(indices.size) == 0)
-    return {
-        "ptr": (ptr[0] == 0) & (ptr[1:] >= ptr[:-1]).all(),
-        "fits": ptr[-1] <= indices.size,
-        "range": (~used | ((indices >= 0) & (indices < keys))).all(),
-        "ascend": (~used | ascends).all(),
-    }
+    unused = row == ptr.size - 1
+    first = (row != jnp.roll(row, 1)) | (jnp.arange(indices.size) == 0)
+    inside = unused | ((indices >= 0) & (indices < keys))
+    return inside.all(), (unused | first | (indices > jnp.roll(indices, 1))).all()
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -570,7 +569,7 @@ def _ptr(counts: Array) -> Array:
 def _entries(dense: Array, size: int) -> tuple[Array, Array, Array]:
     """The weights that are not 0: `indices` and `data` with room for `size`, `ptr` as if there were room for all."""
     dense = dense.reshape(math.prod(dense.shape[:3]), dense.shape[3])
-    shown = dense != 0
+    shown = dense.astype(bool)
     ptr = _ptr(shown.sum(1, dtype=jnp.int32))
     at = jnp.where(shown, ptr[:-1, None] + jnp.cumsum(shown, 1, dtype=jnp.int32) - 1, size)
     keys = jnp.broadcast_to(jnp.arange(dense.shape[1], dtype=jnp.int32), dense.shape)
@@ -594,7 +593,7 @@ def _fit(
     if size is not None:
         size = _size(size)
     if _known(ptr, overflow):
-        count = _last(ptr)
+        count = int(np.asarray(ptr)[-1])  # not ptr[-1], which under jit would be a tracer
         _check_fits(count, size)
         size = count if size is None else size
     elif size is None:
@@ -602,11 +601,17 @@ def _fit(
     elif size < room:
         overflow = _either(overflow, ptr[-1] > size)
     if size != room:
-        indices, data = (jnp.pad(x[:size], (0, max(size - room, 0))) for x in (indices, data))
+        indices, data = _resized(indices, data, size=size)
     if overflow is not None:
         ptr = jnp.minimum(ptr, size)
         data = _poisoned(data, overflow)
     return cls(shape, "sparse", dtype, indices=indices, ptr=ptr, data=data, overflow=overflow)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _resized(indices: Array, data: Array, size: int) -> tuple[Array, Array]:
+    more = (0, max(size - indices.size, 0))
+    return jnp.pad(indices[:size], more), jnp.pad(data[:size], more)
 
 
 def _poisoned(x: Array, overflow: Array | None) -> Array:
@@ -663,13 +668,13 @@ def _to_dense(mask: Mask) -> Array:
 @jax.jit
 def _density(mask: Mask) -> Array:
     if mask.kind == "dense":
-        count = (mask.dense != 0).sum(-1, dtype=jnp.int32)
+        count = mask.dense.astype(bool).sum(-1, dtype=jnp.int32)
     else:
-        count = ((mask.data != 0) & (jnp.arange(mask.size) < mask.ptr[-1])).sum(dtype=jnp.int32)
+        count = (mask.data.astype(bool) & (jnp.arange(mask.size) < mask.ptr[-1])).sum(dtype=jnp.int32)
     total = math.prod(mask.shape)
     if total > _MAX_SIZE:  # the count of all may not fit an int32
         count = count.astype(jnp.float32)
-    share = count.sum().astype(jnp.float32) / max(total, 1)
+    share = count.sum().astype(jnp.float32) / float(max(total, 1))
     return _poisoned(share, mask.overflow)
 
 
@@ -688,7 +693,7 @@ def _weighed(x: Array, weight: Array, inverse: bool) -> Array:
     """x · weight or x / weight, 0 where the weight is 0, without a NaN in any gradient."""
     if weight.dtype == bool:
         return jnp.where(weight, x, 0)
-    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    dtype = _wider(x.dtype, weight.dtype)
     hidden, y, weight = weight == 0, x.astype(dtype), weight.astype(dtype)
     if inverse:
         y = jnp.where(hidden, 0, y / jnp.where(hidden, 1, weight))
