@@ -3,6 +3,8 @@
 from .builders import causal_mask_comparison, causal_mask_tril, make_causal_mask
 from .cache import CacheInfo, MaskCache, causal_mask, causal_mask_cache
 from .dense import dense_attention
+from .mask import Mask
+from .maskers import LocalMasker, SinkMasker, TopKMasker
 from .predicates import (
     Predicate,
     all_of,
@@ -18,11 +20,16 @@ from .predicates import (
     sinks,
     sliding_window,
 )
+from .show import plot_mask, show
 
 __all__ = [
     "CacheInfo",
+    "LocalMasker",
+    "Mask",
     "MaskCache",
     "Predicate",
+    "SinkMasker",
+    "TopKMasker",
     "all_of",
     "any_of",
     "causal",
@@ -38,7 +45,9 @@ __all__ = [
     "make_causal_mask",
     "negate",
     "padding",
+    "plot_mask",
     "prefix_lm",
+    "show",
     "sinks",
     "sliding_window",
 ]
