@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from jax_flash_attn2 import passes, tuning
 from jax_flash_attn2.passes import Rows
-from jax_flash_attn2.spec import Config, Rules, Spec, Tuned
+from jax_flash_attn2.spec import PASSES, Config, Rules, Spec, Tuned
 from jax_flash_attn2.target import Target
 
 _TYPES = {
@@ -112,7 +112,7 @@ def launches(point: Point, **options) -> list[tuple]:
     if point.name == "fwd":
         jax.eval_shape(lambda *a: passes.forward(run, spec, point.config, *a), *arrays[1:])
         return seen
-    configs = dict.fromkeys(passes.PASSES, point.config)
+    configs = dict.fromkeys(PASSES, point.config)
     row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
     def backward(q, k, v, operands, o, m, l, do):

@@ -11,8 +11,7 @@ from jax import Array
 
 from . import inputs, interpret, spans, tuning, xla
 from .inputs import Call
-from .passes import PASSES
-from .spec import Spec, Tuned
+from .spec import PASSES, Spec, Tuned
 from .target import Target, present
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array
 
 from . import dropout, target
-from .passes import PASSES
-from .spec import Config, Precision, Rules, Tuned
+from .masks.block import BlockMask, cached
+from .masks.mask import Mask
+from .spec import PASSES, Config, Precision, Rules, Tuned
 from .target import Target
 
 Implementation = Literal["triton", "xla"]
@@ -36,7 +37,7 @@ class Call:
 
     rules: Rules
     configs: tuple[Config, ...]
-    """What the caller asked for, for each of `passes.PASSES`."""
+    """What the caller asked for, for each of `spec.PASSES`."""
     implementation: Implementation | None
     target: Target | None
     """The GPU that an enclosing `gpu_target` names; None: the one that is there."""
@@ -91,7 +92,8 @@ def prepare(
     if bias is not None:
         operands["bias"] = _bias(bias, batch, (heads, seqlen_q, seqlen_k))
     if mask is not None:
-        operands["mask"] = _mask(mask, batch, (heads, seqlen_q, seqlen_k))
+        axes = heads, seqlen_q, seqlen_k
+        call, q = _add_mask(mask, batch, axes, call, q, operands)
     operands |= _segments(q_segment_ids, kv_segment_ids, batch, seqlen_q, seqlen_k)
     for name, lengths in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
         if lengths is not None:
@@ -185,13 +187,77 @@ def _bias(bias: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Arra
 
 def _mask(mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Array:
     if not isinstance(mask, Array | np.ndarray):
-        raise TypeError(f"mask must be an array of booleans, got {type(mask).__name__}")
+        raise TypeError(
+            f"mask must be an array of booleans, a Mask, a BlockMask or a function of (b, h, i, j), got "
+            f"{type(mask).__name__}"
+        )
     if mask.dtype != jnp.bool_:
         raise TypeError(
             f"mask must have dtype bool (True: attend), got {mask.dtype.name}; what is added to logits is a bias, and "
             f"numbers that mean yes or no are mask != 0"
         )
     return _flat("mask", mask, batch, axes, _LOGITS)
+
+
+def _add_mask(
+    mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int], call: Call, q: Array, operands: dict[str, Array]
+) -> tuple[Call, Array]:
+    """Whatever kind of mask, as operands."""
+    if isinstance(mask, Mask | BlockMask) and mask.overflow is not None:
+        q = jnp.where(mask.overflow, jnp.nan, q).astype(q.dtype)  # what was found under jit, NaN everywhere tells
+    if isinstance(mask, Mask):
+        mask = _of_weights(mask, batch, axes, operands)
+    elif callable(mask) and 0 not in (*batch, *axes):
+        mask = cached(mask, math.prod(batch), *axes)
+    elif callable(mask):
+        return call, q  # there is nobody to hide
+    if not isinstance(mask, BlockMask):
+        if mask is not None:
+            operands["mask"] = _mask(mask, batch, axes)
+        return call, q
+    whole = (math.prod(batch), *axes)
+    if mask.shape[2:] != axes[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+        raise ValueError(f"mask must be a BlockMask of shape {whole} (B and H may be 1), got {mask.shape}")
+    for name, config in zip(PASSES, call.configs, strict=True):
+        for field, own in (("block_m", mask.block_m), ("block_n", mask.block_n)):
+            if (getattr(config, field) or 0) > own:
+                raise ValueError(
+                    f"config.{field} must be at most {own}, as the tiles of the block mask are, got "
+                    f"{getattr(config, field)} for {name!r}; leave it None, or make the BlockMask with {field}="
+                )
+    operands |= mask.operands()
+    tiles = mask.block_m, mask.block_n
+    return dataclasses.replace(call, rules=dataclasses.replace(call.rules, tiles=tiles)), q
+
+
+_DENSE = 2**24
+"""Up to how many elements an index list is made dense; longer ones are read as such."""
+
+
+def _of_weights(mask: Mask, batch: tuple[int, ...], axes: tuple[int, int, int], operands: dict[str, Array]) -> Any:
+    """What of a `Mask` is seen: booleans, a `BlockMask`, or None for all; the weights go to the bias.
+
+    A key that a sampler kept with probability w stands for 1 / w of its kind: its logit gets -log(w).
+    """
+    whole = (math.prod(batch), *axes)
+    if mask.shape[2:] != axes[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+        raise ValueError(f"mask must be a Mask of shape {whole} (B and H may be 1), got {mask.shape}")
+    if mask.kind == "full":
+        return None
+    if mask.kind == "empty":
+        return jnp.zeros((1, 1, 1), bool)
+    known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
+    if mask.kind == "sparse" and known and math.prod(mask.shape) > _DENSE:
+        return BlockMask.from_mask(mask)
+    weights = mask.to_dense()
+    weights = weights.reshape(*(batch if mask.shape[0] > 1 else (1,) * len(batch)), *mask.shape[1:])
+    if weights.dtype == jnp.bool_:
+        return weights
+    seen = weights != 0
+    dtype = jnp.float64 if weights.dtype == jnp.float64 else jnp.float32
+    correction = _bias(-jnp.log(jnp.where(seen, weights, 1).astype(dtype)), batch, axes)
+    operands["bias"] = operands["bias"] + correction if "bias" in operands else correction
+    return seen
 
 
 def _integers(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Array:

@@ -14,13 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import spans
+from . import block_lists, spans
 from .spec import Operand, Spec, Tuned
 
 LN2 = math.log(2)
-
-PASSES = ("fwd", "dq", "dkdv", "dbias")
-"""Every kernel of the package, by the name that `tuning` and the codegen check know it by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +55,7 @@ def forward(
     row's largest logit."""
     from .kernels.fwd import attn_fwd_kernel
 
+    spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k = k.shape[1]
     row = _struct((batch, heads, seqlen_q), jnp.float32)
@@ -95,6 +93,7 @@ def backward(
     """
     from .kernels import bwd
 
+    spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k = k.shape[1]
     row = _struct((batch, heads, seqlen_q), jnp.float32)

@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 
 from . import interpret, passes, sharding, tuning, xla
 from .inputs import Call, higher_order_error, missing_triton_error, not_on_this_platform_error
-from .spec import OPERANDS, Spec
+from .spec import OPERANDS, PASSES, Spec
 from .target import Target, present
 
 
@@ -93,7 +93,7 @@ def _backward(run, target, q, k, v, o, m, l, do, *rest, call: Call, names, wante
     args, options = (q, k, v, operands, o, m, l, do, dlse), {"wanted": wanted, "apart": apart}
     if run is None:
         return list(xla.backward(spec, call.config("dkdv"), *args, **options))
-    configs = {p: tuning.choose(p, spec, q.dtype, target, call.config(p)) for p in passes.PASSES[1:]}
+    configs = {p: tuning.choose(p, spec, q.dtype, target, call.config(p)) for p in PASSES[1:]}
     return list(passes.backward(functools.partial(run, target), spec, configs, *args, **options))
 
 

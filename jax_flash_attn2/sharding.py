@@ -21,6 +21,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .inputs import Call
+from .spec import BLOCK_LISTS
 
 Maths = Callable[..., list[Array]]
 """A pass as its primitive takes it: (*arrays, **params) -> results."""
@@ -50,12 +51,17 @@ def on_auto_axes(function: Callable, arrays: dict[str, Any], options: dict[str, 
     out = [PartitionSpec(*batch, rows, heads, None)]
     out += [PartitionSpec(*batch, heads, rows)] if options["return_lse"] else []
     out += [PartitionSpec(*batch, heads)] if options["return_max_logits"] else []
-    moving = {name: x for name, x in arrays.items() if isinstance(x, Array)}
+    moving = {name: x for name, x in arrays.items() if _is_arrays(x)}
     fixed = {name: x for name, x in arrays.items() if name not in moving}
     call: Callable[..., Any] = jax.sharding.auto_axes(
         lambda moving: function(fixed | moving, options), out_sharding=tuple(out), axes=_explicit_axes(q)
     )
     return call(moving)
+
+
+def _is_arrays(x: Any) -> bool:
+    leaves = jax.tree.leaves(x)
+    return bool(leaves) and all(isinstance(leaf, Array) for leaf in leaves)
 
 
 def _explicit_axes(x: Any) -> tuple[str, ...]:
@@ -74,7 +80,7 @@ def forward(maths: Maths, *args: Array, call: Call, names: tuple[str, ...]) -> l
     """The forward pass, divided."""
     params = {"call": call, "names": names}
     args = (*args[:3], *_whole_batches(args[3:], args[0].shape[0]))
-    letters = ["bihd", "bjxd", "bjxv", *(_letters(x, args[0], args[1]) for x in args[3:])]
+    letters = ["bihd", "bjxd", "bjxv", *(_letters(n, x, *args[:2]) for n, x in zip(names, args[3:], strict=True))]
 
     def share(plan: "_Plan", q, k, v, *rest):
         operands = plan.own_operands(call, dict(zip(names, rest, strict=True)))
@@ -92,7 +98,8 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
     apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
     params = {"call": call, "names": names, "wanted": wanted, "apart": apart}
     letters = ["bihd", "bjxd", "bjxv", "bihv", "bhi", "bhi", "bihv"]
-    letters += [_letters(x, args[0], args[1]) for x in args[7:end]] + ["bhi"] * (len(args) - end)
+    letters += [_letters(n, x, *args[:2]) for n, x in zip(names, args[7:end], strict=True)]
+    letters += ["bhi"] * (len(args) - end)
     own = [letters[7 + names.index(name)] for name in wanted]
     own = [f"b{x[1:]}" if n > 1 else x for x, n in zip(own, apart, strict=True)]
 
@@ -109,9 +116,9 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
     )
 
 
-def _letters(x: Array, q: Array, k: Array) -> str:
-    """Of an operand `[1|B, 1|H, 1|Sq, 1|Sk]`."""
-    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+def _letters(name: str, x: Array, q: Array, k: Array) -> str:
+    """Of an operand `[1|B, 1|H, 1|Sq, 1|Sk]`; the last two axes of a block mask's are no sequences."""
+    full = (q.shape[0], q.shape[2], *((0, 0) if name in BLOCK_LISTS else (q.shape[1], k.shape[1])))
     return "".join(letter if n == m > 1 else "1" for letter, n, m in zip("bhij", x.shape, full, strict=True))
 
 
@@ -123,6 +130,8 @@ def _whole_batches(operands: Sequence[Array], batch: int) -> list[Array]:
 def _divided(maths, share, args, letters, results, params, groups: int = 0) -> list[Array]:
     heads, kv_heads = args[0].shape[2], args[1].shape[2]
     sizes = {"b": args[0].shape[0], "i": args[0].shape[1], "h": heads, "x": kv_heads}
+    if params["call"].rules.tiles:
+        del sizes["i"]  # whose lists count blocks of rows from the first of all
 
     def partition(mesh: Mesh, arg_shapes, result_shapes):
         arrays = [*zip(letters, arg_shapes, strict=True), *zip(results, result_shapes, strict=True)]
@@ -156,7 +165,8 @@ def _rule(letters: list[str], results: list[str], sizes: Mapping[str, int], mesh
 
     sides = [", ".join(map(factors, group)) for group in (letters, results)]
     factor_sizes = {"g": group} if pairs else {}
-    return " -> ".join(sides), {"need_replication_factors": ("d", "j", "v"), **factor_sizes}
+    whole = ("d", "j", "v") if "i" in sizes else ("i", "d", "j", "v")
+    return " -> ".join(sides), {"need_replication_factors": whole, **factor_sizes}
 
 
 @dataclasses.dataclass(frozen=True)

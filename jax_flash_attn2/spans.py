@@ -105,20 +105,20 @@ def _starts(seqlen: int, block: int) -> Array:
 def _side(operands: Mapping[str, Array], name: str, batch: int, starts: Array, block: int, seqlen: int) -> _Side:
     length, ids = operands.get(f"{name}_lengths"), operands.get(f"{name}_segments")
     length = jnp.full((1, 1, 1), seqlen) if length is None else length[..., 0]
-    length = _per_batch(jnp.clip(length, 0, seqlen).astype(jnp.int32), batch)
+    length = per_batch(jnp.clip(length, 0, seqlen).astype(jnp.int32), batch)
     if ids is not None:
         ids = _gather(ids.reshape(ids.shape[0], 1, seqlen), 2, starts, block)
         lowest = jnp.where(ids < 0, np.iinfo(np.int32).max, ids).min(-1)
-        ids = tuple(_per_batch(x, batch) for x in (lowest, ids.max(-1), (ids < 0).any(-1)))
+        ids = tuple(per_batch(x, batch) for x in (lowest, ids.max(-1), (ids < 0).any(-1)))
     return _Side(starts, block, seqlen, length, ids)
 
 
 def _offset(operands: Mapping[str, Array], batch: int) -> Array:
     """`[1|B, 1, 1]`."""
-    return _per_batch(operands["offset"][..., 0], batch) if "offset" in operands else jnp.zeros((1, 1, 1), jnp.int32)
+    return per_batch(operands["offset"][..., 0], batch) if "offset" in operands else jnp.zeros((1, 1, 1), jnp.int32)
 
 
-def _per_batch(x: Array, batch: int) -> Array:
+def per_batch(x: Array, batch: int) -> Array:
     """`[n, ...]` -> `[1|B, ...]`."""
     return x if x.shape[0] in (1, batch) else jnp.tile(x, (batch // x.shape[0],) + (1,) * (x.ndim - 1))
 
@@ -184,7 +184,7 @@ def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _S
     if "mask" not in operands:
         return []
     mask = lax.optimization_barrier(operands["mask"])  # XLA would take minutes to fold a large constant's reduction
-    return [_per_batch(_reduce_tiles(mask, rows, cols, reduce), batch) for reduce in (jnp.any, jnp.all)]
+    return [per_batch(_reduce_tiles(mask, rows, cols, reduce), batch) for reduce in (jnp.any, jnp.all)]
 
 
 def _reduce_tiles(x: Array, rows: _Side, cols: _Side, reduce: Callable) -> Array:

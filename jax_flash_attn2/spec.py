@@ -20,6 +20,12 @@ OPERANDS = (
     "slopes",
     "dropout_key0",
     "dropout_key1",
+    "row_ends",
+    "row_tiles",
+    "col_ends",
+    "col_tiles",
+    "tile_bits",
+    "tile_weights",
 )
 """All that a call may carry besides q, k and v, in the order in which kernels take them.
 
@@ -30,7 +36,15 @@ scale: `[n, 1, 1, 1]` fp32 (fp64 for fp64), at least 0. bias: any axes, floating
 q_segments `[n, 1, Sq, 1]`, kv_segments `[n, 1, 1, Sk]`: int32, seen where equal; negative is padding. q_lengths,
 kv_lengths `[n, 1, 1, 1]`: int32. offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its position
 among the keys. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64). dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32.
+
+The last six are a block mask (`block_lists.py`). Their last two axes are no sequences, the first two are as above.
 """
+
+BLOCK_LISTS = OPERANDS[-6:]
+"""The operands of a block mask."""
+
+PASSES = ("fwd", "dq", "dkdv", "dbias")
+"""Every kernel of the package, by the name that `tuning` and the codegen check know it by."""
 
 DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
 """Which of them have a gradient."""
@@ -55,6 +69,8 @@ class Rules:
     """The probability that a key is dropped from a row."""
     max_logits: bool = False
     """Whether each row's largest logit is a result."""
+    tiles: tuple[int, int] | None = None
+    """The rows and keys of a tile of the block mask, if there is one: powers of two, at least 32 keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +146,12 @@ class Spec:
     slopes = property(lambda self: self._operand("slopes"))
     dropout_key0 = property(lambda self: self._operand("dropout_key0"))
     dropout_key1 = property(lambda self: self._operand("dropout_key1"))
+    row_ends = property(lambda self: self._operand("row_ends"))
+    row_tiles = property(lambda self: self._operand("row_tiles"))
+    col_ends = property(lambda self: self._operand("col_ends"))
+    col_tiles = property(lambda self: self._operand("col_tiles"))
+    tile_bits = property(lambda self: self._operand("tile_bits"))
+    tile_weights = property(lambda self: self._operand("tile_weights"))
 
     @property
     def group(self) -> int:
@@ -142,13 +164,38 @@ class Spec:
         return self.rules.right is not None
 
     @property
-    def spans(self) -> bool:
-        """Whether which tiles a block meets is looked up, as data or bounds decide it (`spans.py`).
-
-        Else it follows from the block's number: all tiles, or all up to the diagonal.
-        """
+    def bounded(self) -> bool:
+        """Whether data or bounds besides causality and a block mask decide who sees whom."""
         names = ("mask", "q_segments", "q_lengths", "kv_lengths", "offset")
         return self.rules.left is not None or self.rules.right not in (None, 0) or any(map(self._operand, names))
+
+    @property
+    def listed(self) -> bool:
+        """Whether the tiles that a block meets are a list (`block_lists.py`)."""
+        return self.rules.tiles is not None
+
+    @property
+    def spans(self) -> bool:
+        """Whether the tiles that a block meets are a span of them that is looked up (`spans.py`).
+
+        Else, and if they are not listed, they follow from the block's number: all tiles, or all up to the diagonal.
+        """
+        return self.bounded and not self.listed
+
+    @property
+    def tile_rows(self) -> int:
+        """The rows of a tile of the block mask."""
+        return self.rules.tiles[0] if self.rules.tiles else 0
+
+    @property
+    def tile_keys(self) -> int:
+        """The keys of a tile of the block mask."""
+        return self.rules.tiles[1] if self.rules.tiles else 0
+
+    @property
+    def masks(self) -> bool:
+        """Whether some tiles need the mask, whatever the lengths."""
+        return self.causal or self.bounded or self.listed
 
     @property
     def span_heads(self) -> bool:
@@ -158,12 +205,13 @@ class Spec:
     @property
     def hides(self) -> bool:
         """Whether a row may see no key in a tile that it meets."""
-        return self.spans or self.bias is not None
+        return self.spans or self.listed or self.bias is not None
 
     @property
     def reshapes(self) -> bool:
         """Whether logits are more than scale * q kᵀ, so that the scale cannot wait for the exponential."""
-        return self.bias is not None or self.slopes is not None or self.rules.soft_cap is not None
+        added = (self.bias, self.slopes, self.tile_weights, self.rules.soft_cap)
+        return any(x is not None for x in added)
 
     @property
     def drops(self) -> bool:

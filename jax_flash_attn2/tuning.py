@@ -113,7 +113,7 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
     """The config of one pass with every field set (but for `maxnreg`): `wanted` where it says, tuned where not.
 
     Args:
-      name: one of `passes.PASSES`.
+      name: one of `spec.PASSES`.
       spec: what is computed.
       dtype: of q, k and v.
       target: the GPU.
@@ -128,6 +128,10 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
         row = _halved(name, row)
         if name == "fwd" and spec.mask is not None:  # wider ones have ptxas serialise wgmma
             row = dataclasses.replace(row, block_n=min(row.block_n, 32))
+    if spec.listed:  # a kernel's tile is a part of a block mask's
+        row = dataclasses.replace(
+            row, block_m=min(row.block_m, spec.tile_rows), block_n=min(row.block_n, spec.tile_keys)
+        )
     fixed = {f.name: value for f in dataclasses.fields(wanted) if (value := getattr(wanted, f.name)) is not None}
     config = dataclasses.replace(row, **fixed)
     if (config.block_m, config.block_n) != (row.block_m, row.block_n):

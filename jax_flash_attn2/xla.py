@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import dropout, spans
+from . import block_lists, dropout, spans
 from .spec import Config, Spec
 
 HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
@@ -90,7 +90,8 @@ def forward(
             alpha = jnp.exp(m_seen - m)
             l, acc = l * alpha + jnp.exp(sink - m), acc * alpha[..., None]
         acc /= jnp.where(l > 0, l / spec.keep_scale, 1)[..., None]
-        return tuple(_put(x, y, start_m * spec.group, 2) for x, y in zip(out, (acc, m, l, *row_max), strict=True))
+        done = (t.put_rows(x, y, i) for x, y in zip(out, (acc, m, l, *row_max), strict=True))
+        return tuple(done)
 
     m = jnp.zeros(q.shape[:3], t.dtype)
     out = (jnp.zeros((*m.shape, spec.v_dim), t.dtype), m, m, *([m] if spec.rules.max_logits else []))
@@ -202,7 +203,7 @@ def differentiable(
     config, dtype = config or Config(), q.dtype
     rows_at_once = max(_DIFFERENTIABLE_SCORES // (q.shape[0] * spec.heads * k.shape[1]), 16)
     config = dataclasses.replace(config, block_m=config.block_m or rows_at_once, block_n=k.shape[1])
-    t = _Tiling(spec, config, q, k, operands, whole_rows=True)
+    t = _Tiling(spec, config, q, k, operands, whole_rows=True, whole_keys=True)
     q, k, v = t.clear("q", q), t.clear("kv", k), t.clear("kv", v)
     q, k, v = t.rows(q.astype(t.dtype) * t.per_batch(operands["scale"]).astype(t.dtype)), t.rows(k), t.rows(v)
 
@@ -245,23 +246,29 @@ def tiles(
 class _Tiling:
     """How one call is cut into tiles. Starts and spans are Python ints where the block number is one."""
 
-    def __init__(self, spec, config, q, k, operands, whole_rows):
+    def __init__(self, spec, config, q, k, operands, whole_rows, whole_keys=False):
         self.spec, self.config, self.batch = spec, config, q.shape[0]
         self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
         self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
-        self.masked = spec.causal or spec.spans
-        block_m, block_n = _choose_blocks(
-            self.seqlen_q,
-            self.seqlen_k,
-            q.shape[0] * spec.heads,
-            whole_rows and not self.masked,
-            256 if spec.q_segments is not None else 512,  # documents are met tile by tile: small ones waste less
-        )
-        self.block_m = min((config and config.block_m) or block_m, self.seqlen_q)
-        self.block_n = min((config and config.block_n) or block_n, self.seqlen_k)
+        self.masked = spec.masks
+        if spec.listed:
+            block_m, block_n = spec.tile_rows, self.seqlen_k if whole_keys else spec.tile_keys
+        else:
+            block_m, block_n = _choose_blocks(
+                self.seqlen_q,
+                self.seqlen_k,
+                q.shape[0] * spec.heads,
+                whole_rows and not self.masked,
+                256 if spec.q_segments is not None else 512,  # documents are met tile by tile: small ones waste less
+            )
+            block_m, block_n = (config and config.block_m) or block_m, (config and config.block_n) or block_n
+        self.block_m, self.block_n = min(block_m, self.seqlen_q), min(block_n, self.seqlen_k)
         self.blocks_q, self.blocks_k = -(-self.seqlen_q // self.block_m), -(-self.seqlen_k // self.block_n)
         self.lengths = {side: operands.get(f"{side}_lengths") for side in ("q", "kv")}
         self.spans = self.look_up_spans(operands) if spec.spans and self.blocks_k > 1 else None
+        if spec.listed:
+            self.parts = block_lists.parts(operands)
+        self.list = self.look_up_list(operands) if spec.listed and self.blocks_k > 1 else None
 
     def start_m(self, i):
         """First row of query block i."""
@@ -278,8 +285,23 @@ class _Tiling:
         table = spans.query_spans(self.spec, operands, self.batch, *lengths, starts, self.block_m, self.block_n)
         return spans.union(table).astype(int)  # the type that the loops over query blocks count in
 
+    def look_up_list(self, operands):
+        """[blocks_q, 3] and [tiles]: the key blocks that a query block meets in any batch or head, in a list that has
+        first those that need the mask, then those seen whole."""
+        bounded = self.spec.causal or self.spec.bounded
+        sizes = self.batch, self.seqlen_q, self.seqlen_k
+        status = block_lists.status(self.spec, operands, *sizes, self.parts, bounded=bounded)
+        status = block_lists.union(status)
+        ends, tiles = block_lists.lists(status, jnp.zeros(status.shape, jnp.int32), status.size)
+        return ends.astype(int), tiles[:, 0].astype(int)
+
     def over_keys(self, i, key_block, carry):
         """Run key_block(masked, j, carry) for every key block j that query block i meets."""
+        if self.list is not None:
+            ends, tiles = self.list
+            begin, full, end = ends[i]
+            carry = lax.fori_loop(full, end, lambda n, carry: key_block(False, tiles[n], carry), carry)
+            return lax.fori_loop(begin, full, lambda n, carry: key_block(True, tiles[n], carry), carry)
         if self.spans is None:
             stop, end = self.key_span(self.start_m(i))
             carry = _loop(0, stop, functools.partial(key_block, False), carry)
@@ -295,7 +317,7 @@ class _Tiling:
     def key_span(self, start_m):
         """Key blocks [0, full) are seen whole by the query block, [full, end) through the mask."""
         full, end = self.seqlen_k // self.block_n, self.blocks_k
-        if self.spec.spans:  # but one key block: nothing to look up
+        if self.spec.spans or self.spec.listed:  # but one key block: nothing to look up
             return 0, 1
         if not self.spec.causal:
             return full, end
@@ -334,7 +356,24 @@ class _Tiling:
             visible &= cols < self.per_batch(operands["kv_lengths"])
         if "mask" in operands:
             visible &= self.tile(operands["mask"], start_m, start_n)
+        if self.spec.listed:
+            visible &= self.of_tile(block_lists.element_masks, operands, start_m, j)
         return visible
+
+    def of_tile(self, read, operands, start_m, j):
+        """[1|B, 1|Hkv, M * G, N]: what the block mask says of a tile; anything of rows and keys that another has."""
+        i = (start_m + self.block_m - 1) // self.block_m
+        part = lax.dynamic_slice_in_dim(self.parts, i, 1, 2)
+        if self.blocks_k == 1:  # of the tiling, that is: the block mask may have more
+            j = 0
+        else:
+            part = lax.dynamic_slice_in_dim(part, j, 1, 3)
+        x = read(operands, part, self.spec.tile_rows, self.spec.tile_keys)
+        if self.seqlen_q % self.block_m:  # the last tile was moved back
+            x = jnp.roll(x, i * self.block_m - start_m, 2)
+        if self.seqlen_k % self.block_n:
+            x = jnp.roll(x, j * self.block_n - self.start_n(j), 3)
+        return self.tile(x[:, :, : self.block_m, : self.block_n], start_m, 0)
 
     def logits(self, q_tile, k_tile, operands, start_m, j, masked):
         """Logits of one tile [B, Hkv, M * G, N], -inf where hidden; and the tanh of the soft cap, or None."""
@@ -347,6 +386,8 @@ class _Tiling:
             s += jnp.where(bias < HIDDEN, -jnp.inf, bias)
         if "slopes" in operands:
             s -= self.tile(operands["slopes"], start_m, start_n) * self.distances(operands, start_m, start_n)
+        if masked and "tile_weights" in operands:
+            s -= self.of_tile(block_lists.log_weights, operands, start_m, j).astype(self.dtype)
         if masked:
             s += jnp.where(self.visible(operands, start_m, j), 0, -jnp.inf).astype(self.dtype)
         return s, capped
@@ -376,6 +417,15 @@ class _Tiling:
             return m_tile
         rows = self.start_m(i) + jnp.arange(m_tile.shape[-1]) // self.spec.group
         return jnp.where(rows < i * self.block_m, jnp.inf, m_tile)
+
+    def put_rows(self, x, tile, i):
+        """x [B, Hkv, Sq * G, ...] with query block i."""
+        start = self.start_m(i) * self.spec.group
+        if self.spec.listed and self.seqlen_q % self.block_m:  # its list is not that of rows that block i - 1 has done
+            rows = self.start_m(i) + jnp.arange(tile.shape[2]) // self.spec.group
+            own = (rows >= i * self.block_m).reshape(-1, *(1,) * (tile.ndim - 3))
+            tile = jnp.where(own, tile, lax.dynamic_slice_in_dim(x, start, tile.shape[2], 2))
+        return _put(x, tile, start, 2)
 
     def query_tile(self, x, start_m):
         """[B, Hkv, Sq * G, ...] -> [B, Hkv, M * G, ...]."""

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .dropout import drop, keep
 from .fwd import distance, load_scale, logits
-from .mask import key_span, phase, place, query_span, tile_start
+from .mask import key_span, phase, place, query_span, tile_at
 from .tile import (
     WHOLE,
     edge,
@@ -52,7 +52,7 @@ def attn_bwd_dq_kernel(
     H_KV: tl.constexpr = SPEC.kv_heads
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
-    FIRST: tl.constexpr = 0 if SPEC.causal or SPEC.spans or EDGE_K != WHOLE else 1
+    FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1
     block, b, h = program(tl.cdiv(seqlen_q, M), H, SPEC.causal)
     start_m, h_kv = block * M, h // SPEC.group
     here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
@@ -73,17 +73,17 @@ def attn_bwd_dq_kernel(
     scale_log2 = load_scale(x, b, SPEC)
     acc = tl.zeros([M, D], tl.float32)
     slope_acc = tl.zeros([M], tl.float32)
-    span = key_span(block, here, spans, SPEC, CFG)
+    span = key_span(block, here, x, spans, SPEC, CFG)
     for BARE in tl.static_range(FIRST, 2):  # masked, then bare, as in the forward pass
-        first, last = phase(span, BARE, SPEC.spans, False)
-        for i in range(first, last, N):
-            n = tile_start(i, span, BARE, SPEC.spans)
+        first, last = phase(span, BARE, False, SPEC)
+        for i in range(first, last, 1 if SPEC.listed else N):
+            n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
             k_tile = load_rows(
                 k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, WHOLE if BARE else EDGE_K
             )
             v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, WHOLE if BARE else EDGE_K)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-            s, unit, capped = logits(qk, x, here, start_m, n, scale_log2, M, N, False, not BARE, SPEC)
+            s, unit, capped = logits(qk, x, here, start_m, n, part, scale_log2, M, N, False, not BARE, SPEC)
             p = tl.exp2(s * unit - shift[:, None])
             if SPEC.reshapes:
                 p *= norm[:, None]
@@ -120,7 +120,7 @@ def attn_bwd_dkdv_kernel(
     H_KV: tl.constexpr = SPEC.kv_heads
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
-    FIRST: tl.constexpr = 0 if SPEC.causal or SPEC.spans else 1  # keys past the end are stored nowhere
+    FIRST: tl.constexpr = 0 if SPEC.masks else 1  # keys past the end are stored nowhere
     block, b, h_kv = program(tl.cdiv(seqlen_k, N), H_KV, False)  # the first keys are seen most
     start_n = block * N
     end_k = place(x, b, h_kv * SPEC.group, seqlen_q, seqlen_k, SPEC).end_k
@@ -134,15 +134,15 @@ def attn_bwd_dkdv_kernel(
     for g in range(SPEC.group):
         h = h_kv * SPEC.group + g
         here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
-        span = query_span(block, here, spans, SPEC, CFG)
+        span = query_span(block, here, x, spans, SPEC, CFG)
         for BARE in tl.static_range(FIRST, 2):
-            first, last = phase(span, BARE, SPEC.spans, True)
-            for j in range(first, last, M):
-                i = tile_start(j, span, BARE, SPEC.spans)
+            first, last = phase(span, BARE, True, SPEC)
+            for j in range(first, last, 1 if SPEC.listed else M):
+                i, part = tile_at(j, span, x, SPEC.col_tiles, SPEC.tile_rows, M, BARE, SPEC)
                 q_tile = load_rows(q, b, h, i, seqlen_q, here.end_q, H, SPEC.head_dim, M, D, EDGE_Q)  # [M, D]
                 do_tile = load_rows(do, b, h, i, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)  # [M, DV]
                 qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=CFG.precision)  # [N, M]
-                s, unit, capped = logits(qk, x, here, i, start_n, scale_log2, M, N, True, not BARE, SPEC)
+                s, unit, capped = logits(qk, x, here, i, start_n, part, scale_log2, M, N, True, not BARE, SPEC)
                 p = tl.exp2(s * unit - load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))[None, :])
                 if SPEC.reshapes:
                     p *= load_vector(norm, b, h, i, seqlen_q, H, M)[None, :]
@@ -213,17 +213,22 @@ def attn_bwd_dbias_kernel(
                 delta_row = load_vector(delta, b, h, i, seqlen_q, H, M)
                 shift_row = load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))
                 norm_row = load_vector(norm, b, h, i, seqlen_q, H, M)
-                span = key_span(i // M, here, spans, SPEC, CFG)
-                for n in range(tl.maximum(n_begin, span.begin), tl.minimum(n_end, span.end), N):
-                    k_tile = load_rows(k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, EDGE_K)
-                    v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, EDGE_K)
-                    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-                    s, unit, _ = logits(qk, x, here, i, n, scale_log2, M, N, False, True, SPEC)
-                    p = tl.exp2(s * unit - shift_row[:, None]) * norm_row[:, None]
-                    dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)
-                    if SPEC.drops:
-                        dp = drop(dp, keep(x, here, i, n, M, N, False, SPEC), SPEC)
-                    acc += p * (dp - delta_row[:, None])
+                span = key_span(i // M, here, x, spans, SPEC, CFG)
+                first, last = span.begin, span.end
+                if not SPEC.listed:
+                    first, last = tl.maximum(n_begin, first), tl.minimum(n_end, last)
+                for j in range(first, last, 1 if SPEC.listed else N):
+                    n, part = tile_at(j, span, x, SPEC.row_tiles, SPEC.tile_keys, N, not SPEC.listed, SPEC)
+                    if not SPEC.listed or (n >= n_begin and n < n_end):  # a list has all of the row's tiles
+                        k_tile = load_rows(k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, EDGE_K)
+                        v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, EDGE_K)
+                        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
+                        s, unit, _ = logits(qk, x, here, i, n, part, scale_log2, M, N, False, True, SPEC)
+                        p = tl.exp2(s * unit - shift_row[:, None]) * norm_row[:, None]
+                        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)
+                        if SPEC.drops:
+                            dp = drop(dp, keep(x, here, i, n, M, N, False, SPEC), SPEC)
+                        acc += p * (dp - delta_row[:, None])
     rows, cols = m_begin + tl.arange(0, M)[:, None], n_begin + tl.arange(0, N)[None, :]
     if not OUT.rows:
         acc = tl.sum(acc, 0)[None, :]

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .mask import key_span, phase, place, tile_start, visible
+from .mask import key_span, log_weights, phase, place, tile_at, visible
 from .tile import (
     LOG2E,
     WHOLE,
@@ -45,13 +45,13 @@ def distance(here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSE
 
 @triton.jit
 def logits(
-    qk, x, here, start_m, start_n, scale_log2, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
+    qk, x, here, start_m, start_n, part, scale_log2, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
     MASKED: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits, the unit that makes them base-2 logits, and the tanh of the soft cap.
 
     exp2(s * unit - m) is one FMA and one EX2; what is added to the logits needs the unit to be 1. A tile is [M, N], or
-    [N, M] if TRANSPOSED.
+    [N, M] if TRANSPOSED. part: its element mask (`tile_at`).
     """
     s, unit, capped = qk, scale_log2, 0.0
     if SPEC.reshapes:
@@ -67,8 +67,10 @@ def logits(
     if SPEC.slopes is not None:
         slope = load_scalar(x, here.b, here.h, SPEC.slopes, SPEC) * LOG2E
         s -= slope * distance(here, start_m, start_n, M, N, TRANSPOSED)
+    if MASKED and SPEC.tile_weights is not None:
+        s -= log_weights(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC) * LOG2E
     if MASKED:
-        s = tl.where(visible(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC), s, float("-inf"))
+        s = tl.where(visible(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC), s, float("-inf"))
     return s, unit, capped
 
 
@@ -88,7 +90,7 @@ def attn_fwd_kernel(
     H_KV: tl.constexpr = SPEC.kv_heads
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
-    FIRST: tl.constexpr = 0 if SPEC.causal or SPEC.spans or EDGE_K != WHOLE else 1  # else no tile needs the mask
+    FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1  # else no tile needs the mask
     block, b, h = program(tl.cdiv(seqlen_q, M), SPEC.heads, SPEC.causal)  # the last rows see most: they go first
     start_m, h_kv = block * M, h // SPEC.group
     here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
@@ -100,18 +102,18 @@ def attn_fwd_kernel(
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV], tl.float32)
-    span = key_span(block, here, spans, SPEC, CFG)
+    span = key_span(block, here, x, spans, SPEC, CFG)
     # One loop body, compiled masked and then bare: the other way round, ptxas serialises wgmma where tiles come
     # through pointers.
     for BARE in tl.static_range(FIRST, 2):
-        first, last = phase(span, BARE, SPEC.spans, False)
-        for i in range(first, last, N):
-            n = tile_start(i, span, BARE, SPEC.spans)
+        first, last = phase(span, BARE, False, SPEC)
+        for i in range(first, last, 1 if SPEC.listed else N):
+            n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
             k_tile = load_rows(
                 k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, WHOLE if BARE else EDGE_K
             )
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-            s, unit, _ = logits(s, x, here, start_m, n, scale_log2, M, N, False, not BARE, SPEC)
+            s, unit, _ = logits(s, x, here, start_m, n, part, scale_log2, M, N, False, not BARE, SPEC)
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             pivot = m_new  # finite, as the first tile shows every row a key
             if SPEC.hides:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tile import load_operand, load_scalar, tile_indices
+from .tile import load_operand, load_scalar, plane_number, tile_indices
 
 
 class Place(NamedTuple):
@@ -24,7 +24,10 @@ class Place(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Tiles [begin, full) and [stop, end) are met through the mask, [full, stop) are seen whole, no others are met."""
+    """Tiles [begin, full) and [stop, end) are met through the mask, [full, stop) are seen whole, no others are met.
+
+    Of a block mask these are places in its list of tiles.
+    """
 
     begin: tl.tensor
     full: tl.tensor
@@ -56,12 +59,26 @@ def look_up(spans, here, block, blocks, SIZE: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def key_span(block, here, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
+def look_up_list(x, here, block, blocks, ENDS: tl.constexpr, PIECES: tl.constexpr, SPEC: tl.constexpr):
+    """The places of a block's tiles in the list of a block mask: partial tiles, then full ones. A kernel's own tiles,
+    which are what is counted, are PIECES of these."""
+    at = x[ENDS.at] + (plane_number(here.b, here.h, ENDS, SPEC) * blocks + block) * 3
+    end = tl.load(at + 2) * PIECES
+    return Span(tl.load(at) * PIECES, tl.load(at + 1) * PIECES, end, end)
+
+
+@triton.jit
+def key_span(block, here, x, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
     """The keys that a block of query rows meets."""
-    if SPEC.spans:
+    start_m = block * CFG.block_m
+    if SPEC.listed:
+        blocks = tl.cdiv(here.seqlen_q, SPEC.tile_rows)
+        return look_up_list(
+            x, here, start_m // SPEC.tile_rows, blocks, SPEC.row_ends, SPEC.tile_keys // CFG.block_n, SPEC
+        )
+    elif SPEC.spans:
         return look_up(spans, here, block, tl.cdiv(here.seqlen_q, CFG.block_m), CFG.block_n, SPEC)
     else:
-        start_m = block * CFG.block_m
         stop, end = here.seqlen_k, here.seqlen_k
         if SPEC.causal:
             end = tl.minimum(end, start_m + CFG.block_m)
@@ -70,12 +87,17 @@ def key_span(block, here, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
 
 
 @triton.jit
-def query_span(block, here, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
+def query_span(block, here, x, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
     """The query rows that a block of keys meets."""
-    if SPEC.spans:
+    start_n = block * CFG.block_n
+    if SPEC.listed:
+        blocks = tl.cdiv(here.seqlen_k, SPEC.tile_keys)
+        return look_up_list(
+            x, here, start_n // SPEC.tile_keys, blocks, SPEC.col_ends, SPEC.tile_rows // CFG.block_m, SPEC
+        )
+    elif SPEC.spans:
         return look_up(spans, here, block, tl.cdiv(here.seqlen_k, CFG.block_n), CFG.block_m, SPEC)
     elif SPEC.causal:
-        start_n = block * CFG.block_n
         begin = start_n // CFG.block_m * CFG.block_m
         full = tl.cdiv(start_n + CFG.block_n - 1, CFG.block_m) * CFG.block_m
         return Span(tl.minimum(begin, here.seqlen_q), full, here.seqlen_q, here.seqlen_q)
@@ -84,15 +106,15 @@ def query_span(block, here, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
 
 
 @triton.jit
-def phase(span, BARE: tl.constexpr, SPLIT: tl.constexpr, BEFORE: tl.constexpr):
+def phase(span, BARE: tl.constexpr, BEFORE: tl.constexpr, SPEC: tl.constexpr):
     """The bounds of a loop over the tiles seen whole (BARE), or over those met through the mask.
 
-    SPLIT: the latter may lie on both sides of the former, and `tile_start` makes the loop jump. Else they lie BEFORE
-    it (the rows that meet a key, causally) or after it (the keys that meet a row).
+    The latter may lie on both sides of the former, if spans or lists are looked up, and `tile_at` makes the loop jump.
+    Else they lie BEFORE it (the rows that meet a key, causally) or after it (the keys that meet a row).
     """
     if BARE:
         return span.full, span.stop
-    elif SPLIT:
+    elif SPEC.spans or SPEC.listed:
         return span.begin, span.end - (span.stop - span.full)
     elif BEFORE:
         return span.begin, tl.minimum(span.full, span.stop)
@@ -101,17 +123,58 @@ def phase(span, BARE: tl.constexpr, SPLIT: tl.constexpr, BEFORE: tl.constexpr):
 
 
 @triton.jit
-def tile_start(i, span, BARE: tl.constexpr, SPLIT: tl.constexpr):
-    """Where the tile starts that a loop within `phase` has come to."""
-    if BARE or not SPLIT:
-        return i
+def tile_at(
+    i, span, x, TILES: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, BARE: tl.constexpr, SPEC: tl.constexpr
+):
+    """Where the tile starts that a loop within `phase` has come to, and which element mask is its own (-1: none).
+
+    TILES, SIZE: the list of a block mask, and how many rows or keys its tiles have, of which a kernel's has STEP.
+    """
+    if SPEC.listed:
+        at = x[TILES.at] + i // (SIZE // STEP) * 2
+        start = tl.load(at) * SIZE + i % (SIZE // STEP) * STEP
+        if BARE:
+            return start, -1
+        else:
+            return start, tl.load(at + 1)
+    elif BARE or not SPEC.spans:
+        return i, -1
     else:
-        return i + tl.where(i >= span.full, span.stop - span.full, 0)
+        return i + tl.where(i >= span.full, span.stop - span.full, 0), -1
 
 
 @triton.jit
-def visible(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
-    """Whether each of a tile's rows sees each of its keys: [M, N], or [N, M]."""
+def shown_by_bits(
+    x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
+):
+    """Whether element mask `part` of the block mask shows each element: one bit each, 32 keys to a word."""
+    i, j = tile_indices(M, N, TRANSPOSED)
+    WORDS: tl.constexpr = SPEC.tile_keys // 32
+    first = start_n % SPEC.tile_keys
+    words = x[SPEC.tile_bits.at] + (part.to(tl.int64) * SPEC.tile_rows + start_m % SPEC.tile_rows) * WORDS + first // 32
+    stored = part >= i * 0  # else all is shown
+    word = tl.load(words + i * WORDS, mask=stored, other=-1)
+    for n in tl.static_range(1, N // 32):  # a row's words once each, not once for every key
+        word = tl.where(j < n * 32, word, tl.load(words + i * WORDS + n, mask=stored, other=-1))
+    return ((word >> ((first + j) % 32)) & 1) != 0
+
+
+@triton.jit
+def log_weights(
+    x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
+):
+    """The logarithms of the weights that the block mask gives the elements of a tile."""
+    i, j = tile_indices(M, N, TRANSPOSED)
+    at = (start_m % SPEC.tile_rows + i) * SPEC.tile_keys + start_n % SPEC.tile_keys + j
+    base = x[SPEC.tile_weights.at] + part.to(tl.int64) * (SPEC.tile_rows * SPEC.tile_keys)
+    return tl.load(base + at, mask=part >= at * 0, other=0.0)
+
+
+@triton.jit
+def visible(
+    x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
+):
+    """Whether each of a tile's rows sees each of its keys: [M, N], or [N, M]. part: its element mask (`tile_at`)."""
     i, j = tile_indices(M, N, TRANSPOSED)
     position = start_m + here.offset - start_n  # of row 0, counted from key 0 of the tile
     # The tile's first axis gets one bound that says all, so that each element takes one comparison with a constant.
@@ -134,4 +197,6 @@ def visible(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPO
         seen = seen & (own == other) & (own >= 0)
     if SPEC.mask is not None:
         seen = seen & (load_operand(x, here, start_m + i, start_n + j, SPEC.mask, SPEC) != 0)
+    if SPEC.listed:
+        seen = seen & shown_by_bits(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC)
     return seen
