@@ -153,13 +153,19 @@ def build_window(
 
 
 def _build(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, offset: int, dtype: str) -> Array:
-    """The mask, now: a concrete array whatever is being traced."""
+    """The mask, now: a concrete array whatever is being traced.
+
+    NumPy builds it, row by row, as each is an interval: for lengths that it meets for the first time XLA would compile
+    for longer than that takes.
+    """
+    hidden, shown = (False, True) if dtype == "bool" else (-np.inf, 0)
+    mask = np.full((1, 1, seqlen_q, seqlen_k), hidden, dtype)
+    for row, at in enumerate(range(offset, offset + seqlen_q)):
+        first = 0 if left is None else max(at - left, 0)
+        end = seqlen_k if right is None else max(at + right + 1, 0)
+        mask[0, 0, row, first:end] = shown
     with jax.ensure_compile_time_eval():
-        ahead = jnp.arange(seqlen_q, dtype=jnp.int32)[:, None] + offset - jnp.arange(seqlen_k, dtype=jnp.int32)[None, :]
-        seen = jnp.ones(ahead.shape, jnp.bool_) if left is None else ahead <= left
-        seen = seen if right is None else seen & (-ahead <= right)
-        mask = seen if dtype == "bool" else jnp.where(seen, jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))
-        return jax.block_until_ready(mask[None, None])  # what cannot be built fails here, and is not kept
+        return jax.block_until_ready(jnp.asarray(mask))  # what cannot be built fails here, and is not kept
 
 
 def _key(seqlen_q: Any, seqlen_k: Any, window: Any, alignment: Any, dtype: Any) -> _Key:
