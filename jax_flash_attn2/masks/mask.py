@@ -167,21 +167,17 @@ class Mask:
           ValueError: shapes that do not fit; if concrete: keys not below Sk, weights outside [0, 1], too small a size.
         """
         shape = _shape(shape)
-        known = _known(row_indices)
         row_indices = _integers("row_indices", row_indices)
         if row_indices.ndim != 4 or row_indices.shape[:3] != shape[:3]:
             raise ValueError(f"row_indices must have shape [*{shape[:3]}, n], got {row_indices.shape}")
         check_size("B * H * Sq * n", row_indices.size, "give row_indices fewer columns")
         data = _data(data, row_indices.shape, dtype)
-        if known and row_indices.size:
+        if _known(row_indices) and row_indices.size:
             with jax.ensure_compile_time_eval():
                 largest = int(row_indices.max())
             if largest >= shape[3]:
                 raise ValueError(f"row_indices must be below Sk = {shape[3]}, got {largest}; negative ones are unused")
-        rows = math.prod(shape[:3])
-        row = jnp.arange(rows, dtype=jnp.int32).reshape(*shape[:3], 1)
-        row = jnp.where(row_indices < 0, rows, row)
-        entries = _combine(row.reshape(-1), row_indices.reshape(-1), data.reshape(-1), rows=rows)
+        entries = _combine_rows(row_indices, data)
         return _fit(cls, shape, entries, size)
 
     @classmethod
@@ -216,7 +212,7 @@ class Mask:
                 "to_dense must say under jit whether entries overflowed their size, which a bool array cannot, got a "
                 "bool mask; ask for to_dense(jnp.float32) (NaN then), or give a size that always suffices"
             )
-        return _to_dense(mask)
+        return mask.dense if mask.kind == "dense" and mask.overflow is None else _to_dense(mask)
 
     def to_indices(self, size: int | None = None) -> Self:
         """The same mask, held as `indices`, `ptr` and `data`, with room for `size` entries.
@@ -450,14 +446,12 @@ def _weights(name: str, x: Any) -> Array:
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
     if x.dtype.name not in _DTYPES:
         raise TypeError(f"{name} must be bool or floating, got {x.dtype.name}; compare with 0, or cast it")
-    known = _known(x)
-    x = _converted(x)
-    if known and x.dtype != bool:
+    if _known(x) and x.dtype != bool:
         with jax.ensure_compile_time_eval():
-            good = bool(_are_weights(x))
+            good = bool(_are_weights(x) if isinstance(x, Array) else ((x >= 0) & (x <= 1)).all())
         if not good:
             raise ValueError(f"{name} must have weights in [0, 1], got others (or NaN); clip or divide them")
-    return x
+    return _converted(x)
 
 
 def _data(data: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -558,6 +552,15 @@ def _combine(row: Array, index: Array, data: Array, rows: int) -> tuple[Array, A
     sums = sums.max(data, mode="drop") if data.dtype == bool else jnp.minimum(sums.add(data, mode="drop"), 1)
     counts = jnp.zeros(rows, jnp.int32).at[row].add(first.astype(jnp.int32), mode="drop")
     return indices, _ptr(counts), sums
+
+
+@jax.jit
+def _combine_rows(row_indices: Array, data: Array) -> tuple[Array, Array, Array]:
+    """`_combine` of `[B, H, Sq, n]` keys and weights, negative keys being unused."""
+    rows = math.prod(row_indices.shape[:3])
+    row = jnp.arange(rows, dtype=jnp.int32).reshape(*row_indices.shape[:3], 1)
+    row = jnp.where(row_indices < 0, rows, row)
+    return _combine(row.reshape(-1), row_indices.reshape(-1), data.reshape(-1), rows=rows)
 
 
 def _ptr(counts: Array) -> Array:
