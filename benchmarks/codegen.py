@@ -60,6 +60,11 @@ class Point:
         )
 
 
+_BLOCKS = {
+    **{f"{side}_ends": (1, 1, 8, 3, "int32") for side in ("row", "col")},
+    **{f"{side}_tiles": (1, 1, 64, 2, "int32") for side in ("row", "col")},
+    "tile_bits": (1, 1, 64, 128 * 128 // 32, "int32"),
+}
 EXTRAS = {
     "bias": ({}, {"bias": ("b", "h", "q", "k", None)}),
     "mask": ({}, {"mask": ("b", 1, "q", "k", "bool")}),
@@ -69,23 +74,29 @@ EXTRAS = {
     "softcap": ({"soft_cap": 30.0}, {}),
     "alibi": ({}, {"slopes": (1, "h", 1, 1, "float32")}),
     "dropout": ({"dropout_rate": 0.1}, {name: ("b", "h", 1, 1, "uint32") for name in ("dropout_key0", "dropout_key1")}),
+    "blocks": ({"tiles": (128, 128), "right": None}, _BLOCKS),
+    "weights": (
+        {"tiles": (128, 128), "right": None},
+        {**_BLOCKS, "tile_weights": (1, 1, 64, 128 * 128, "float32")},
+    ),
 }
 """What a call may have besides, as it is compiled here: `Rules`, and operands by their axes and dtype."""
 
 
 def points() -> list[Point]:
-    """Every row of the table, causal and not; what is chosen where there is a bias; and, on two chips, each extra."""
+    """Every row of the table, causal and not; what is chosen where there is a bias or a block mask; and, on two chips,
+    each extra."""
     plain = [Point(r.arch, r.name, r.width, causal, r.config) for r in tuning.ROWS for causal in (False, True)]
     tuned = dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain)
     extras = [
-        (*key, extra) for key in tuned for extra in EXTRAS if extra == "bias" or (key[0] in (80, 90) and key[2] == 128)
+        (*key, extra) for key in tuned for extra in EXTRAS if extra in ("bias", "blocks") or (key[0] in (80, 90) and key[2] == 128)
     ]
     return plain + [_tuned(*key) for key in extras]
 
 
 def _tuned(arch: int, name: str, head_dim: int, extra: str) -> Point:
     spec = Spec.of(*_arrays(head_dim, causal=True, extra=extra))
-    return Point(arch, name, head_dim, True, tuning.choose(name, spec, jnp.bfloat16, Target(arch), Config()), extra)
+    return Point(arch, name, head_dim, spec.causal, tuning.choose(name, spec, jnp.bfloat16, Target(arch), Config()), extra)
 
 
 def _arrays(head_dim: int, *, causal: bool, extra: str = "", seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> tuple:
@@ -95,7 +106,7 @@ def _arrays(head_dim: int, *, causal: bool, extra: str = "", seqlen: int = 1024,
     sizes = {"b": 2, "h": 8, "q": seqlen, "k": seqlen, 1: 1}
     operands = {"scale": jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)}
     for name, (*axes, kind) in more.items():
-        operands[name] = jax.ShapeDtypeStruct([sizes[axis] for axis in axes], kind or dtype)
+        operands[name] = jax.ShapeDtypeStruct([sizes.get(axis, axis) for axis in axes], kind or dtype)
     return Rules(**{"right": 0 if causal else None} | rules), x, x, x, operands
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import inputs, interpret, spans, tuning, xla
+from . import block_lists, inputs, interpret, spans, tuning, xla
 from .inputs import Call
 from .spec import PASSES, Spec, Tuned
 from .target import Target, present
@@ -179,9 +179,26 @@ def _count(
     tiles = batch * heads * len(starts) * -(-seqlen_k // block_n) if seqlen_k else 0
     if not tiles:
         return 0, 0, 0
+    if spec.listed:
+        return tiles, *_count_listed(spec, q, k, operands, block_m, block_n, together)
     table = spans.query_spans(spec, operands, batch, seqlen_q, seqlen_k, starts, block_m, block_n)
     if isinstance(table, jax.core.Tracer):
         return tiles, None, None
     begin, full, stop, end = np.moveaxis(np.asarray(spans.union(table) if together else table, np.int64), -1, 0)
     copies = batch * heads * len(starts) // begin.size
     return tiles, int((end - begin).sum()) * copies, int((full - begin + end - stop).sum()) * copies
+
+
+def _count_listed(spec: Spec, q, k, operands, block_m, block_n, together) -> tuple[int | None, int | None]:
+    """Tiles visited and masked where there is a block mask, of whose tiles these are pieces."""
+    batch, seqlen_q, heads = q.shape[:3]
+    parts, bounded = block_lists.parts(operands), spec.causal or spec.bounded
+    status = block_lists.status(spec, operands, batch, seqlen_q, k.shape[1], parts, bounded=bounded)
+    if isinstance(status, jax.core.Tracer):
+        return None, None
+    status = np.asarray(block_lists.union(status)[None, None] if together else status)
+    rows = np.minimum(seqlen_q - np.arange(0, seqlen_q, spec.tile_rows), spec.tile_rows)
+    pieces = -(-rows // block_m)[:, None] * max(spec.tile_keys // block_n, 1)
+    copies = batch * heads // (status.shape[0] * status.shape[1])
+    visited, masked = (int((met * pieces).sum()) * copies for met in (status != 0, status == block_lists.PARTIAL))
+    return visited, masked

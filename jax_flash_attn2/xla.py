@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from . import block_lists, dropout, spans
-from .spec import Config, Spec
+from .spec import BLOCK_LISTS, Config, Spec
 
 HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
 """A bias below this (-2.36e38) hides its key, as -inf does: the GPU kernels' base-2 logits overflow there.
@@ -228,7 +228,8 @@ def differentiable(
         return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *row_max
 
     starts = jnp.minimum(jnp.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m)
-    rows = {name: t.cut_rows(x, t.block_m) for name, x in operands.items() if x.shape[2] > 1}
+    by_rows = [name for name, x in operands.items() if x.shape[2] > 1 and name not in BLOCK_LISTS]
+    rows = {name: t.cut_rows(operands[name], t.block_m) for name in by_rows}
     out = lax.map(query_block, (starts, t.cut_rows(q, t.block_m * spec.group), rows))
     o, *stats = (t.join_rows(x) for x in out)
     lse, *row_max = map(t.stats_out, stats)
