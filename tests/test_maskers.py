@@ -11,9 +11,19 @@ import pytest
 from jax_flash_attn2.masks import LocalMasker, Mask, SinkMasker, TopKMasker
 from jax_flash_attn2.masks.maskers import DEFAULT_LOCAL, DEFAULT_SINK, DEFAULT_TOP_K
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_quickly():
+    """Nearly all the time goes into compiling what then runs once, on a few numbers."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 LOCAL = ("sparse", "broadcast", "triangle")
 SINK = ("sparse", "dense")
-SHAPES = [(1, 2, 1, 9), (2, 1, 6, 9), (1, 1, 9, 4), (1, 1, 5, 5)]
+SHAPES = [(1, 2, 1, 9), (2, 1, 6, 9), (1, 1, 9, 4)]
 
 
 def position(i, shape):
@@ -45,7 +55,7 @@ def traced(masker, previous, implementation):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("implementation", LOCAL)
-@pytest.mark.parametrize("window", [0, 1, 3, 99])
+@pytest.mark.parametrize("window", [0, 3, 99])
 def test_local(shape, implementation, window):
     mask = LocalMasker(window)(Mask.empty(shape), implementation=implementation)
     assert (mask.kind == "sparse") == (implementation == "sparse")
@@ -55,7 +65,7 @@ def test_local(shape, implementation, window):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("implementation", SINK)
-@pytest.mark.parametrize(("size", "causal"), [(0, True), (1, True), (3, True), (3, False), (99, True), (99, False)])
+@pytest.mark.parametrize(("size", "causal"), [(0, True), (3, True), (3, False), (99, True)])
 def test_sink(shape, implementation, size, causal):
     mask = SinkMasker(size, causal=causal)(Mask.empty(shape, bool), implementation=implementation)
     assert (mask.kind == "sparse") == (implementation == "sparse")
@@ -86,7 +96,7 @@ def test_fractions(fraction, keys, count):
 
 
 def test_one_is_not_all():
-    """1 is a key and 1.0 is all of them, though Python has them equal: a static argument of jit must tell them apart."""
+    """1 is a key and 1.0 is all of them, though they are equal in Python: jit must tell them apart."""
     shape = (1, 1, 1, 8)
     for masker in (LocalMasker, SinkMasker, TopKMasker):
         assert masker(1) != masker(1.0)
@@ -115,7 +125,7 @@ def test_merges_into_previous(implementation, kind):
 def test_sizes():
     """The room of a sparse result is what is asked for, and what does not fit is not lost in silence."""
     shape = (1, 1, 4, 6)
-    weights = jnp.ones(shape) * (local(shape, 1))
+    weights = jnp.asarray(local(shape, 1), jnp.float32)
     add = lambda size: lambda w: LocalMasker(2)(Mask.from_dense(w), implementation="sparse", size=size)
     assert add(20)(weights).size == jax.jit(add(20))(weights).size == 20
     assert_shows(jax.jit(add(8))(weights), local(shape, 2))
@@ -162,7 +172,7 @@ def seen(shape, causal):
     return local(shape, 99) if causal else np.ones(shape, bool)
 
 
-@pytest.mark.parametrize("implementation", ["sparse", "dense", None])
+@pytest.mark.parametrize("implementation", ["sparse", "dense"])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize(
     ("shape", "kv_heads", "count", "causal"),
@@ -219,7 +229,7 @@ def test_top_k_scale():
 EMPTY = Mask.empty((1, 2, 3, 8))
 Q, K = queries((1, 2, 3, 8), 1)
 MESSAGES = {
-    "window": (lambda: LocalMasker(-1), ValueError, "window must be an int of at least 0 (a number of keys) or a float"),
+    "window": (lambda: LocalMasker(-1), ValueError, "window must be an int of at least 0 (a number of keys) or"),
     "window 0.0": (lambda: LocalMasker(0.0), ValueError, "(0, 1] (a fraction of them), got 0.0"),
     "window 1.5": (lambda: LocalMasker(1.5), ValueError, "(0, 1] (a fraction of them), got 1.5"),
     "window bool": (lambda: LocalMasker(True), ValueError, "got True"),
@@ -248,7 +258,8 @@ MESSAGES = {
     "previous shape": (lambda: TopKMasker(1)(EMPTY, q=Q, k=K[:, 1:]), ValueError, "must have the shape (1, 2, 3, 7)"),
     "allowed": (lambda: TopKMasker(1)(EMPTY, q=Q, k=K, allowed=Q), TypeError, "Mask or a bool array, got float32"),
     "allowed shape": (
-        lambda: TopKMasker(1)(EMPTY, q=Q, k=K, allowed=np.ones((2, 1, 1, 1), bool)), ValueError, "got shape (2, 1, 1, 1)",
+        lambda: TopKMasker(1)(EMPTY, q=Q, k=K, allowed=np.ones((2, 1, 1, 1), bool)), ValueError,
+        "got shape (2, 1, 1, 1)",
     ),
 }  # fmt: skip
 
