@@ -55,7 +55,7 @@ class Sweep:
     def __init__(self, options: argparse.Namespace, effort: Effort | None = None, worker: Worker | None = None):
         self.options = options
         seconds = options.seconds if options.seconds is not None else options.seconds_by_quick[options.quick]
-        self.effort = effort or Effort(seconds=seconds)
+        self.effort = effort or Effort(seconds=seconds, warmup=1 if options.quick else 2)
         self.only = _only(options.only)
         self.worker, self._close_worker = worker or Worker(options.timeout), worker is None
         self.machine = self.worker.machine
