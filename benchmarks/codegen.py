@@ -88,15 +88,20 @@ def points() -> list[Point]:
     each extra."""
     plain = [Point(r.arch, r.name, r.width, causal, r.config) for r in tuning.ROWS for causal in (False, True)]
     tuned = dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain)
+    everywhere = ("bias", "blocks")
     extras = [
-        (*key, extra) for key in tuned for extra in EXTRAS if extra in ("bias", "blocks") or (key[0] in (80, 90) and key[2] == 128)
+        (*key, extra)
+        for key in tuned
+        for extra in EXTRAS
+        if extra in everywhere or (key[0] in (80, 90) and key[2] == 128)
     ]
     return plain + [_tuned(*key) for key in extras]
 
 
 def _tuned(arch: int, name: str, head_dim: int, extra: str) -> Point:
     spec = Spec.of(*_arrays(head_dim, causal=True, extra=extra))
-    return Point(arch, name, head_dim, spec.causal, tuning.choose(name, spec, jnp.bfloat16, Target(arch), Config()), extra)
+    config = tuning.choose(name, spec, jnp.bfloat16, Target(arch), Config())
+    return Point(arch, name, head_dim, spec.causal, config, extra)
 
 
 def _arrays(head_dim: int, *, causal: bool, extra: str = "", seqlen: int = 1024, dtype: Any = jnp.bfloat16) -> tuple:

@@ -162,6 +162,8 @@ class _Wanted(tuple):
 
 
 def _attention_fwd(call: Call, q, k, v, operands):
+    if "tile_weights" in operands and operands["tile_weights"].perturbed:
+        raise inputs.no_gradient_of_weights_error()
     wanted = _Wanted(name for name in DIFFERENTIABLE if name in operands and operands[name].perturbed)
     q, k, v = q.value, k.value, v.value
     operands = {name: x.value for name, x in operands.items()}

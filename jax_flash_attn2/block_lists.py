@@ -42,7 +42,7 @@ def lists(status: Array, part: Array, size: int) -> tuple[Array, Array]:
 
     def plane(status, part):
         block, tile = lax.broadcasted_iota(jnp.int32, status.shape, 0), lax.broadcasted_iota(jnp.int32, status.shape, 1)
-        rank = jnp.where(status == EMPTY, 2 * blocks, 2 * block + (status == FULL))
+        rank = jnp.where(status == EMPTY, 2 * blocks, 2 * block + (status == FULL).astype(jnp.int32))
         _, *listed = lax.sort((rank.ravel(), tile.ravel(), part.ravel()), num_keys=1, is_stable=True)
         listed = jnp.stack([_resize(x, size) for x in listed], -1)
         counts = jnp.stack([(status == PARTIAL).sum(1), (status == FULL).sum(1)], -1).astype(jnp.int32)
@@ -98,6 +98,7 @@ def union(status: Array) -> Array:
     return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL))
 
 
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def for_kernels(
     spec: Spec, operands: Mapping[str, Array], q: Array, k: Array, v: Array
 ) -> tuple[Spec, dict[str, Array]]:

@@ -249,11 +249,11 @@ def _of_weights(mask: Mask, batch: tuple[int, ...], axes: tuple[int, int, int], 
     known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
     if mask.kind == "sparse" and known and math.prod(mask.shape) > _DENSE:
         return BlockMask.from_mask(mask)
-    weights = mask.to_dense()
+    weights = mask.to_dense() if mask.overflow is None else mask.to_dense(jnp.float32)  # which has a NaN to tell it by
     weights = weights.reshape(*(batch if mask.shape[0] > 1 else (1,) * len(batch)), *mask.shape[1:])
-    if weights.dtype == jnp.bool_:
-        return weights
-    seen = weights != 0
+    seen = weights if weights.dtype == jnp.bool_ else weights != 0
+    if mask.dtype == jnp.bool_:
+        return seen
     dtype = jnp.float64 if weights.dtype == jnp.float64 else jnp.float32
     correction = _bias(-jnp.log(jnp.where(seen, weights, 1).astype(dtype)), batch, axes)
     operands["bias"] = operands["bias"] + correction if "bias" in operands else correction
@@ -507,6 +507,14 @@ def higher_order_error() -> TypeError:
     return TypeError(
         "flash_attention has one derivative, in reverse mode; for forward mode (jvp, jacfwd), hessians and gradients "
         "of gradients pass higher_order=True"
+    )
+
+
+def no_gradient_of_weights_error() -> TypeError:
+    """The weights of a block mask depend on what is differentiated."""
+    return TypeError(
+        "mask is a BlockMask whose weights have no gradient, got weights that one is asked for; pass a Mask (whose "
+        "weights have one), or make it of jax.lax.stop_gradient(weights)"
     )
 
 

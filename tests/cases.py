@@ -11,8 +11,13 @@ import numpy as np
 from hypothesis import strategies
 from reference import kept
 
-ARRAYS = ("mask", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "alibi_slopes")
-"""The options of `flash_attention` that are arrays; in a case's `inputs`, or None there."""
+ARRAYS = ("mask", "weights", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "alibi_slopes")
+"""The options of `flash_attention` that are arrays, and the weights that a mask may have; in a case's `inputs`, or None
+there."""
+
+
+MASKS = ("block", "block_weights", "weights")
+"""A `BlockMask`, one of weights, a `Mask` of weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Case:
     alignment: str = "top_left"
     window: int | tuple[int | None, int | None] | None = None
     mask: str = ""
-    """Its axes, as the bias's."""
+    """Its axes, as the bias's. What comes before a colon is what it is held as (`MASKS`), else an array."""
     segments: str = ""
     """"packed": documents in order, each batch its own; "shared": in order, then padding, without a batch axis;
     "mixed": in no order, padding between."""
@@ -66,6 +71,16 @@ class Case:
             "dropout_rate": self.dropout,
         }
         return options | ({"dropout_seed": self.seed} if self.dropout else {})
+
+    @property
+    def mask_kind(self) -> str:
+        """One of `MASKS`, or ""."""
+        return self.mask.rpartition(":")[0]
+
+    @property
+    def mask_axes(self) -> str:
+        """As in `mask`."""
+        return self.mask.rpartition(":")[2]
 
     @property
     def seed(self) -> int:
@@ -106,7 +121,9 @@ class Case:
         }
         x |= dict.fromkeys((*ARRAYS, "keep"))
         if self.mask:
-            x["mask"] = _mask(rng, self.axes(self.mask))
+            x["mask"] = _mask(rng, self.axes(self.mask_axes))
+        if "weights" in self.mask_kind:
+            x["weights"] = _weights(rng, x["mask"])
         if self.segments:
             x["q_segment_ids"] = _segments(rng, self.segments, self.batch, self.seqlen_q)
             if self.seqlen_k != self.seqlen_q or self.segments == "mixed":  # else kv's are q's
@@ -134,6 +151,11 @@ def _mask(rng, shape) -> np.ndarray:
         block = [slice(first, first + (n + 1) // 2) for first, n in zip(firsts, shape[-2:], strict=True)]
         mask[*(rng.integers(0, n) for n in shape[:-2]), *block] = value
     return mask
+
+
+def _weights(rng, mask) -> np.ndarray:
+    """What a mask lets through counts 1, or less in every third place."""
+    return np.where(rng.random(mask.shape) < 1 / 3, rng.uniform(0.05, 1, mask.shape), 1).astype(np.float32) * mask
 
 
 def _segments(rng, kind: str, batch, seqlen: int) -> np.ndarray:
@@ -184,7 +206,11 @@ def _options() -> list[Case]:
         case("window_zero", window=0),
         case("window_bottom_right", 20, 50, window=(9, 3), **low),
         case("window_bottom_right_many_rows", 50, 20, window=(9, 3), **low),
-        *(case(f"mask_{axes}", 50, 40, mask=axes, **two) for axes in ("-", "hq", "qk")),
+        *(case(f"mask_{axes}", 50, 40, mask=axes, **two) for axes in ("-", "hq", "bk", "h")),
+        case("block_mask", 70, 100, mask="block:qk", **two),
+        case("block_mask_by_head", 100, 70, mask="block:hqk", heads=4, kv_heads=2, batch=(2, 1), block=(32, 16)),
+        case("block_mask_weights", 50, 70, mask="block_weights:bqk", causal=True, **two),
+        case("mask_weights", 40, 50, mask="weights:hqk", bias="q", **two),
         case("segments_packed", 60, 60, segments="packed", batch=(2,)),
         case("segments_packed_causal", 60, 60, segments="packed", causal=True),
         case("segments_mixed", 40, 50, segments="mixed", batch=(2,)),
@@ -235,7 +261,7 @@ FACTORS: dict[str, tuple] = {
     "causal": (False, True),
     "alignment": ("top_left", "bottom_right"),
     "window": (None, (8, None), (None, 8), (20, 6)),
-    "mask": ("", "qk", "bk", "h", "bhqk"),
+    "mask": ("", "qk", "bhqk", "block:qk", "block:bhqk", "block_weights:bhk", "weights:q"),
     "segments": ("", "packed", "mixed", "shared"),
     "lengths": ("", "q", "k", "qk"),
     "soft_cap": (None, 2.0),

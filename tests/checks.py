@@ -18,11 +18,14 @@ from cases import Case
 from reference import attention, by_query_head, capped, distance, logits, probabilities
 
 from jax_flash_attn2 import Config, flash_attention
+from jax_flash_attn2.masks import BlockMask, Mask
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes")
 SUMS = ("dscale", "dsinks", "dalibi_slopes")
 """A few numbers each, with no neighbours whose largest would be a fair measure: the terms that they sum are."""
 TIMES, ROUNDINGS = 2, 4
+BLOCK = 32
+"""Rows and keys of a block mask's tiles."""
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """A small case runs for a millisecond and compiles for a second, most of that in LLVM's optimizer."""
 
@@ -59,10 +62,28 @@ def flash_function(case: Case, **options):
     def function(inner, given):
         arrays = {"softmax_scale" if name == "scale" else name: x for name, x in (inner | given).items()}
         arrays.pop("keep", None)
+        arrays = with_mask(case, arrays)
         out = flash_attention(**arrays, **options, return_lse=case.lse, return_max_logits=case.max_logits)
         return dict(zip(case.results, out if isinstance(out, tuple) else (out,), strict=True))
 
     return function
+
+
+def with_mask(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays, the mask as the case wants it held; under jit too."""
+    mask, weights, kind = arrays.get("mask"), arrays.get("weights"), case.mask_kind
+    arrays = {name: x for name, x in arrays.items() if name != "weights"}
+    if not kind:
+        return arrays
+    axes = case.batch if "b" in case.mask_axes else (1,) * len(case.batch)
+    axes = (*axes, case.heads if "h" in case.mask_axes else 1, case.seqlen_q, case.seqlen_k)
+    dense = jnp.broadcast_to(mask if weights is None else weights, axes)
+    dense = dense.reshape(math.prod(axes[:-3]), *axes[-3:])
+    if kind == "weights":
+        return arrays | {"mask": Mask.from_dense(dense)}
+    tiles = -(-case.seqlen_q // BLOCK) * -(-case.seqlen_k // BLOCK)
+    most = {"max_tiles": tiles, "max_parts": tiles * dense.shape[0] * dense.shape[1]}
+    return arrays | {"mask": BlockMask.from_mask(dense, block_m=BLOCK, block_n=BLOCK, **most)}
 
 
 def definition(case: Case, **precision):

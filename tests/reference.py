@@ -21,11 +21,14 @@ def attention(
 
 
 def probabilities(
-    q, k, bias=None, scale=None, *, logits_soft_cap=None, alibi_slopes=None, sinks=None, q_lengths=None, **sight
+    q, k, bias=None, scale=None, *, logits_soft_cap=None, alibi_slopes=None, sinks=None, q_lengths=None, weights=None,
+    **sight,
 ):  # fmt: skip
     """The softmax before dropout, p `[*batch, H, Sq, Sk]`; lse and max_logits; in q's dtype."""
     ahead = distance(q, k, sight.get("causal_alignment"))
     s = logits(q, k, bias, scale, ahead, logits_soft_cap, alibi_slopes)
+    if weights is not None:  # a key kept with probability w stands for 1 / w of its kind
+        s = s - jnp.log(jnp.where(weights > 0, weights, 1).astype(s.dtype))
     rows = jnp.arange(q.shape[-3], dtype=jnp.int32)[:, None]
     rows = rows >= 0 if q_lengths is None else rows < q_lengths[..., None, None, None]  # those there are
     s = jnp.where(rows & visible(ahead, **sight), s, -jnp.inf)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import ARRAYS, CASES
+from checks import with_mask
 
 from jax_flash_attn2 import EXPORT_DISABLED_CHECKS, Config, flash_attention, get_cached_flash_attention, gpu_target
 from jax_flash_attn2.spec import PASSES
@@ -71,18 +72,19 @@ def test_cases(number, case):
         for name in ("q", "k", "v", "bias", *ARRAYS)
         if x[name] is not None
     }
-    differentiated = [name for name, like in given.items() if jnp.issubdtype(like.dtype, jnp.floating)]
+    real = {name for name, like in given.items() if jnp.issubdtype(like.dtype, jnp.floating)}
+    differentiated = real - {"weights"}  # those of a BlockMask have no gradient
 
     def loss(some, others):
         out = flash_attention(
-            **some, **others, **case.static, block_ptr=number % 3 != 0 and not any(w % 16 for w in widths),
-            config=Config(*case.block), softmax_scale=case.scale, return_max_logits=case.max_logits,
+            **with_mask(case, some | others), **case.static,
+            block_ptr=number % 3 != 0 and not any(w % 16 for w in widths), config=Config(*case.block), softmax_scale=case.scale, return_max_logits=case.max_logits,
         )  # fmt: skip
         return jax.tree.leaves(out)[0].astype(jnp.float32).sum()
 
     some = {name: given.pop(name) for name in differentiated}
     text = lower(jax.grad(loss), some, given, capability=(80, 86, 90, 100)[number % 4])
-    assert text.count(TRITON_CALL) == (4 if case.bias else 3)
+    assert text.count(TRITON_CALL) == (4 if case.bias or case.mask_kind == "weights" else 3)
 
 
 @pytest.mark.parametrize("bias", ["hqk", "k"])

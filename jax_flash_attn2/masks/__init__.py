@@ -1,5 +1,6 @@
 """Masks as data: predicates and builders, a cache, masks of weights, maskers, and block masks that the kernels read."""
 
+from .block import BlockMask
 from .builders import causal_mask_comparison, causal_mask_tril, make_causal_mask
 from .cache import CacheInfo, MaskCache, causal_mask, causal_mask_cache
 from .dense import dense_attention
@@ -23,6 +24,7 @@ from .predicates import (
 from .show import plot_mask, show
 
 __all__ = [
+    "BlockMask",
     "CacheInfo",
     "LocalMasker",
     "Mask",

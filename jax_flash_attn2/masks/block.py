@@ -109,11 +109,13 @@ class BlockMask:
             return _build(_sparse_source(mask, _block("block_m", block_m, mask.shape[2], 16)), mask.shape, *sizes)
         return _build(_OfArray(jnp.asarray(mask.to_dense())), mask.shape, *sizes)
 
+    @jax.numpy_rank_promotion("allow")
     def tiles(self) -> Array:
         """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial."""
         part = block_lists.parts(self.operands())
         return jnp.where(part >= 0, PARTIAL, jnp.where(part == -1, FULL, EMPTY)).astype(jnp.int8)
 
+    @jax.numpy_rank_promotion("allow")
     def to_dense(self) -> Array:
         """`[B, H, Sq, Sk]`: booleans, or fp32 weights if it has any."""
         part = block_lists.parts(self.operands())
@@ -124,6 +126,8 @@ class BlockMask:
             )
         return shown[:, :, : self.shape[2], : self.shape[3]]
 
+    @jax.numpy_rank_promotion("allow")
+    @jax.numpy_dtype_promotion("standard")
     def density(self) -> float | Array:
         """The share of elements that are seen."""
         part = block_lists.parts(self.operands())
@@ -250,6 +254,8 @@ def _sparse_source(mask: Mask, block_m: int) -> _OfIndices:
 # How it is built.
 
 
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
+@jax.numpy_dtype_promotion("standard")
 def _build(source, shape, block_m, block_n, max_tiles, max_parts) -> BlockMask:
     block_m, block_n = _block("block_m", block_m, shape[2], 16), _block("block_n", block_n, shape[3], 32)
     for name, n in (("max_tiles", max_tiles), ("max_parts", max_parts)):
@@ -310,7 +316,8 @@ def _status(source: Callable, shape: tuple[int, ...], block_m: int, block_n: int
         rows, cols = i * block_m + jnp.arange(block_m), step * together * block_n + jnp.arange(together * block_n)
         x = source(n // heads, n % heads, rows, cols)
         row_in, col_in = (rows < seqlen_q)[:, None], cols < seqlen_k
-        some, every = (x != 0) & row_in & col_in, (x == 1) & col_in | ~row_in
+        seen, whole = (x, x) if x.dtype == jnp.bool_ else (x != 0, x == 1)
+        some, every = seen & row_in & col_in, whole & col_in | ~row_in
         some, every = (y.reshape(block_m, together, block_n) for y in (some, every))
         return jnp.where(every.all((0, 2)), FULL, jnp.where(some.any((0, 2)), PARTIAL, EMPTY)).astype(jnp.int8)
 
@@ -329,7 +336,7 @@ def _elements(
         rows, cols = i * block_m + jnp.arange(block_m), j * block_n + jnp.arange(block_n)
         x = source(b, h, rows, cols)
         inside = (rows < shape[2])[:, None] & (cols < shape[3])
-        seen = inside & (x != 0)
+        seen = inside & (x if x.dtype == jnp.bool_ else x != 0)
         weights = None if x.dtype == jnp.bool_ else jnp.log(jnp.where(seen, x, 1).astype(jnp.float32)).ravel()
         return _packed(seen), weights
 
