@@ -13,7 +13,7 @@ CPU := JAX_PLATFORMS=cpu
 PYTEST := .venv/bin/python -m pytest
 MATRIX_TOOLS := jax-triton pytest pytest-xdist hypothesis setuptools
 
-.PHONY: help demo test test-matrix codegen lint lock clean
+.PHONY: help demo test test-matrix codegen bench lint lock clean
 .PRECIOUS: %/bin/pip
 
 help: ## list the targets
@@ -40,6 +40,12 @@ test-matrix: .venv-triton38/stamp .venv-jax012/stamp ## tests on the oldest Trit
 
 codegen: .venv/dev.stamp ## print registers, spills, shared memory and hot-loop instructions of every tuned kernel
 	$(CPU) .venv/bin/python -m benchmarks.codegen
+
+bench: .venv/dev.stamp ## the quick set of every benchmark on this machine, and a page of the results
+	@for name in mha attention_mask sparse_masks components sdpa; do \
+	  $(if $(GPU),,$(CPU)) .venv/bin/python -m benchmarks $$name --quick || exit 1; \
+	done
+	.venv/bin/python -m benchmarks report
 
 lint: .venv/dev.stamp ## ruff and pyrefly
 	.venv/bin/ruff check .

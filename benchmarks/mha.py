@@ -195,21 +195,29 @@ def _or_sentinel(ms: Any, record: Record | None) -> float:
 def _mark(axes: Any, grid: Grid, found: dict[str, list[Record | None]], name: str) -> None:
     """Title and legend; a cross at the upper edge where there is no time, and why."""
     absent = [p for p, line in found.items() if all(r is not None and r.status is Status.UNSUPPORTED for r in line)]
-    for row, (p, line) in enumerate((p, line) for p, line in found.items() if p not in absent):
-        for t, record in zip(grid.seqlen, line, strict=True):
-            if record is not None and not record.ok:
-                y = 0.97 - 0.05 * row
-                axes.plot([t], [y], "x", color=LINES[p][1], transform=axes.get_xaxis_transform(), clip_on=False)
-                axes.annotate(f" {record.status}", (t, y), xycoords=axes.get_xaxis_transform(), fontsize=7,
-                              color=LINES[p][1], va="center")  # fmt: skip
+    failing = [
+        (p, line) for p, line in found.items() if p not in absent and any(r is not None and not r.ok for r in line)
+    ]
+    for row, (p, line) in enumerate(failing):
+        height, said = 0.97 - 0.07 * row, ""
+        for i, (t, record) in enumerate(zip(grid.seqlen, line, strict=True)):
+            if record is None or record.ok:
+                continue
+            place = {"color": LINES[p][1], "transform": axes.get_xaxis_transform()}
+            axes.plot([t], [height], "x", **place)
+            if record.status != said:  # once for neighbours with the same fate
+                side = "right" if i == len(line) - 1 else "left"
+                axes.text(t, height - 0.02, str(record.status), fontsize=7, va="top", ha=side, **place)
+            said = record.status
     handles, labels = axes.get_legend_handles_labels()
     gone = {f"{LINES[p][0]} (MS)" for p in absent}
     shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label not in gone]
     axes.legend([h for h, _ in shown], [label.removesuffix(" (MS)") for _, label in shown])
     axes.set_title(name.replace("-blocksize_q", "\nblocksize_q"), fontsize=9)
     axes.set_ylabel("ms (lower is better)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * (1 + 0.1 * len(failing)))
     axes.set_xticks(grid.seqlen)
+    axes.figure.subplots_adjust(bottom=0.15)
     if absent:
         axes.figure.text(0.01, 0.01, f"unsupported here: {', '.join(LINES[p][0] for p in absent)}", fontsize=7)
 

@@ -200,6 +200,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def capability() -> int | None:
+    """CUDA compute capability of the GPU times ten; None without one."""
+    import jax
+
+    text = getattr(jax.devices()[0], "compute_capability", None)
+    return round(float(text) * 10) if jax.default_backend() == "gpu" and text else None
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

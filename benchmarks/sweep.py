@@ -78,12 +78,19 @@ class Sweep:
             self.bar.close()
 
     @property
+    def capability(self) -> int | None:
+        """CUDA compute capability times ten; None without a GPU."""
+        return self.worker.capability
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the device is one."""
         return not self.machine["device"].startswith("cpu-")
 
     def select(self, groups: Iterable[Group]) -> list[Group]:
         """The groups with the points that --only leaves; starts the progress bar over them.
+
+        A group that has not all keys that --only names has none of its points.
 
         Raises:
           SystemExit: --only names what no point has.

@@ -96,6 +96,7 @@ class Worker:
     def __init__(self, timeout: float):
         self.timeout, self.context = timeout, multiprocessing.get_context("spawn")
         self.machine: dict[str, Any] = {}
+        self.capability: int | None = None
         self._start()
 
     def _start(self) -> None:
@@ -109,7 +110,7 @@ class Worker:
             self.close()
             raise RuntimeError(f"the measuring process did not start within {_STARTS_WITHIN:.0f} s")
         try:
-            self.machine = self.pipe.recv()
+            self.machine, self.capability = self.pipe.recv()
         except EOFError:
             self.process.join(10)
             raise RuntimeError(
@@ -165,7 +166,7 @@ def _serve(pipe: Any, shared: Any) -> None:
     """The process: groups in, outcomes out, until the pipe closes."""
     from . import measure, results
 
-    pipe.send(results.machine())
+    pipe.send((results.machine(), results.capability()))
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             group, names, effort = pipe.recv()

@@ -43,7 +43,7 @@ STATUSES = {
     "throws": (Status.INIT_FAILED, "KeyError: 'no such thing"),
     "elsewhere": (Status.UNSUPPORTED, "another machine is needed"),
     "untraceable": (Status.COMPILE_FAILED, "TypeError: dot_general requires"),
-    "too_large": (Status.SMEM_OVERFLOW, "ValueError: attn_fwd_kernel with block_m=256, block_n=256"),
+    "too_large": (Status.SMEM_OVERFLOW, "ValueError: attn_fwd_kernel with block_m=128, block_n=128"),
     "out_of_memory": (Status.OOM, "JaxRuntimeError: RESOURCE_EXHAUSTED"),
     "raises_later": (Status.RUN_FAILED, "ZeroDivisionError: division by zero"),
 }

@@ -1,0 +1,188 @@
+"""Each benchmark at its smallest: what it prints, what it checks, and the page that is made of it all."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import attention as definition
+
+from benchmarks import attention, attention_mask, components, gpu, mha, report, results, sdpa, sparse_masks
+from benchmarks.__main__ import NAMES
+from benchmarks.__main__ import main as cli
+from benchmarks.measure import disagreement, group
+from benchmarks.results import Record, Store, case_name
+from benchmarks.status import Status
+from benchmarks.sweep import Sweep
+from benchmarks.timing import Effort
+from benchmarks.worker import Worker
+
+FEW = Effort(seconds=0.0, least=2, warmup=0)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    made = Worker(timeout=60)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(worker, monkeypatch, capsys, tmp_path):
+    """Runs a benchmark's `main` with the worker of these tests; returns what it printed."""
+
+    def sweep(options, effort=None):
+        return Sweep(options, FEW, worker=worker)
+
+    def runs(module, *arguments):
+        monkeypatch.setattr(module, "Sweep", sweep)
+        status = module.main([*arguments, "--out", str(tmp_path / "here"), "--quick"])
+        assert status == 0
+        return capsys.readouterr().out
+
+    return runs
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference(mode, causal, monkeypatch):
+    """What numbers are checked against is the definition, also when cut into blocks; and what is wrong is found."""
+    monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", 2**12)
+    shape = attention.Shape(1, 96, 2, 16, causal=causal, bias=True)
+    problem = attention.Attention(shape, mode, lambda name: attention.flash(causal=causal))
+    got, (q, k, v, bias, do) = problem.expected("x"), problem.arrays
+    if mode == "fwd":
+        want = definition(q, k, v, bias, causal=causal, compute=jnp.float32)[0]
+    else:
+        want = jax.grad(
+            lambda q, k, v: (definition(q, k, v, bias, causal=causal, compute=jnp.float32)[0] * do).sum(), (0, 1, 2)
+        )(q, k, v)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
+    other = attention.Attention(shape, mode, lambda name: attention.flash(causal=not causal))
+    work = other.work("x")
+    assert "is off by" in disagreement(work.function(*work.arguments), got, problem.tolerance)
+
+
+def test_flops():
+    """4 for each visible pair and width; backward 2.5 times that besides."""
+    full, causal = attention.Shape(2, 8, 3, 16), attention.Shape(2, 8, 3, 16, causal=True)
+    assert full.flops("fwd") == 4 * 2 * 3 * 64 * 16
+    assert causal.flops("fwd") == 4 * 2 * 3 * 36 * 16
+    assert full.flops("bwd") == 3.5 * full.flops("fwd")
+
+
+def test_the_full_grid():
+    """The grid of the document, and the providers that its users know."""
+    grid = mha.GPU
+    assert grid.seqlen == (1024, 2048, 4096, 6144, 8192)
+    assert len(grid.blocks) == 9
+    points = [(case_name(g.case), p) for g in mha.groups(grid) for p in g.providers]
+    assert len(points) == len(set(points)) == 2 * 3 * 2 * 3 * 3 * 5 * (3 + 9 * 2)
+    assert {p for _, p in points} == {"triton-block-ptr", "triton-ptr-block", "flash-tuned", "jax", "jax-cudnn"}
+
+
+def test_triton_reads_the_environment(monkeypatch):
+    """The memory variants are chosen as their users choose them, and the environment is as it was."""
+    monkeypatch.setattr(attention, "need_gpu", lambda what: None)
+    monkeypatch.setenv("FLASH_ATTN_BLOCK_PTR", "something")
+    one, other = (attention.triton(block_ptr, 32, 64).attend for block_ptr in (True, False))
+    assert one is not other
+    assert attention.triton(True, 32, 64).attend is one  # cached
+    assert os.environ["FLASH_ATTN_BLOCK_PTR"] == "something"
+
+
+def test_attention_mask(run):
+    out = run(attention_mask, "--only", "batch=2", "--jit", "--iterations", "2", "--warmup", "0")
+    assert re.search(r"^True +2 +128 +[\d.]+ +[\d.]+ +[\d.]+", out, re.MULTILINE)
+    assert "6 ok" in out
+    assert attention_mask._effort(attention_mask.argparse.Namespace(warmup=5, iterations=20)) == Effort(0, 20, 20, 5)
+
+
+def test_components_add_up(run, monkeypatch):
+    monkeypatch.setattr(components, "LENGTHS", (8,))
+    out = run(components)
+    shares = re.findall(r"([\d.]+)%", out)
+    assert shares.pop() == "100.0"
+    assert len(shares) == len(components.STAGES)
+    assert round(sum(map(float, shares)), 6) == 100
+    assert f"{len(components.PROVIDERS)} ok" in out
+
+
+@pytest.mark.parametrize("parts", [[1, 1, 1], [0.1, 99.9, 3.3, 7.7], [5], [1e-9, 1]])
+def test_percentages(parts):
+    assert round(sum(float(x[:-1]) for x in components.percentages(parts)), 6) == 100
+
+
+def test_sparse_masks(run):
+    out = run(sparse_masks, "--only", "sparsity=90")
+    assert out.count("90% zeros") == 3
+    assert "merge: recommended 'dense', default 'dense': the default holds" in out
+    out = run(sparse_masks, "--only", "size=small,operation=sink")
+    assert "small B2 H8 128x512 after empty" in out
+
+
+def test_a_beaten_default():
+    def record(provider, ms):
+        return Record("sparse_masks", "operation=merge,sparsity=10", provider, Status.OK, ms=ms)
+
+    lines, good = sparse_masks.verdicts([record("sparse", 1.0), record("dense", 2.0)])
+    assert lines == [
+        "merge: recommended 'sparse', default 'dense': THE DEFAULT IS BEATEN; the default takes 2.00 times as long"
+    ]
+    assert not good
+    assert sparse_masks.verdicts([record("sparse", 1.0), record("dense", 1.05)])[1]  # a tie
+
+
+def test_sdpa_and_report(run, tmp_path):
+    """Each rung changes the program or says that it does not; the page holds it all and fetches nothing."""
+    monkeypatched = ("ours", "jax", "naive", "no-skip", "all-masked", "fixed-tiles", "one-stage")
+    out = run(sdpa, "--only", f"size=medium,causal=True,provider={'|'.join(monkeypatched)}")
+    assert re.search(r"^medium +True +ours +[\d.]+ ", out, re.MULTILINE)
+    assert re.search(r"^no-skip +x [\d.]+$", out, re.MULTILINE)
+    assert "1 x one-stage: unsupported: one-stage: the Triton kernels need a GPU; this is cpu" in out
+    failed = Record("gpu", "mode=fwd,headdim=64,causal=True,seqlen=128", "xla", Status.OOM, reason="<no> memory")
+    Store(tmp_path / "here" / "gpu.csv", resume=False).add([failed])
+    assert report.main(["--results", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;no&gt; memory" in page
+    assert page.count('<img src="data:image/png;base64,') == 1
+    assert "http" not in page
+    with pytest.raises(ValueError, match="no results below"):
+        report.build(tmp_path / "here")
+
+
+def test_switches_that_do_nothing():
+    """At 128 tokens there is one tile: nothing to skip, and the point says so."""
+    problem = sdpa.problem("small", True, "float32")
+    outcome = group(lambda: problem, ["no-skip"], {}, FEW, lambda name: attention.contextlib.nullcontext())
+    assert outcome["no-skip"]["status"] is Status.UNSUPPORTED
+    assert "the compiled program is the same" in outcome["no-skip"]["reason"]
+
+
+def test_gpu_points():
+    """The rows of the chip, all of them; every point as large; the program needs no pandas, matplotlib or tqdm."""
+    rows = gpu.row_groups(90, tiny=False)
+    assert len(rows) == 2 * sum(row.arch == 90 for row in gpu.tuning.ROWS)
+    points = gpu.point_groups(tiny=False)
+    assert len(points) == 2 * 3 * 2 * 5
+    assert {g.case["batch"] * g.case["seqlen"] for g in points} == {gpu.TOKENS}
+    assert {g.case["heads"] * g.case["headdim"] for g in points} == {gpu.WIDTH}
+    absent = "import sys; sys.modules.update(dict.fromkeys(['pandas', 'matplotlib', 'tqdm', 'rich']))"
+    program = f"{absent}; from benchmarks import gpu, sweep; bar = sweep._Bar(1, 0, 'x'); bar.add(1)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "x: 1/1 points" in done.stderr
+
+
+def test_cli(capsys):
+    assert cli([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in NAMES)
+    assert cli(["nothing"]) == 2
+    for name in NAMES:
+        assert (Path(results.__file__).parent / f"{name}.py").exists()
