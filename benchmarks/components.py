@@ -6,12 +6,14 @@ Hidden size 4096, 32 heads of 128, float32, batch 1. Each stage is a jitted func
 the sum of the stages, so shares add to 100%. What the whole takes is measured beside it: `attention` (scores, mask,
 softmax and output compiled together) and `layer` (all stages together), which XLA fuses into less than the sum.
 
-The mask is what an eager caller pays for: `mask-built` makes it each time, `mask-cached` looks it up
-(`causal_mask_cache`). What that saves end to end is measured, not estimated: `dense_attention` called without jit, with
-and without the cache by turns; and `flash_attention`, which needs no mask, beside them.
+The mask is what an eager caller pays for, made at each call; beside it, by turns, `mask-built` (the same again) and
+`mask-cached`, which looks it up (`causal_mask_cache`). What that saves end to end is measured, not estimated:
+`dense_attention` called without jit, with and without the cache by turns; and `flash_attention`, which needs no mask,
+beside them.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -30,7 +32,7 @@ from .worker import Group, Work
 HIDDEN, HEADS = 4096, 32
 HEAD_DIM = HIDDEN // HEADS
 LENGTHS = (1, 8, 32, 128, 512)
-STAGES = ("projection", "rope", "scores", "mask-built", "softmax", "output")
+STAGES = ("projection", "rope", "scores", "mask", "softmax", "output")
 """Of a layer, in order: what the shares are of."""
 BASELINES = {
     "mask-cached": "mask-built",
@@ -38,16 +40,14 @@ BASELINES = {
     "eager-flash": "eager-built",
     "attention-flash": "attention",
 }
-PROVIDERS = (
-    *STAGES,
-    "attention",
-    "layer",
-    "mask-cached",
-    "eager-built",
-    "eager-cached",
-    "eager-flash",
-    "attention-flash",
+TURNS = (
+    (*STAGES, "layer"),
+    ("mask-built", "mask-cached"),
+    ("eager-built", "eager-cached", "eager-flash"),
+    ("attention", "attention-flash"),
 )
+"""What runs by turns. What is compared stands alone: what a big neighbour leaves in the caches is no part of it."""
+PROVIDERS = tuple(itertools.chain(*TURNS))
 
 
 def rope(x: Array) -> Array:
@@ -124,6 +124,7 @@ class Components:
             "projection": (jax.jit(project), (self.x, _weights())),
             "rope": (jax.jit(lambda q, k: (rope(q), rope(k))), qkv[:2]),
             "scores": (jax.jit(scores), qkv[:2]),
+            "mask": (lambda: build_window(self.seqlen, window=(None, 0)), ()),
             "mask-built": (lambda: build_window(self.seqlen, window=(None, 0)), ()),
             "mask-cached": (lambda: causal_mask_cache.causal(self.seqlen), ()),
             "softmax": (jax.jit(softmax), (self.s, self.seen)),
@@ -169,7 +170,10 @@ def _rotated(x: Array) -> Array:
 
 def groups() -> list[Group]:
     """All points."""
-    return [Group("benchmarks.components:problem", {"seqlen": n}, PROVIDERS, BASELINES) for n in LENGTHS]
+    return [
+        Group("benchmarks.components:problem", {"seqlen": n}, providers, BASELINES)
+        for n, providers in itertools.product(LENGTHS, TURNS)
+    ]
 
 
 def percentages(parts: list[float]) -> list[str]:
