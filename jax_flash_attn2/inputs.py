@@ -256,7 +256,8 @@ def _of_weights(mask: Mask, batch: tuple[int, ...], axes: tuple[int, int, int], 
         return seen
     dtype = jnp.float64 if weights.dtype == jnp.float64 else jnp.float32
     correction = _bias(-jnp.log(jnp.where(seen, weights, 1).astype(dtype)), batch, axes)
-    operands["bias"] = operands["bias"] + correction if "bias" in operands else correction
+    with jax.numpy_dtype_promotion("standard"):
+        operands["bias"] = operands.get("bias", 0) + correction
     return seen
 
 

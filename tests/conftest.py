@@ -22,6 +22,15 @@ def pytest_ignore_collect(collection_path):
     return True if interpreted != (collection_path.name in INTERPRETED) else None
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For tests that spend nearly all their time compiling what then runs once, on a few numbers."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def has_gpu() -> bool:
     try:
         return bool(jax.devices("gpu"))

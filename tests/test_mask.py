@@ -21,13 +21,7 @@ DTYPES = (np.bool_, np.float32, np.float16)
 ROOM = 3  # what a sparse mask has beyond its entries
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_quickly():
-    """Nearly all the time goes into compiling what then runs once, on a few numbers."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 few = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)

@@ -11,14 +11,7 @@ import pytest
 from jax_flash_attn2.masks import LocalMasker, Mask, SinkMasker, TopKMasker
 from jax_flash_attn2.masks.maskers import DEFAULT_LOCAL, DEFAULT_SINK, DEFAULT_TOP_K
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_quickly():
-    """Nearly all the time goes into compiling what then runs once, on a few numbers."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 LOCAL = ("sparse", "broadcast", "triangle")

@@ -67,8 +67,9 @@ class BlockMask:
           shape: (B, H, Sq, Sk). B and H of 1 have the predicate asked for b = 0, h = 0 only.
           block_m: rows per tile, a power of two from 16 to 512; None: 128, or less where Sq is.
           block_n: keys per tile, a power of two from 32 to 512, likewise.
-          max_tiles: how many tiles of a batch and head may be other than empty. Needed under jit where the mask
-            depends on traced values, as sizes must be known there; else it is counted.
+          max_tiles: how many tiles of a batch and head may be other than empty. None: as many as are. Needed under jit
+            where the mask depends on traced values, as sizes must be known there; and masks of one size share what
+            jit compiled for them.
           max_parts: how many tiles may be partial, over all batches and heads; likewise.
 
         Raises:
@@ -109,33 +110,17 @@ class BlockMask:
             return _build(_sparse_source(mask, _block("block_m", block_m, mask.shape[2], 16)), mask.shape, *sizes)
         return _build(_OfArray(jnp.asarray(mask.to_dense())), mask.shape, *sizes)
 
-    @jax.numpy_rank_promotion("allow")
     def tiles(self) -> Array:
         """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial."""
-        part = block_lists.parts(self.operands())
-        return jnp.where(part >= 0, PARTIAL, jnp.where(part == -1, FULL, EMPTY)).astype(jnp.int8)
+        return _tiles(self)
 
-    @jax.numpy_rank_promotion("allow")
     def to_dense(self) -> Array:
         """`[B, H, Sq, Sk]`: booleans, or fp32 weights if it has any."""
-        part = block_lists.parts(self.operands())
-        shown = block_lists.element_masks(self.operands(), part, self.block_m, self.block_n)
-        if self.tile_weights is not None:
-            shown = jnp.where(
-                shown, jnp.exp(block_lists.log_weights(self.operands(), part, self.block_m, self.block_n)), 0
-            )
-        return shown[:, :, : self.shape[2], : self.shape[3]]
+        return _to_dense(self)
 
-    @jax.numpy_rank_promotion("allow")
-    @jax.numpy_dtype_promotion("standard")
     def density(self) -> float | Array:
         """The share of elements that are seen."""
-        part = block_lists.parts(self.operands())
-        rows = _held(self.shape[2], self.block_m)[:, None]
-        full = rows * _held(self.shape[3], self.block_n)
-        partial = lax.population_count(self.tile_bits).sum(-1).reshape(-1).astype(jnp.float32)
-        seen = jnp.where(part >= 0, partial[jnp.maximum(part, 0)], jnp.where(part == -1, full, 0)).sum()
-        share = seen / max(np.prod(np.asarray(self.shape, np.float64)), 1)
+        share = _density(self)
         return share if isinstance(share, jax.core.Tracer) else float(share)
 
     def operands(self) -> dict[str, Array]:
@@ -151,6 +136,33 @@ class BlockMask:
 
     def __repr__(self) -> str:
         return f"BlockMask(shape={self.shape}, block_m={self.block_m}, block_n={self.block_n})"
+
+
+@jax.jit
+def _tiles(mask: BlockMask) -> Array:
+    part = block_lists.parts(mask.operands())
+    return jnp.where(part >= 0, PARTIAL, jnp.where(part == -1, FULL, EMPTY)).astype(jnp.int8)
+
+
+@jax.jit
+@jax.numpy_rank_promotion("allow")
+def _to_dense(mask: BlockMask) -> Array:
+    operands, size = mask.operands(), (mask.block_m, mask.block_n)
+    part = block_lists.parts(operands)
+    shown = block_lists.element_masks(operands, part, *size)
+    if mask.tile_weights is not None:
+        shown = jnp.where(shown, jnp.exp(block_lists.log_weights(operands, part, *size)), 0)
+    return shown[:, :, : mask.shape[2], : mask.shape[3]]
+
+
+@jax.jit
+@jax.numpy_rank_promotion("allow")
+def _density(mask: BlockMask) -> Array:
+    part = block_lists.parts(mask.operands())
+    full = _held(mask.shape[2], mask.block_m)[:, None] * _held(mask.shape[3], mask.block_n)
+    partial = lax.population_count(mask.tile_bits).sum(-1).reshape(-1)
+    seen = jnp.where(part >= 0, partial[jnp.maximum(part, 0)], jnp.where(part == -1, full, 0))
+    return seen.astype(jnp.float32).sum() / np.float32(np.prod(np.asarray(mask.shape, np.float64)))
 
 
 def cached(predicate: predicates.ElementPredicate, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> BlockMask:
@@ -286,11 +298,13 @@ def _build(source, shape, block_m, block_n, max_tiles, max_parts) -> BlockMask:
         padded[: len(at)] = at
         found = _elements(source, jnp.asarray(padded), shape, block_m, block_n)
         bits, number = np.asarray(found[0])[: max(len(at), 1)], np.arange(len(at), dtype=np.int32)
-        weights = None if found[1] is None else np.asarray(found[1])[: max(len(at), 1)]
-        if (
-            weights is None or not weights[: len(at)].any()
-        ):  # all are 1, and tiles that look alike, as those on a diagonal do, are stored once
-            weights, (bits, number) = None, _distinct(bits)
+        weights = None if found[1] is None else found[1][: max(len(at), 1)]
+        if weights is not None and not isinstance(weights, jax.core.Tracer) and not np.any(weights[: len(at)]):
+            weights = None  # all of them 1
+        if weights is None:  # tiles that look alike, as those on a diagonal do, are stored once
+            bits, number = _distinct(bits)
+        if max_parts is not None:
+            bits, weights = (None if x is None else _padded(x, max_parts) for x in (bits, weights))
         part = np.full(known.shape, -1, np.int32)
         part[partial] = number[: len(at)]
         size, part = max_tiles or max(size, 1), jnp.asarray(part)
@@ -357,6 +371,11 @@ def _distinct(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     whole = np.ascontiguousarray(bits).view(np.dtype((np.void, bits.dtype.itemsize * bits.shape[1]))).ravel()
     _, first, number = np.unique(whole, return_index=True, return_inverse=True)
     return bits[first], number.astype(np.int32)
+
+
+def _padded(x: Any, rows: int) -> Array:
+    """`[n, size]` -> `[rows, size]`."""
+    return jnp.pad(jnp.asarray(x), ((0, max(rows - x.shape[0], 0)), (0, 0)))
 
 
 # One argument each.
