@@ -53,7 +53,7 @@ PROVIDERS = tuple(itertools.chain(*TURNS))
 def rope(x: Array) -> Array:
     """Rotary position embedding of `[B, T, H, D]`, interleaved pairs (Su et al., arXiv:2104.09864)."""
     length, width = x.shape[1], x.shape[3]
-    angle = jnp.arange(length)[:, None] * 10000.0 ** (-jnp.arange(0, width, 2) / width)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * 10000.0 ** (-jnp.arange(0.0, width, 2) / width)
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]  # [T, 1, D / 2]
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
@@ -163,8 +163,8 @@ class Components:
 def _rotated(x: Array) -> Array:
     """`rope` by complex numbers."""
     pairs = jax.lax.complex(x[..., 0::2], x[..., 1::2])
-    angle = jnp.arange(x.shape[1])[:, None] * 10000.0 ** (-jnp.arange(0, x.shape[3], 2) / x.shape[3])
-    turned = pairs * jnp.exp(1j * angle)[:, None]
+    angle = jnp.arange(float(x.shape[1]))[:, None] * 10000.0 ** (-jnp.arange(0.0, x.shape[3], 2) / x.shape[3])
+    turned = pairs * jax.lax.complex(jnp.cos(angle), jnp.sin(angle))[:, None]
     return jnp.stack([turned.real, turned.imag], -1).reshape(x.shape)
 
 

@@ -65,12 +65,12 @@ def test_statuses(worker):
 
 def test_hung_points(worker, monkeypatch):
     """A point that hangs, at once or when timed, is given up; the others of its group are measured."""
-    monkeypatch.setattr(worker, "timeout", 4.0)
+    monkeypatch.setattr(worker, "timeout", 3.0)
     outcomes = worker.run(group("hangs", "good", "hangs_later"), FEW)
     assert {name: x["status"] for name, x in outcomes.items()} == {
         "hangs": Status.TIMEOUT, "good": Status.OK, "hangs_later": Status.TIMEOUT
     }  # fmt: skip
-    assert outcomes["hangs"]["reason"] == "more than 4 s"
+    assert outcomes["hangs"]["reason"] == "more than 3 s"
 
 
 def test_processes_that_die(worker):
