@@ -14,6 +14,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from . import inputs, primitives, sharding, xla
 from .inputs import Alignment, Call, Implementation, WindowSize
+from .masks.block import BlockMask
+from .masks.mask import Mask
+from .masks.predicates import ElementPredicate
 from .spec import DIFFERENTIABLE, Config, Spec
 
 CHECKPOINT_NAMES = ("flash_attention_o", "flash_attention_lse")
@@ -30,7 +33,7 @@ def flash_attention(
     causal: bool = False,
     causal_alignment: Alignment = "top_left",
     window_size: WindowSize | None = None,
-    mask: Array | None = None,
+    mask: "Array | Mask | BlockMask | ElementPredicate | None" = None,
     q_segment_ids: Array | None = None,
     kv_segment_ids: Array | None = None,
     q_lengths: Array | int | None = None,
@@ -68,7 +71,10 @@ def flash_attention(
       causal_alignment: "top_left" or "bottom_right" (the last row sees the last key): what i' is, for causal,
         window_size, alibi_slopes and dropout.
       window_size: (left, right) or one integer for both: row i sees keys i' - left <= j <= i' + right; None: no bound.
-      mask: booleans that broadcast to `[*batch, H, Sq, Sk]`, True: attend.
+      mask: booleans that broadcast to `[*batch, H, Sq, Sk]`, True: attend. Or, over `[B, H, Sq, Sk]` (B is the product
+        of the batch axes; B and H may be 1): a `masks.BlockMask`, whose empty tiles are not visited; a function of
+        (b, h, i, j), made into one, once, of tiles of 128; a `masks.Mask` of weights w in [0, 1], whose logits get
+        -log(w): a key that was kept with probability w stands for 1 / w of its kind.
       q_segment_ids: integers `[*batch, Sq]` (each axis 1 or full): row i sees keys of its own segment only. Negative
         is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be skipped.
       kv_segment_ids: integers `[*batch, Sk]`; q_segment_ids if left out and Sq == Sk.

@@ -62,6 +62,12 @@ class Mask:
     overflow: Any = None
     """Array, bool `[]`: whether there were more entries than room. None where there cannot have been."""
 
+    def show(self, **options: Any) -> str:
+        """A text picture; see `masks.show`."""
+        from .show import show
+
+        return show(self, **options)
+
     # Made from.
 
     @classmethod
