@@ -42,7 +42,7 @@ WRONG = {
     "bias_int": (lambda: call(bias=jnp.ones((10, 12), int)), TypeError, "got int32; cast it first"),
     "bias_float": (lambda: call(bias=0.5), TypeError, "bias must be an array, got float"),
     "mask_float": (lambda: call(mask=jnp.ones((10, 12))), TypeError, "mask must have dtype bool (True: attend), got float32; what is added to logits is a bias"),
-    "mask_list": (lambda: call(mask=[True]), TypeError, "mask must be an array of booleans, got list"),
+    "mask_list": (lambda: call(mask=[True]), TypeError, "mask must be an array of booleans, a Mask, a BlockMask or a function of (b, h, i, j), got list"),
     "mask_shape": (lambda: call(mask=jnp.ones((3, 12), bool)), ValueError, "mask must broadcast to [*batch, heads, seqlen_q, seqlen_k] = (2, 4, 10, 12) (each axis 1 or full), got shape (3, 12)"),
     "alignment": (lambda: call(causal_alignment="end"), ValueError, "causal_alignment must be one of ('top_left', 'bottom_right'), got 'end'"),
     "window_negative": (lambda: call(window_size=(-1, 0)), ValueError, "window_size must not be negative, got (-1, 0); None means that there is no bound"),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_masks import DEFINITION, PREDICATES, K, Q, V, dense, made, results
 from cases import CASES, Case, drawn
 from checks import (
     SETTINGS,
@@ -48,6 +49,17 @@ def test_values_and_gradients(case):
 @hypothesis.given(drawn())
 def test_drawn_cases(case):
     assert_near(case, interpreted(case))
+
+
+INTERPRETED = results(lambda q, k, v, mask: flash_attention(q, k, v, mask=mask, implementation="triton"))
+
+
+@pytest.mark.parametrize("name", PREDICATES)
+def test_block_masks(name):
+    """Kernels whose tiles are a part of the mask's, or all of it."""
+    sizes = (32, 32) if len(name) % 2 else (64, 128)
+    got, want = INTERPRETED(Q, K, V, made(name, *sizes)), DEFINITION(Q, K, V, dense(name))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), got, want)
 
 
 SOME = {

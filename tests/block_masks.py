@@ -1,0 +1,77 @@
+"""Masks of every usual kind, with what attention should make of them: for the XLA path and for the kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from checks import QUICK
+from reference import attention
+
+from jax_flash_attn2 import masks
+from jax_flash_attn2.masks import BlockMask
+
+RNG = np.random.default_rng(0)
+SQ, SK = 150, 210  # which no block divides
+IDS = np.sort(RNG.integers(0, 4, (2, SK)), -1)
+
+
+def draw(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def random(share, *shape):
+    return masks.from_dense(RNG.random(shape or (1, 1, SQ, SK)) < share)
+
+
+# name: the predicate, and along which of batch and heads it varies.
+PREDICATES = {
+    "causal": (masks.causal(), ()),
+    "causal_bottom_right": (masks.causal(SK - SQ), ()),
+    "window": (masks.sliding_window(40, 7), ()),
+    "documents": (masks.documents(IDS[:, :SQ], IDS), ("b",)),
+    "prefix_lm": (masks.prefix_lm(np.array([70, 5])), ("b",)),
+    "local_and_sinks": (masks.causal() & (masks.sliding_window(30) | masks.sinks(5)), ()),
+    "dilated": (masks.dilated(9, 4), ()),
+    "by_head": (lambda b, h, i, j: (i + j) % (h + 2) == 0, ("h",)),
+    "all": (masks.all_of(), ()),
+    "nothing": (masks.any_of(), ()),
+    "outside": (~masks.sliding_window(20, 20), ()),
+    **{f"random_{share}": (random(share / 100), ()) for share in (1, 10, 50, 90, 99)},
+    "random_each": (random(0.3, 2, 2, SQ, SK), ("b", "h")),
+}
+
+
+def shape_of(axes):
+    return (2 if "b" in axes else 1, 2 if "h" in axes else 1, SQ, SK)
+
+
+@functools.cache
+def made(name, block_m=32, block_n=32):
+    predicate, axes = PREDICATES[name]
+    tiles = -(-SQ // block_m) * -(-SK // block_n)  # all that there are: masks of one size share compiled functions
+    most = {"max_tiles": tiles, "max_parts": tiles * 2 ** len(axes)}
+    return BlockMask.from_predicate(predicate, shape_of(axes), block_m=block_m, block_n=block_n, **most)
+
+
+@functools.cache
+def dense(name):
+    predicate, axes = PREDICATES[name]
+    seen = jax.jit(lambda: masks.evaluate(predicate, *map(np.arange, shape_of(axes))))()
+    return np.broadcast_to(seen, (2, 2, SQ, SK))
+
+
+Q, K, V, DO = draw(2, SQ, 2, 16), draw(2, SK, 1, 16), draw(2, SK, 1, 16), draw(2, SQ, 2, 16)
+
+
+def results(attend):
+    """Value and gradients of attention under a mask, compiled once for masks of one size."""
+
+    def step(q, k, v, mask):
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
+        return out, *vjp(DO)
+
+    return jax.jit(step, compiler_options=QUICK)
+
+
+DEFINITION = results(lambda q, k, v, mask: attention(q, k, v, mask=mask, compute=jnp.float32)[0])
