@@ -73,8 +73,9 @@ def flash_attention(
       window_size: (left, right) or one integer for both: row i sees keys i' - left <= j <= i' + right; None: no bound.
       mask: booleans that broadcast to `[*batch, H, Sq, Sk]`, True: attend. Or, over `[B, H, Sq, Sk]` (B is the product
         of the batch axes; B and H may be 1): a `masks.BlockMask`, whose empty tiles are not visited; a function of
-        (b, h, i, j), made into one, once, of tiles of 128; a `masks.Mask` of weights w in [0, 1], whose logits get
-        -log(w): a key that was kept with probability w stands for 1 / w of its kind.
+        (b, h, i, j), which is made into one with tiles of 128 and kept (so write it once, not anew for each call); a
+        `masks.Mask` of weights w in [0, 1], whose logits get -log(w): a key that was kept with probability w stands
+        for 1 / w of its kind.
       q_segment_ids: integers `[*batch, Sq]` (each axis 1 or full): row i sees keys of its own segment only. Negative
         is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be skipped.
       kv_segment_ids: integers `[*batch, Sk]`; q_segment_ids if left out and Sq == Sk.

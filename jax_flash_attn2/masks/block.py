@@ -168,7 +168,8 @@ def _density(mask: BlockMask) -> Array:
 def cached(predicate: predicates.ElementPredicate, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> BlockMask:
     """`BlockMask.from_predicate`, made once for a predicate and shape, also under jit. The last 32 are kept.
 
-    Batches and heads that the predicate does not look at are not asked about.
+    Batches and heads that the predicate does not look at are not asked about. Predicates are told apart by `==`: a
+    function equals itself only, so one that is written anew for each call is evaluated anew.
 
     Raises:
       ValueError: the predicate depends on traced values.
