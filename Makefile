@@ -42,7 +42,7 @@ codegen: .venv/dev.stamp ## print registers, spills, shared memory and hot-loop 
 	$(CPU) .venv/bin/python -m benchmarks.codegen
 
 bench: .venv/dev.stamp ## the quick set of every benchmark on this machine, and a page of the results
-	@for name in mha attention_mask sparse_masks components sdpa; do \
+	@for name in mha attention_mask sparse_masks block_masks components sdpa; do \
 	  $(if $(GPU),,$(CPU)) .venv/bin/python -m benchmarks $$name --quick || exit 1; \
 	done
 	.venv/bin/python -m benchmarks report

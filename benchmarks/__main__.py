@@ -7,6 +7,7 @@ NAMES = {
     "mha": "forward and backward against jax.nn.dot_product_attention, over shapes and block sizes",
     "attention_mask": "the three builders of causal masks",
     "sparse_masks": "masks as indices or dense: apply, apply_inverse, merge, and the maskers",
+    "block_masks": "block masks against dense causal attention, and against options that say the same",
     "components": "where the time of an attention layer goes, and what the mask cache saves",
     "sdpa": "iterations per second, and what each optimisation brings",
     "xla_path": "the XLA path in the numbers that the README quotes",

@@ -98,6 +98,7 @@ def _timed(problem: Problem, prepared: dict[str, Prepared], baselines, effort: E
         return outcomes
     for name in times:
         outcomes[name] = _fields(problem, times[name], baselines.get(name, ""), times.get(baselines.get(name, "")))
+        outcomes[name]["tiles"] = getattr(problem, "tiles", {}).get(name)
     return outcomes
 
 

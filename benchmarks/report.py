@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import attention_mask, components, gpu, results, sdpa, sparse_masks
+from . import attention_mask, block_masks, components, gpu, results, sdpa, sparse_masks
 from .results import Record, parse_case
 from .sweep import failures, summary, table
 
@@ -237,6 +237,18 @@ def _draw_sparse_masks(records: list[Record], figure: Any) -> None:
     panels[0].set_ylabel("ms (log scale)")
 
 
+def _draw_block_masks(records: list[Record], figure: Any) -> None:
+    for mode, axes in zip(("fwd", "bwd"), figure.subplots(1, 2, sharey=True), strict=True):
+        cases, lines = _lines(records, ("block-mask", "option"), lambda case, mode=mode: case["mode"] == mode)
+        titles = [f"{c['mask']}\n{c['seqlen']}" for c in map(parse_case, cases)]
+        _bars(axes, titles, lines, lambda r: r.times_faster, lambda r: (r.times_faster_p20, r.times_faster_p80))
+        axes.axhline(1, color="#222", lw=1, ls="--")
+        axes.set_xlabel({"fwd": "forward", "bwd": "forward and backward"}[mode] + ", by mask and length")
+        axes.tick_params(axis="x", labelsize=7)
+        _legend_above(axes)
+    figure.axes[0].set_ylabel("times faster than causal attention")
+
+
 def _draw_components(records: list[Record], figure: Any) -> None:
     """Shares of the stages, and what the cache saves."""
     left, right = figure.subplots(1, 2)
@@ -356,6 +368,7 @@ SECTIONS = {
     "sparse_masks": Section(
         "sparse_masks: masks of weights, as entries or dense", _text_sparse_masks, _draw_sparse_masks, "sparse"
     ),
+    "block_masks": Section("block_masks: what skipping tiles brings", block_masks.tables, _draw_block_masks, "causal"),
     "components": Section("components: where a layer's time goes", _text_components, _draw_components),
     "sdpa": Section("sdpa: iterations per second, and what each optimisation brings", _text_sdpa, _draw_sdpa, "ours"),
     "gpu": Section("gpu: tuned rows, and the most telling points", gpu.text, _draw_gpu, "xla"),

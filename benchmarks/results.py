@@ -58,6 +58,8 @@ class Record:
     """Arguments, results and temporaries, as XLA planned them."""
     device_bytes: int | None = None
     """Most that the process had had on its device by then, where that is counted."""
+    tiles: int | None = None
+    """Tiles of the logits that are visited, where a block mask says."""
     device: str = ""
     processor: str = ""
     cores: int | None = None

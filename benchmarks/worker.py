@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -86,6 +87,16 @@ class _Watch:
         return int(number), before + (time.monotonic() - since if number >= 0 else 0.0)
 
 
+def _context() -> Any:
+    """How processes start. Where Linux can, as forks of one that has imported JAX and started no device: importing is
+    all that takes long, and a sweep over points that hang or die starts many."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jax", "jax_flash_attn2", f"{__package__}.measure", f"{__package__}.results"])
+    return context
+
+
 class Worker:
     """A process that measures groups. Close it after use.
 
@@ -94,7 +105,7 @@ class Worker:
     """
 
     def __init__(self, timeout: float):
-        self.timeout, self.context = timeout, multiprocessing.get_context("spawn")
+        self.timeout, self.context = timeout, _context()
         self.machine: dict[str, Any] = {}
         self.capability: int | None = None
         self._start()

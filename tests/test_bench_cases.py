@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reference import attention as definition
 
-from benchmarks import attention, attention_mask, components, gpu, mha, report, results, sdpa, sparse_masks
+from benchmarks import attention, attention_mask, block_masks, components, gpu, mha, report, results, sdpa, sparse_masks
 from benchmarks.__main__ import NAMES
 from benchmarks.__main__ import main as cli
 from benchmarks.measure import disagreement, group
@@ -49,8 +49,7 @@ def run(worker, monkeypatch, capsys, tmp_path):
     return runs
 
 
-@pytest.mark.parametrize("mode", ["fwd", "bwd"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("mode", "causal"), [("fwd", True), ("bwd", False)])
 def test_reference(mode, causal, monkeypatch):
     """What numbers are checked against is the definition, also when cut into blocks; and what is wrong is found."""
     monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", 2**12)
@@ -136,6 +135,30 @@ def test_sparse_masks(run):
     assert "merge: recommended 'dense', default 'dense': the default holds" in out
     out = run(sparse_masks, "--only", "size=small,operation=sink,previous=empty")
     assert "small B2 H8 128x512 after empty" in out
+
+
+def test_block_masks():
+    """Masks agree with dense attention over their evaluated rows; another mask than the one named is refused."""
+
+    def measured(problem, *names):
+        return group(
+            lambda: problem,
+            names,
+            dict.fromkeys(names[1:], "causal"),
+            FEW,
+            lambda name: attention.contextlib.nullcontext(),
+        )
+
+    problem = block_masks.problem("documents", 256, "fwd", "float32")
+    made = measured(problem, "causal", "block-mask", "option")
+    assert [x["status"] for x in made.values()] == [Status.OK] * 3
+    assert made["block-mask"]["tiles"] == 2  # of 4: six documents end where a tile does
+    assert measured(block_masks.problem("documents", 256, "build", "float32"), "build")["build"]["status"] is Status.OK
+    wrong = block_masks.problem("random", 256, "fwd", "float32")
+    wrong.block = problem.block
+    outcome = measured(wrong, "block-mask")["block-mask"]
+    assert outcome["status"] is Status.WRONG
+    assert "ms" not in outcome
 
 
 def test_a_beaten_default():

@@ -51,7 +51,7 @@ STATUSES = {
 
 def test_statuses(worker):
     """One group: what fails does not keep the others from being timed."""
-    outcomes = worker.run(group(*STATUSES, baselines={"good": "slow"}), FEW)
+    outcomes = worker.run(group(*STATUSES, baselines={"good": "slow"}, flops=1000.0), FEW)
     for name, (status, text) in STATUSES.items():
         assert outcomes[name]["status"] is status, (name, outcomes[name])
         assert outcomes[name].get("reason", "").startswith(text)
@@ -59,18 +59,18 @@ def test_statuses(worker):
         assert ("ms" in outcomes[name]) == (status is Status.OK)  # a number only for what agreed
     assert outcomes["slow"]["ms"] >= 20
     assert outcomes["good"]["times_faster"] > 2
-    assert outcomes["good"]["peak_share"] > 0
+    assert 0 < outcomes["good"]["peak_share"] < 1
     assert set(SENTINELS) == {Status.SMEM_OVERFLOW, Status.OOM, Status.COMPILE_FAILED, Status.INIT_FAILED}
 
 
 def test_hung_points(worker, monkeypatch):
     """A point that hangs, at once or when timed, is given up; the others of its group are measured."""
-    monkeypatch.setattr(worker, "timeout", 3.0)
+    monkeypatch.setattr(worker, "timeout", 2.0)
     outcomes = worker.run(group("hangs", "good", "hangs_later"), FEW)
     assert {name: x["status"] for name, x in outcomes.items()} == {
         "hangs": Status.TIMEOUT, "good": Status.OK, "hangs_later": Status.TIMEOUT
     }  # fmt: skip
-    assert outcomes["hangs"]["reason"] == "more than 3 s"
+    assert outcomes["hangs"]["reason"] == "more than 2 s"
 
 
 def test_processes_that_die(worker):
@@ -161,8 +161,10 @@ def test_only_names_what_there_is(tmp_path, worker):
 
 def test_killed_and_resumed(tmp_path):
     """`mha --quick`, killed at some point: resumed, every point is there exactly once."""
-    command = [sys.executable, "-m", "benchmarks", "mha", "--quick", "--out", str(tmp_path), "--seconds", "0"]
-    command += ["--only", "mode=fwd,bias=False,seqlen=256", "--resume"]
+    providers = ("jax", "jax-cudnn", "flash-xla")
+    options = ["--quick", "--out", str(tmp_path), "--seconds", "0", "--resume"]
+    options += ["--only", f"mode=fwd,bias=False,seqlen=256,provider={'|'.join(providers)}"]
+    command = [sys.executable, "-m", "benchmarks", "mha", *options]
     path, environment = tmp_path / "mha-quick.csv", {**os.environ, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not path.exists() and process.poll() is None:
@@ -171,11 +173,12 @@ def test_killed_and_resumed(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = load(path)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert mha.main(options) == 0
     counts = collections.Counter(r.key for r in load(path))
     grid = dataclasses.replace(mha.CPU_QUICK, mode=("fwd",), bias=(False,), seqlen=(256,))
-    assert counts == dict.fromkeys(((case_name(g.case), p) for g in mha.groups(grid) for p in g.providers), 1)
+    assert counts == dict.fromkeys(
+        ((case_name(g.case), p) for g in mha.groups(grid) for p in g.providers if p in providers), 1
+    )
     assert load(path)[: len(before)] == before
     assert {r.status for r in load(path)} == {Status.OK, Status.UNSUPPORTED}
     assert load(path)[0].device.startswith("cpu-")

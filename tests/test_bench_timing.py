@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.timing import Effort, compare, do_bench, matmul_peak, prepare, ratios
+from benchmarks.timing import Effort, compare, do_bench, prepare, ratios
 
 FEW = Effort(seconds=0.0, least=5, warmup=1)
 
@@ -32,7 +32,7 @@ def test_known_sleep():
 
 def test_asynchronous_results_are_waited_for():
     """Dispatch returns at once; what is timed is the result."""
-    x = draw(1500, 1500)
+    x = draw(800, 800)
     f = jax.jit(lambda x: x @ x @ x @ x)
     jax.block_until_ready(f(x))
     unwaited, waited = [], []
@@ -87,7 +87,3 @@ def test_zeros_are_refused():
 def test_effort(wrong):
     with pytest.raises(ValueError, match="an effort needs seconds >= 0"):
         Effort(**wrong)
-
-
-def test_peak():
-    assert 1e-3 < matmul_peak("float32") < 1e4
