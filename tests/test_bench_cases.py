@@ -24,6 +24,7 @@ from benchmarks.worker import Worker
 
 FEW = Effort(seconds=0.0, least=2, warmup=0)
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("compiled_quickly")  # in this process; workers compile as they always do
 
 
 @pytest.fixture(scope="module")
