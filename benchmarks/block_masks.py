@@ -106,17 +106,17 @@ class Masked(Attention):
     @functools.cached_property
     def _attended(self) -> Any:
         q, k, v, _, do = (x if x is None else x.astype(jnp.float32) for x in self.arrays)
-        seen = jnp.asarray(self._seen(self.rows))
+        seen = self._seen(self.rows)  # an argument below: as a constant XLA folds it, for 20 s
 
-        def attend(q, k, v):
+        def attend(seen, q, k, v):
             o = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None], implementation="xla")
             return jnp.where(seen.any(1)[:, None, None], o, 0)  # jax.nn has a mean where nothing is seen
 
-        def gradients(q, k, v):
-            return jax.vjp(attend, q, k, v)[1](do[:, self.rows])
+        def gradients(seen, q, k, v):
+            return jax.vjp(functools.partial(attend, seen), q, k, v)[1](do[:, self.rows])
 
         with jax.default_matmul_precision("highest"):
-            made = jax.jit(attend if self.mode == "fwd" else gradients)(q[:, self.rows], k, v)
+            made = jax.jit(attend if self.mode == "fwd" else gradients)(seen, q[:, self.rows], k, v)
         return jax.block_until_ready(made)
 
     def _seen(self, rows: np.ndarray) -> np.ndarray:
