@@ -88,12 +88,12 @@ def points() -> list[Point]:
     each extra."""
     plain = [Point(r.arch, r.name, r.width, causal, r.config) for r in tuning.ROWS for causal in (False, True)]
     tuned = dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain)
-    everywhere = ("bias", "blocks")
+    chips = {"bias": (80, 86, 89, 90, 100), "blocks": (80, 86, 90, 100)}  # sm_89 gets the code of sm_86
     extras = [
         (*key, extra)
         for key in tuned
         for extra in EXTRAS
-        if extra in everywhere or (key[0] in (80, 90) and key[2] == 128)
+        if key[0] in chips.get(extra, (80, 90)) and (extra in chips or key[2] == 128)
     ]
     return plain + [_tuned(*key) for key in extras]
 
