@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -24,6 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_flash_attn2 import flash_attention
+
+from .timing import Effort, compare, ratios
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +90,14 @@ def measure(shape: Shape, seconds: float):
             one,
             other,
         )
-        times: list[list[float]] = [[], []]
-        stop = time.perf_counter() + seconds
-        while time.perf_counter() < stop or len(times[0]) < 5:
-            for f, kept in zip(pair, times, strict=True):
-                start = time.perf_counter()
-                jax.block_until_ready(f(q, k, v, do))
-                kept.append(1e3 * (time.perf_counter() - start))
-        ratios = np.asarray(times[1]) / np.asarray(times[0])
-        low, ratio, high = (round(float(x), 3) for x in np.percentile(ratios, (20, 50, 80)))
+        times = compare(
+            {"ours": pair[0], "theirs": pair[1]}, q, k, v, do, effort=Effort(seconds / 2, most=10**6, warmup=0)
+        )
+        ratio, low, high = (round(x, 3) for x in ratios(times["ours"], times["theirs"]))
         yield {
             **dataclasses.asdict(shape), "title": shape.title, "pass": name,
             "times_faster": ratio, "p20": low, "p80": high,
-            "ms": [round(float(np.median(x)), 4) for x in times], "pairs": len(ratios),
+            "ms": [round(x.median, 4) for x in times.values()], "pairs": len(times["ours"].samples),
         }  # fmt: skip
 
 

@@ -243,7 +243,8 @@ class Spec:
 class Config:
     """How a kernel shall run. Nothing here changes what is computed; None means the tuned value.
 
-    Block sizes hold on every backend; the other fields speak to the GPU and have no meaning elsewhere.
+    Block sizes hold on every backend; the other fields speak to the GPU and have no meaning elsewhere. Under a block
+    mask the kernels' tiles are a part of its tiles, or all of one, as asked here; the XLA path takes each one whole.
     """
 
     block_m: int | None = None

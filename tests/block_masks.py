@@ -8,7 +8,7 @@ import numpy as np
 from checks import QUICK
 from reference import attention
 
-from jax_flash_attn2 import masks
+from jax_flash_attn2 import flash_attention, masks
 from jax_flash_attn2.masks import BlockMask
 
 RNG = np.random.default_rng(0)
@@ -64,6 +64,10 @@ def dense(name):
 Q, K, V, DO = draw(2, SQ, 2, 16), draw(2, SK, 1, 16), draw(2, SK, 1, 16), draw(2, SQ, 2, 16)
 
 
+BOUNDS = {"causal": True, "window_size": (60, 0), "kv_lengths": jnp.array([SK - 30, 70])}
+"""What cuts the full tiles of a mask."""
+
+
 def results(attend):
     """Value and gradients of attention under a mask, compiled once for masks of one size."""
 
@@ -75,3 +79,10 @@ def results(attend):
 
 
 DEFINITION = results(lambda q, k, v, mask: attention(q, k, v, mask=mask, compute=jnp.float32)[0])
+
+
+def assert_bounds_cut_full_tiles(**options):
+    """Under a mask that shows all, other bounds are as they are without it."""
+    cut = results(lambda q, k, v, mask: flash_attention(q, k, v, mask=mask, **BOUNDS, **options))
+    want = results(lambda q, k, v, mask: flash_attention(q, k, v, **BOUNDS))(Q, K, V, None)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), cut(Q, K, V, made("all")), want)

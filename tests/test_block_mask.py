@@ -7,7 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_masks import DEFINITION, PREDICATES, SK, SQ, K, Q, V, dense, draw, made, results
+from block_masks import (
+    DEFINITION,
+    PREDICATES,
+    SK,
+    SQ,
+    K,
+    Q,
+    V,
+    assert_bounds_cut_full_tiles,
+    dense,
+    draw,
+    made,
+    results,
+)
 from checks import QUICK
 from reference import attention
 
@@ -54,6 +67,10 @@ def test_attention(name):
     """Values and gradients against the definition."""
     got, want = FLASH(Q, K, V, made(name)), DEFINITION(Q, K, V, dense(name))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), got, want)
+
+
+def test_bounds_cut_full_tiles():
+    assert_bounds_cut_full_tiles()
 
 
 def test_mask_is_data():

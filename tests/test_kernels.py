@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_masks import DEFINITION, PREDICATES, K, Q, V, dense, made, results
+from block_masks import DEFINITION, PREDICATES, K, Q, V, assert_bounds_cut_full_tiles, dense, made, results
 from cases import CASES, Case, drawn
 from checks import (
     SETTINGS,
@@ -60,6 +60,18 @@ def test_block_masks(name):
     sizes = (32, 32) if len(name) % 2 else (64, 128)
     got, want = INTERPRETED(Q, K, V, made(name, *sizes)), DEFINITION(Q, K, V, dense(name))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), got, want)
+
+
+def test_bounds_cut_full_tiles():
+    assert_bounds_cut_full_tiles(implementation="triton")
+
+
+def test_bfloat16_is_rounded():
+    """To nearest even, as on a GPU: where two keys count the same, o is the mean of their values."""
+    v = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 1, 64)), jnp.bfloat16)
+    o = flash_attention(jnp.zeros_like(v), v, v, implementation="triton")
+    want = v.astype(jnp.float32).mean(1, keepdims=True).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(o, jnp.broadcast_to(want, o.shape))
 
 
 SOME = {
