@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jax_flash_attn2 import passes, tuning
-from jax_flash_attn2.passes import Rows
-from jax_flash_attn2.spec import PASSES, Config, Rules, Spec, Tuned
-from jax_flash_attn2.target import Target
+from jax_flash_attn2.base.spec import PASSES, Config, Rules, Spec, Tuned
+from jax_flash_attn2.gpu import passes, tuning
+from jax_flash_attn2.gpu.passes import Rows
+from jax_flash_attn2.gpu.target import Target
 
 _TYPES = {
     **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},

@@ -13,8 +13,9 @@ import functools
 import itertools
 import time
 
-from jax_flash_attn2 import Config, tuning
-from jax_flash_attn2.target import Target
+from jax_flash_attn2 import Config
+from jax_flash_attn2.gpu import tuning
+from jax_flash_attn2.gpu.target import Target
 
 from .attention import Attention, Provider, Shape, flash, library, need_gpu
 from .results import Record, parse_case

@@ -28,9 +28,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from jax_flash_attn2 import Config, tuning, xla
-from jax_flash_attn2.spec import Rules, Spec
-from jax_flash_attn2.target import present
+from jax_flash_attn2 import Config, xla
+from jax_flash_attn2.base.spec import Rules, Spec
+from jax_flash_attn2.gpu import tuning
+from jax_flash_attn2.gpu.target import present
 
 from .attention import Attention, Provider, Shape, flash, library, naive, need_gpu
 from .results import Record, parse_case

@@ -3,11 +3,11 @@
 Beside what is imported here: `jax_flash_attn2.flax` and `jax_flash_attn2.equinox`, adapters for these libraries.
 """
 
-from .api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
+from .base.spec import Config
+from .call.api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
+from .call.explain import Explanation, explain, supported
 from .drop_in import dot_product_attention
-from .explain import Explanation, explain, supported
-from .spec import Config
-from .target import EXPORT_DISABLED_CHECKS, gpu_target
+from .gpu.target import EXPORT_DISABLED_CHECKS, gpu_target
 
 __all__ = [
     "CHECKPOINT_NAMES",

@@ -9,9 +9,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from .api import flash_attention
-from .inputs import Alignment, Implementation
-from .spec import Config
+from .base.arguments import Alignment, Implementation
+from .base.spec import Config
+from .call.api import flash_attention
 
 
 def dot_product_attention(

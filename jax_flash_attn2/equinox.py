@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .api import flash_attention
+from .call.api import flash_attention
 
 _OPTIONS = (
     "causal", "causal_alignment", "window_size", "logits_soft_cap", "softmax_scale", "implementation", "block_ptr",

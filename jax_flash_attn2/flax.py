@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .api import flash_attention
-from .spec import Config, Precision
+from .base.spec import Config, Precision
+from .call.api import flash_attention
 
 _NOT_OPTIONS = (
     "q", "k", "v", "bias", "mask", "causal", "dropout_rate", "dropout_seed", "return_lse", "return_max_logits"

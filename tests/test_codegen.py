@@ -9,9 +9,9 @@ pytest.importorskip("triton", reason="compiling kernels needs Triton")
 import jax.numpy as jnp
 
 from benchmarks import codegen, sass
-from jax_flash_attn2 import tuning
-from jax_flash_attn2.spec import Config, Spec, Tuned
-from jax_flash_attn2.target import Target
+from jax_flash_attn2.base.spec import Config, Spec, Tuned
+from jax_flash_attn2.gpu import tuning
+from jax_flash_attn2.gpu.target import Target
 
 LISTING = """
 .text.kernel:

@@ -24,7 +24,8 @@ from checks import (
     kept_by_pass,
 )
 
-from jax_flash_attn2 import flash_attention, gpu_target, interpret
+from jax_flash_attn2 import flash_attention, gpu_target
+from jax_flash_attn2.gpu import interpret
 
 
 def interpreted(case: Case, inputs=None, **options):

@@ -11,7 +11,7 @@ from cases import ARRAYS, CASES
 from checks import with_mask
 
 from jax_flash_attn2 import EXPORT_DISABLED_CHECKS, Config, flash_attention, get_cached_flash_attention, gpu_target
-from jax_flash_attn2.spec import PASSES
+from jax_flash_attn2.base.spec import PASSES
 
 pytest.importorskip("jax_triton", reason="lowering for CUDA needs jax-triton")
 pytest.importorskip("jax_cuda13_plugin", reason="lowering for CUDA needs JAX's CUDA plugin")

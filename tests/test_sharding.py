@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash_attn2 import flash_attention, gpu_target, sharding
+from jax_flash_attn2 import flash_attention, gpu_target
 from jax_flash_attn2.masks import BlockMask
+from jax_flash_attn2.primitives import sharding
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .. import block_lists
-from ..block_lists import EMPTY, FULL, PARTIAL
-from ..spec import BLOCK_LISTS, next_power_of_two
+from ..base.spec import BLOCK_LISTS, next_power_of_two
+from ..tiles import block_lists
+from ..tiles.block_lists import EMPTY, FULL, PARTIAL
 from . import predicates
 from .mask import Mask
 

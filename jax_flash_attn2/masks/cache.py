@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import inputs
+from ..base import arguments
 from . import predicates
 
 _Key = tuple[int, int, int | None, int | None, int, str]  # Sq, Sk, left, right, offset, dtype
@@ -57,8 +57,8 @@ class MaskCache:
         seqlen_q: int,
         seqlen_k: int | None = None,
         *,
-        window: "inputs.WindowSize | None" = None,
-        causal_alignment: "inputs.Alignment" = "top_left",
+        window: "arguments.WindowSize | None" = None,
+        causal_alignment: "arguments.Alignment" = "top_left",
         dtype: Any = bool,
     ) -> Array:
         """Row i, at i' = i or i + Sk - Sq ("bottom_right"), sees keys j <= i' that are in its window.
@@ -85,8 +85,8 @@ class MaskCache:
         seqlen_q: int,
         seqlen_k: int | None = None,
         *,
-        window: "inputs.WindowSize | None",
-        causal_alignment: "inputs.Alignment" = "top_left",
+        window: "arguments.WindowSize | None",
+        causal_alignment: "arguments.Alignment" = "top_left",
         dtype: Any = bool,
     ) -> Array:
         """The same without being causal: keys i' - left <= j <= i' + right. Arguments as of `causal`."""
@@ -132,8 +132,8 @@ def causal_mask(
     seqlen_q: int,
     seqlen_k: int | None = None,
     *,
-    window: "inputs.WindowSize | None" = None,
-    causal_alignment: "inputs.Alignment" = "top_left",
+    window: "arguments.WindowSize | None" = None,
+    causal_alignment: "arguments.Alignment" = "top_left",
     dtype: Any = bool,
 ) -> Array:
     """`MaskCache.causal` of `causal_mask_cache`: `[1, 1, Sq, Sk]`."""
@@ -144,8 +144,8 @@ def build_window(
     seqlen_q: int,
     seqlen_k: int | None = None,
     *,
-    window: "inputs.WindowSize | None",
-    causal_alignment: "inputs.Alignment" = "top_left",
+    window: "arguments.WindowSize | None",
+    causal_alignment: "arguments.Alignment" = "top_left",
     dtype: Any = bool,
 ) -> Array:
     """`MaskCache.window` without a cache."""
@@ -172,8 +172,8 @@ def _key(seqlen_q: Any, seqlen_k: Any, window: Any, alignment: Any, dtype: Any) 
     """The arguments, checked; two calls for equal masks by equal means have one key."""
     seqlen_q = _length("seqlen_q", seqlen_q)
     seqlen_k = seqlen_q if seqlen_k is None else _length("seqlen_k", seqlen_k)
-    if alignment not in get_args(inputs.Alignment):
-        raise ValueError(f"causal_alignment must be one of {get_args(inputs.Alignment)}, got {alignment!r}")
+    if alignment not in get_args(arguments.Alignment):
+        raise ValueError(f"causal_alignment must be one of {get_args(arguments.Alignment)}, got {alignment!r}")
     offset = seqlen_k - seqlen_q if alignment == "bottom_right" else 0
     return seqlen_q, seqlen_k, *predicates.window_pair("window", window), offset, _dtype(dtype)
 

@@ -1,5 +1,6 @@
 """Attention with all of its logits in memory: for looking at weights, for small shapes, and as a baseline."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import inputs
+from ..base import arguments
 from . import predicates
 from .cache import MaskCache, build_window, causal_mask_cache
 
@@ -19,8 +20,8 @@ def dense_attention(
     bias: Array | None = None,
     *,
     causal: bool = False,
-    causal_alignment: "inputs.Alignment" = "top_left",
-    window_size: "inputs.WindowSize | None" = None,
+    causal_alignment: "arguments.Alignment" = "top_left",
+    window_size: "arguments.WindowSize | None" = None,
     mask: Any = None,
     softmax_scale: float | Array | None = None,
     cache: MaskCache | None = causal_mask_cache,
@@ -55,25 +56,30 @@ def dense_attention(
         raise TypeError(f"cache must be a MaskCache, or None (build the mask each time), got {cache!r}")
     if not isinstance(return_weights, bool):
         raise TypeError(f"return_weights must be True or False, got {return_weights!r}")
-    given = mask if isinstance(mask, Array | np.ndarray) else None
-    options = {"causal": causal, "causal_alignment": causal_alignment, "window_size": window_size, "mask": given}
-    options = inputs.defaults() | options | {"softmax_scale": softmax_scale}
-    call, (q, k, v, operands), batch = inputs.prepare(q, k, v, bias, **options)
-    (_, seqlen_q, heads, _), (size, seqlen_k, kv_heads, _) = q.shape, k.shape
+    q, k, v = arguments.array("q", q), arguments.array("k", k), arguments.array("v", v)
+    arguments.check_shapes(q, k, v)
+    batch, (seqlen_q, heads), (seqlen_k, kv_heads) = q.shape[:-3], q.shape[-3:-1], k.shape[-3:-1]
+    size, axes = math.prod(batch), (heads, seqlen_q, seqlen_k)
+    window = arguments.window(window_size, arguments.boolean("causal", causal))
+    arguments.alignment(causal_alignment)
+    scale, q = arguments.scale_of(softmax_scale, q)
+    bias = None if bias is None else arguments.bias_of(bias, batch, axes)
+    if isinstance(mask, Array | np.ndarray):
+        mask = arguments.mask_of(mask, batch, axes)
+    q, k, v = (x.reshape(size, *x.shape[-3:]) for x in (q, k, v))
 
     real = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     grouped = q.reshape(size, seqlen_q, kv_heads, heads // kv_heads, q.shape[-1])
     s = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, precision="highest", preferred_element_type=real)
-    s = s.reshape(size, heads, seqlen_q, seqlen_k) * operands["scale"]
-    if "bias" in operands:
-        s = s + operands["bias"].astype(real)
-    if call.rules.left is not None or call.rules.right is not None:
+    s = s.reshape(size, heads, seqlen_q, seqlen_k) * scale
+    if bias is not None:
+        s = s + bias.astype(real)
+    if window != (None, None):
         build = build_window if cache is None else cache.window
-        window = call.rules.left, call.rules.right
         seen = build(seqlen_q, seqlen_k, window=window, causal_alignment=causal_alignment)
         s = jnp.where(seen, s, -jnp.inf)
-    if "mask" in operands:
-        s = jnp.where(operands["mask"], s, -jnp.inf)
+    if isinstance(mask, Array):
+        s = jnp.where(mask, s, -jnp.inf)
     elif mask is not None:
         s = _under(mask, s)
     p = _softmax(s)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ..base.spec import Spec, Tuned
 from .passes import Rows
-from .spec import Spec, Tuned
 from .target import Target
 
 # XLA may run independent callbacks side by side, but the interpreter keeps the program id in a global.

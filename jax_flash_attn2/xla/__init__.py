@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from . import block_lists, dropout, spans
-from .spec import BLOCK_LISTS, Config, Spec
+from ..base import dropout
+from ..base.spec import BLOCK_LISTS, Config, Spec
+from ..tiles import block_lists, spans
 
 HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
 """A bias below this (-2.36e38) hides its key, as -inf does: the GPU kernels' base-2 logits overflow there.

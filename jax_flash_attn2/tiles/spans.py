@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .spec import Spec
+from ..base.spec import Spec
 
 
 def query_spans(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 from typing import Any
 
 import jax
@@ -9,10 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import block_lists, inputs, interpret, spans, tuning, xla
-from .inputs import Call
-from .spec import PASSES, Spec, Tuned
-from .target import Target, present
+from .. import xla
+from ..base import errors
+from ..base.spec import PASSES, Spec, Tuned
+from ..gpu import interpret, tuning
+from ..gpu.target import Target, present
+from ..primitives.call import Call
+from ..tiles import block_lists, spans
+from . import inputs
+from .api import flash_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,7 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
     Raises:
       What `flash_attention` would raise, for these arguments and on this machine.
     """
-    call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **inputs.defaults() | options)
+    call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **_defaults() | options)
     spec = Spec.of(call.rules, q, k, v, operands)
     target, reasons = _target(call, q, bool(options.get("higher_order")))
     if target is None:
@@ -102,7 +108,7 @@ def supported(q, k, v, bias=None, **options: Any) -> bool:
       q, k, v, bias, **options: as for `flash_attention`.
     """
     try:
-        call, (q, *_), _ = inputs.prepare(q, k, v, bias, **inputs.defaults() | options)
+        call, (q, *_), _ = inputs.prepare(q, k, v, bias, **_defaults() | options)
         _target(call, q, bool(options.get("higher_order")))
     except (TypeError, ValueError, ImportError):
         return False
@@ -118,7 +124,7 @@ def _target(call: Call, q: Array, higher_order: bool) -> tuple[Target | None, tu
         return None, ('implementation="xla" was asked for',)
     if call.implementation == "triton" and not gpu and call.target is None:
         if not interpret.enabled():
-            raise inputs.not_on_this_platform_error()
+            raise errors.not_on_this_platform_error()
         return Target(80), ("TRITON_INTERPRET=1: the kernels run in Triton's interpreter",)
     if q.dtype == jnp.float64:
         return None, ("the Triton kernels have no float64",)
@@ -126,9 +132,9 @@ def _target(call: Call, q: Array, higher_order: bool) -> tuple[Target | None, tu
         return None, (f"the Triton kernels need a GPU, and JAX's default backend is {jax.default_backend()}",)
     if gpu or call.implementation == "triton":
         try:
-            importlib.import_module(".launch", __package__)
+            importlib.import_module("..gpu.launch", __package__)
         except ImportError as error:
-            raise inputs.missing_triton_error(error) from error
+            raise errors.missing_triton_error(error) from error
     reason = "an enclosing gpu_target names it" if call.target else "JAX's default backend is this GPU"
     return call.target or present(), (reason,)
 
@@ -202,3 +208,9 @@ def _count_listed(spec: Spec, q, k, operands, block_m, block_n, together) -> tup
     copies = batch * heads // (status.shape[0] * status.shape[1])
     visited, masked = (int((met * pieces).sum()) * copies for met in (status != 0, status == block_lists.PARTIAL))
     return visited, masked
+
+
+def _defaults() -> dict[str, Any]:
+    """What the options of `flash_attention` are where a caller says nothing."""
+    parameters = inspect.signature(flash_attention).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

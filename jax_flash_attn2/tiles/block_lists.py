@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..base.spec import BLOCK_LISTS, Spec
 from . import spans
-from .spec import BLOCK_LISTS, Spec
 
 EMPTY, FULL, PARTIAL = 0, 1, 2
 """What a tile is."""

@@ -10,9 +10,9 @@ from jax import Array
 from jax.interpreters import partial_eval
 from jax_triton import triton_lib
 
-from .inputs import shared_memory_error
+from ..base.errors import shared_memory_error
+from ..base.spec import Spec, Tuned
 from .passes import Rows
-from .spec import Spec, Tuned
 from .target import Target
 
 # Triton 3.9 warns when this is left unset and 3.10 turns it off, at 13% more instructions in the hot loop.
@@ -80,7 +80,7 @@ def _check_shared_memory() -> None:
     @functools.wraps(compile_kernel)
     def checked(self, spec, gpu_target, backend, backend_options):
         compiled = compile_kernel(self, spec, gpu_target, backend, backend_options)
-        if self.fn.__module__.startswith(__package__):
+        if self.fn.__module__.startswith(__name__.partition(".")[0]):
             target = Target(gpu_target.arch if gpu_target.backend == "cuda" else 0)
             config, used = spec.constants["CFG"], compiled[-1].shared_mem_bytes
             if used > target.shared_memory:

@@ -14,10 +14,13 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import interpret, passes, sharding, tuning, xla
-from .inputs import Call, higher_order_error, missing_triton_error, not_on_this_platform_error
-from .spec import OPERANDS, PASSES, Spec
-from .target import Target, present
+from .. import xla
+from ..base.errors import higher_order_error, missing_triton_error, not_on_this_platform_error
+from ..base.spec import OPERANDS, PASSES, Spec
+from ..gpu import interpret, passes, tuning
+from ..gpu.target import Target, present
+from . import sharding
+from .call import Call
 
 
 def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> list[Array]:
@@ -133,7 +136,7 @@ def _on_gpu(maths, platform: str):
         if not call.wants_triton(operands[0].dtype):
             return maths(None, None, *operands, call=call, **params)
         try:
-            from . import launch
+            from ..gpu import launch
         except ImportError as error:
             raise missing_triton_error(error) from error
         target = call.target or (present() if platform == "cuda" else Target(0))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .spec import Config, Spec, Tuned
+from ..base.spec import Config, Spec, Tuned
 from .target import Target
 
 

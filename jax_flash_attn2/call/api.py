@@ -12,12 +12,16 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from . import inputs, primitives, sharding, xla
-from .inputs import Alignment, Call, Implementation, WindowSize
-from .masks.block import BlockMask
-from .masks.mask import Mask
-from .masks.predicates import ElementPredicate
-from .spec import DIFFERENTIABLE, Config, Spec
+from .. import primitives, xla
+from ..base import arguments, errors
+from ..base.arguments import Alignment, Implementation, WindowSize
+from ..base.spec import DIFFERENTIABLE, Config, Spec
+from ..masks.block import BlockMask
+from ..masks.mask import Mask
+from ..masks.predicates import ElementPredicate
+from ..primitives import sharding
+from ..primitives.call import Call
+from . import inputs
 
 CHECKPOINT_NAMES = ("flash_attention_o", "flash_attention_lse")
 """What `jax.checkpoint` must save so that a backward pass does not run attention forward again:
@@ -146,7 +150,7 @@ def _with_kernels(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | 
     except TypeError as error:  # from within JAX, whose message cannot know what to do
         if "forward-mode" not in str(error):
             raise
-        raise inputs.higher_order_error() from error
+        raise errors.higher_order_error() from error
 
 
 def _natively(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
@@ -170,7 +174,7 @@ class _Wanted(tuple):
 
 def _attention_fwd(call: Call, q, k, v, operands):
     if "tile_weights" in operands and operands["tile_weights"].perturbed:
-        raise inputs.no_gradient_of_weights_error()
+        raise errors.no_gradient_of_weights_error()
     wanted = _Wanted(name for name in DIFFERENTIABLE if name in operands and operands[name].perturbed)
     q, k, v = q.value, k.value, v.value
     operands = {name: x.value for name, x in operands.items()}
@@ -224,7 +228,7 @@ def get_cached_flash_attention(
     inputs.check_block_size("blocksize_k", blocksize_k)
     inputs.check_implementation(implementation)
     block_ptr = None if implementation == "xla" else inputs.block_ptr_from(os.environ.get("FLASH_ATTN_BLOCK_PTR"))
-    return _cached(blocksize_q, blocksize_k, inputs.static_scale(softmax_scale), implementation, block_ptr)
+    return _cached(blocksize_q, blocksize_k, arguments.static_scale(softmax_scale), implementation, block_ptr)
 
 
 @functools.cache

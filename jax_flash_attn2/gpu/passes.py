@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import block_lists, spans
-from .spec import Operand, Spec, Tuned
+from ..base.spec import Operand, Spec, Tuned
+from ..tiles import block_lists, spans
 
 LN2 = math.log(2)
 
@@ -53,7 +53,7 @@ def forward(
 ) -> tuple[Array, Array, Array, Array, Array | None]:
     """One launch: o `[B, Sq, H, Dv]`, lse `[B, H, Sq]` (natural log), the row statistics m and l, and, if wanted, each
     row's largest logit."""
-    from .kernels.fwd import attn_fwd_kernel
+    from ..kernels.fwd import attn_fwd_kernel
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
@@ -91,7 +91,7 @@ def backward(
     The gradient of an operand `[n, ...]` is `[apart * n, ...]`: the batch, seen as (apart, rest, n), is summed over
     its middle.
     """
-    from .kernels import bwd
+    from ..kernels import bwd
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape

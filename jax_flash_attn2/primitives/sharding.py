@@ -20,8 +20,8 @@ from jax._src import dispatch  # the only way to have the devices named when a p
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .inputs import Call
-from .spec import BLOCK_LISTS
+from ..base.spec import BLOCK_LISTS
+from .call import Call
 
 Maths = Callable[..., list[Array]]
 """A pass as its primitive takes it: (*arrays, **params) -> results."""

@@ -1,0 +1,267 @@
+"""One argument each: checked, and brought into the form that all else takes. The messages are here.
+
+A message names the argument, says what was wanted, what came, and what to do about it.
+"""
+
+import math
+import numbers
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from . import dropout
+
+Implementation = Literal["triton", "xla"]
+Alignment = Literal["top_left", "bottom_right"]
+WindowSize = int | tuple[int | None, int | None]
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+_MAX_HEAD_DIM = 256
+FAR = 2**30  # a bound that no index reaches, and that can be added to one
+
+
+def array(name: str, x: Any) -> Array:
+    """q, k or v: a floating array."""
+    if not isinstance(x, Array | np.ndarray):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    if x.dtype.name not in DTYPES:
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {x.dtype.name}; cast it first")
+    return jnp.asarray(x)
+
+
+def check_shapes(q: Array, k: Array, v: Array) -> None:
+    """Raises unless q, k and v fit each other."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < 3:
+            raise ValueError(
+                f"{name} must have shape [..., sequence, heads, head_dim], so at least 3 axes, got shape {x.shape}"
+            )
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(
+                f"q, k and v must share one dtype, got q {q.dtype.name} and {name} {x.dtype.name}; cast one"
+            )
+        if x.shape[:-3] != q.shape[:-3]:
+            raise ValueError(
+                f"{name} must have q's batch axes {q.shape[:-3]}, got {x.shape[:-3]} "
+                f"(shapes: q {q.shape}, {name} {x.shape}); use jnp.broadcast_to or jax.vmap"
+            )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]} (shapes: q {q.shape}, k {k.shape})"
+        )
+    if v.shape[-3:-1] != k.shape[-3:-1]:
+        raise ValueError(
+            f"v must have k's length and heads {k.shape[-3:-1]}, got {v.shape[-3:-1]} "
+            f"(shapes: k {k.shape}, v {v.shape})"
+        )
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k and v, got {heads} and {kv_heads} "
+            f"(shapes [..., sequence, heads, head_dim]: q {q.shape}, k {k.shape})"
+        )
+    for name, x in (("q and k", q), ("v", v)):
+        if not 1 <= x.shape[-1] <= _MAX_HEAD_DIM:
+            raise ValueError(f"head_dim of {name} must be from 1 to {_MAX_HEAD_DIM}, got {x.shape[-1]}")
+
+
+def flat(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Array:
+    """x, which broadcasts to `[*batch, *axes]`, with its batch axes made one: `[1 or B, *(1 or axis)]`."""
+    full = (*batch, *axes)
+    own = (1,) * (len(full) - x.ndim) + x.shape
+    if len(own) != len(full) or any(n not in (1, m) for n, m in zip(own, full, strict=True)):
+        raise ValueError(f"{name} must broadcast to {wanted} = {full} (each axis 1 or full), got shape {x.shape}")
+    rest = own[len(batch) :]
+    if math.prod(own[: len(batch)]) > 1:  # batch axes that it has only in part cannot be flattened as they are
+        x = jnp.broadcast_to(x, (*batch, *rest))
+        return x.reshape(-1 if x.size else math.prod(batch), *rest)
+    return jnp.asarray(x).reshape(1, *rest)
+
+
+LOGITS = "[*batch, heads, seqlen_q, seqlen_k]"
+
+
+def bias_of(bias: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Array:
+    """The bias as `[1|B, 1|H, 1|Sq, 1|Sk]`."""
+    if not isinstance(bias, Array | np.ndarray):
+        raise TypeError(f"bias must be an array, got {type(bias).__name__}")
+    if bias.dtype.name not in DTYPES:
+        raise TypeError(
+            f"bias must have one of the dtypes {', '.join(DTYPES)}, got {bias.dtype.name}"
+            f"{'; pass booleans as mask' if bias.dtype == jnp.bool_ else '; cast it first'}"
+        )
+    return flat("bias", bias, batch, axes, LOGITS)
+
+
+def mask_of(mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Array:
+    """A mask of booleans as `[1|B, 1|H, 1|Sq, 1|Sk]`."""
+    if not isinstance(mask, Array | np.ndarray):
+        raise TypeError(
+            f"mask must be an array of booleans, a Mask, a BlockMask or a function of (b, h, i, j), got "
+            f"{type(mask).__name__}"
+        )
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must have dtype bool (True: attend), got {mask.dtype.name}; what is added to logits is a bias, and "
+            f"numbers that mean yes or no are mask != 0"
+        )
+    return flat("mask", mask, batch, axes, LOGITS)
+
+
+def integers(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Array:
+    """Integers that broadcast to `[*batch, *axes]`, as int32 `[1|B, ...]`."""
+    if is_integer(x):
+        x = np.asarray(x)
+    if not isinstance(x, Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an array of integers {wanted}, got {describe(x)}")
+    return flat(name, x, batch, axes, wanted).astype(jnp.int32)
+
+
+def segments(q_ids: Any, kv_ids: Any, batch: tuple[int, ...], seqlen_q: int, seqlen_k: int) -> dict[str, Array]:
+    """Segment ids as the operands `q_segments` and `kv_segments`; none if there are none."""
+    if q_ids is None and kv_ids is None:
+        return {}
+    if q_ids is None or (kv_ids is None and seqlen_q != seqlen_k):
+        missing = "q_segment_ids" if q_ids is None else "kv_segment_ids"
+        raise ValueError(
+            f"q_segment_ids and kv_segment_ids go together, got no {missing} (only kv_segment_ids may be left out, and "
+            f"only where Sq == Sk; here Sq = {seqlen_q}, Sk = {seqlen_k})"
+        )
+    q_ids = integers("q_segment_ids", q_ids, batch, (seqlen_q,), "[*batch, seqlen_q]")
+    if kv_ids is None:
+        kv_ids = q_ids
+    else:
+        kv_ids = integers("kv_segment_ids", kv_ids, batch, (seqlen_k,), "[*batch, seqlen_k]")
+    return {"q_segments": q_ids[:, None, :, None], "kv_segments": kv_ids[:, None, None, :]}
+
+
+def per_head(name: str, x: Any, batch: tuple[int, ...], heads: int, dtype: Any) -> Array:
+    """Sinks or ALiBi slopes as `[1|B, 1|H, 1, 1]` in fp32 (fp64)."""
+    wanted = "[*batch, heads]" if name == "alibi_slopes" else "[heads]"
+    if not isinstance(x, Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating array {wanted}, got {describe(x)}")
+    x = flat(name, x, batch, (heads,), wanted)[:, :, None, None]
+    return x.astype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def window(window: Any, causal: bool) -> tuple[int | None, int | None]:
+    """How far to the left and right of its position a row sees."""
+    if window is None or is_integer(window):
+        window = (window, window)
+    if not isinstance(window, tuple | list) or len(window) != 2 or not all(n is None or is_integer(n) for n in window):
+        raise TypeError(
+            f"window_size must be an integer, a pair (left, right) of integers or None (no bound), got {window!r}"
+        )
+    if any(n is not None and n < 0 for n in window):
+        raise ValueError(f"window_size must not be negative, got {tuple(window)}; None means that there is no bound")
+    left, right = (None if n is None else min(int(n), FAR) for n in window)
+    return left, 0 if causal else right
+
+
+def alignment(alignment: Any) -> Alignment:
+    """`causal_alignment` itself, if it is one."""
+    if alignment not in get_args(Alignment):
+        raise ValueError(f"causal_alignment must be one of {get_args(Alignment)}, got {alignment!r}")
+    return alignment
+
+
+def soft_cap(cap: Any) -> float | None:
+    """`logits_soft_cap` as a float, or None."""
+    if cap is None:
+        return None
+    if not isinstance(cap, numbers.Real) or isinstance(cap, bool):
+        raise TypeError(f"logits_soft_cap must be a number (it is static under jit) or None, got {describe(cap)}")
+    cap = float(cap)
+    if not (math.isfinite(cap) and cap > 0):
+        raise ValueError(f"logits_soft_cap must be positive and finite, got {cap}; None means that there is none")
+    return cap
+
+
+def rate(rate: Any) -> float:
+    """`dropout_rate` as a float."""
+    if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
+        raise TypeError(f"dropout_rate must be a number (it is static under jit), got {describe(rate)}")
+    rate = float(rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be at least 0 and below 1, got {rate}")
+    return rate
+
+
+def dropout_keys(seed: Any, batch: tuple[int, ...], heads: int) -> dict[str, Array]:
+    """Philox keys `[1|B, 1|H, 1, 1]`."""
+    size = math.prod(batch)
+    if seed is None:
+        raise ValueError("dropout_rate > 0 needs a dropout_seed: an integer, a PRNG key, or integers [*batch, heads]")
+    if is_integer(seed):
+        words = np.uint32(int(seed) & 0xFFFFFFFF), np.uint32(int(seed) >> 32 & 0xFFFFFFFF)
+    elif isinstance(seed, Array | np.ndarray) and jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        if seed.shape != ():
+            raise ValueError(f"dropout_seed must be a single PRNG key, got keys of shape {seed.shape}")
+        data = jax.random.key_data(seed)
+        words = data[0], data[-1]
+    elif not isinstance(seed, Array | np.ndarray) or not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise TypeError(
+            f"dropout_seed must be an integer, a PRNG key, or an array of integers [*batch, heads], "
+            f"got {describe(seed)}"
+        )
+    elif seed.ndim == 0:
+        wide = jnp.asarray(seed) if seed.dtype.itemsize >= 4 else jnp.asarray(seed, jnp.int32)
+        words = wide.astype(jnp.uint32), (wide >> 16 >> 16).astype(jnp.uint32)
+    elif seed.ndim == 1 and seed.shape == (2,) and seed.dtype == jnp.uint32:  # an old-style jax.random.PRNGKey
+        words = seed[0], seed[1]
+    elif seed.ndim == 1:
+        raise ValueError(
+            f"dropout_seed as an array needs at least 2 axes [*batch, heads] (each 1 or full), got shape {seed.shape}"
+        )
+    else:
+        own = seed[0] if not batch and seed.ndim == 2 and seed.shape[0] == 1 else seed
+        key = flat("dropout_seed", own, batch, (heads,), "[*batch, heads]").astype(jnp.uint32)[:, :, None, None]
+        return {"dropout_key0": key, "dropout_key1": jnp.zeros_like(key)}
+    key0, key1 = dropout.keys(words, size, heads)
+    return {"dropout_key0": key0, "dropout_key1": key1}
+
+
+def scale_of(scale: Any, q: Array) -> tuple[Array, Array]:
+    """The softmax scale as a non-negative operand, and q with the scale's sign: kernels count on max(s) * scale."""
+    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
+        if not math.isfinite(scale):
+            raise ValueError(f"softmax_scale must be finite, got {scale}")
+        return jnp.full((1, 1, 1, 1), abs(float(scale)), dtype), -q if float(scale) < 0 else q
+    if not isinstance(scale, Array | np.ndarray) or not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise TypeError(f"softmax_scale must be a number or a 0-d floating array, got {describe(scale)}")
+    if scale.shape != ():
+        raise ValueError(f"softmax_scale must be a single number, got an array of shape {scale.shape}")
+    scale = jnp.asarray(scale).astype(dtype).reshape(1, 1, 1, 1)
+    negative = scale < 0
+    return jnp.where(negative, -scale, scale), jnp.where(negative.reshape(()), -q, q)
+
+
+def static_scale(scale: Any) -> float | None:
+    """`softmax_scale` where it is part of a cache's key, so a plain number."""
+    if scale is None or (isinstance(scale, numbers.Real) and not isinstance(scale, bool)):
+        return None if scale is None else float(scale)
+    raise TypeError(f"softmax_scale must be a number here, got {describe(scale)}; flash_attention takes a traced one")
+
+
+def boolean(name: str, x: Any) -> bool:
+    """x as a bool, if it is one."""
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False (it is static under jit), got {describe(x)}")
+    return bool(x)
+
+
+def describe(x: Any) -> str:
+    """What came, for a message."""
+    return f"{type(x).__name__} of dtype {x.dtype.name}" if hasattr(x, "dtype") else repr(x)
+
+
+def is_integer(n: Any) -> bool:
+    """Whether n is an integer, and no bool."""
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)

@@ -1,0 +1,47 @@
+"""Errors that only show once something is differentiated, or lowered for a platform: rooms that raise them do not know
+the arguments, so their words are here. Imports nothing.
+"""
+
+from typing import Any
+
+
+def missing_triton_error(cause: ImportError) -> ImportError:
+    """The GPU extras are not installed."""
+    return ImportError(
+        f'the Triton kernels need jax-triton and triton ({cause}): pip install "jax_flash_attn2[cuda13]" '
+        f"(or [cuda12]), "
+        f'or pass implementation="xla"'
+    )
+
+
+def higher_order_error() -> TypeError:
+    """A derivative was asked for that the kernels do not have."""
+    return TypeError(
+        "flash_attention has one derivative, in reverse mode; for forward mode (jvp, jacfwd), hessians and gradients "
+        "of gradients pass higher_order=True"
+    )
+
+
+def no_gradient_of_weights_error() -> TypeError:
+    """The weights of a block mask depend on what is differentiated."""
+    return TypeError(
+        "mask is a BlockMask whose weights have no gradient, got weights that one is asked for; pass a Mask (whose "
+        "weights have one), or make it of jax.lax.stop_gradient(weights)"
+    )
+
+
+def not_on_this_platform_error() -> ValueError:
+    """The kernels were insisted on where there is no GPU."""
+    return ValueError(
+        'implementation="triton" runs on GPUs, and this is being lowered for another platform. Leave it None for the '
+        "XLA path, or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter (slow)"
+    )
+
+
+def shared_memory_error(kernel: str, config: Any, used: int, target: Any) -> ValueError:
+    """A tile is too large for the chip."""
+    return ValueError(
+        f"{kernel} with block_m={config.block_m}, block_n={config.block_n}, num_stages={config.num_stages} "
+        f"needs {used} bytes of shared memory, but {target.name} has {target.shared_memory} per block; "
+        f"use smaller block sizes or fewer stages, or leave them None (tuned)"
+    )

@@ -1,0 +1,219 @@
+"""Arguments in, dense arrays and a `Call` out: `prepare` puts the checks of `base.arguments` in order and adds those of
+masks, of configurations and of what goes with what.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..base import arguments
+from ..base.arguments import Implementation
+from ..base.spec import PASSES, Config, Precision, Rules
+from ..gpu import target
+from ..masks.block import BlockMask, cached
+from ..masks.mask import Mask
+from ..primitives.call import Call
+
+_MAX_BLOCK = 512
+
+
+def prepare(
+    q, k, v, bias, *, causal, causal_alignment, window_size, mask, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths,
+    logits_soft_cap, sinks, alibi_slopes, dropout_rate, dropout_seed, softmax_scale, implementation, block_ptr, config,
+    higher_order, return_lse, return_max_logits,
+) -> tuple[Call, tuple[Array, Array, Array, dict[str, Array]], tuple[int, ...]]:  # fmt: skip
+    """Checks the arguments of `flash_attention` and brings them into the form that the primitives take.
+
+    Returns:
+      The call; q, k, v as `[B, S, H, D]` and the operands of `spec.OPERANDS` that it has; and the batch axes of the
+      results.
+    """
+    q, k, v = arguments.array("q", q), arguments.array("k", k), arguments.array("v", v)
+    arguments.check_shapes(q, k, v)
+    batch, (seqlen_q, heads), seqlen_k = q.shape[:-3], q.shape[-3:-1], k.shape[-3]
+    left, right = arguments.window(window_size, arguments.boolean("causal", causal))
+    soft_cap, rate = arguments.soft_cap(logits_soft_cap), arguments.rate(dropout_rate)
+    rules = Rules(left, right, soft_cap, rate, arguments.boolean("return_max_logits", return_max_logits))
+    arguments.boolean("return_lse", return_lse)
+    implementation = check_implementation(implementation)
+    if arguments.boolean("higher_order", higher_order) and implementation == "triton":
+        raise ValueError(
+            'higher_order=True runs on XLA, got implementation="triton" too; leave one of them out (the Triton kernels '
+            "have a first derivative only)"
+        )
+    call = Call(rules, _configs(config, block_ptr, implementation), implementation, target.named())
+    _check_implementation_fits(call, q, v)
+
+    operands: dict[str, Array] = {}
+    operands["scale"], q = arguments.scale_of(softmax_scale, q)
+    if bias is not None:
+        operands["bias"] = arguments.bias_of(bias, batch, (heads, seqlen_q, seqlen_k))
+    if mask is not None:
+        axes = heads, seqlen_q, seqlen_k
+        call, q = _add_mask(mask, batch, axes, call, q, operands)
+    operands |= arguments.segments(q_segment_ids, kv_segment_ids, batch, seqlen_q, seqlen_k)
+    for name, lengths in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
+        if lengths is not None:
+            operands[name] = arguments.integers(name, lengths, batch, (), "[*batch]").reshape(-1, 1, 1, 1)
+    if sinks is not None:
+        operands["sinks"] = arguments.per_head("sinks", sinks, (), heads, q.dtype)
+    if alibi_slopes is not None:
+        operands["slopes"] = arguments.per_head("alibi_slopes", alibi_slopes, batch, heads, q.dtype)
+    if rules.dropout_rate:
+        operands |= arguments.dropout_keys(dropout_seed, batch, heads)
+    positions_matter = left is not None or right is not None or "slopes" in operands or rules.dropout_rate > 0
+    if arguments.alignment(causal_alignment) == "bottom_right" and positions_matter and seqlen_q != seqlen_k:
+        operands["offset"] = jnp.full((1, 1, 1, 1), seqlen_k - seqlen_q, jnp.int32)
+    q, k, v = (x.reshape(-1 if x.size else math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
+    return call, (q, k, v, operands), batch
+
+
+def _add_mask(
+    mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int], call: Call, q: Array, operands: dict[str, Array]
+) -> tuple[Call, Array]:
+    """Whatever kind of mask, as operands."""
+    if isinstance(mask, Mask | BlockMask) and mask.overflow is not None:
+        q = jnp.where(mask.overflow, jnp.nan, q).astype(q.dtype)  # what was found under jit, NaN everywhere tells
+    if isinstance(mask, Mask):
+        mask = _of_weights(mask, batch, axes, operands)
+    elif callable(mask) and 0 not in (*batch, *axes):
+        mask = cached(mask, math.prod(batch), *axes)
+    elif callable(mask):
+        return call, q  # there is nobody to hide
+    if not isinstance(mask, BlockMask):
+        if mask is not None:
+            operands["mask"] = arguments.mask_of(mask, batch, axes)
+        return call, q
+    whole = (math.prod(batch), *axes)
+    if mask.shape[2:] != axes[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+        raise ValueError(f"mask must be a BlockMask of shape {whole} (B and H may be 1), got {mask.shape}")
+    for name, config in zip(PASSES, call.configs, strict=True):
+        for field, own in (("block_m", mask.block_m), ("block_n", mask.block_n)):
+            if (getattr(config, field) or 0) > own:
+                raise ValueError(
+                    f"config.{field} must be at most {own}, as the tiles of the block mask are, got "
+                    f"{getattr(config, field)} for {name!r}; leave it None, or make the BlockMask with {field}="
+                )
+    operands |= mask.operands()
+    tiles = mask.block_m, mask.block_n
+    return dataclasses.replace(call, rules=dataclasses.replace(call.rules, tiles=tiles)), q
+
+
+_DENSE = 2**24
+"""Up to how many elements an index list is made dense; longer ones are read as such."""
+
+
+def _of_weights(mask: Mask, batch: tuple[int, ...], axes: tuple[int, int, int], operands: dict[str, Array]) -> Any:
+    """What of a `Mask` is seen: booleans, a `BlockMask`, or None for all; the weights go to the bias.
+
+    A key that a sampler kept with probability w stands for 1 / w of its kind: its logit gets -log(w).
+    """
+    whole = (math.prod(batch), *axes)
+    if mask.shape[2:] != axes[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+        raise ValueError(f"mask must be a Mask of shape {whole} (B and H may be 1), got {mask.shape}")
+    if mask.kind == "full":
+        return None
+    if mask.kind == "empty":
+        return jnp.zeros((1, 1, 1), bool)
+    known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
+    if mask.kind == "sparse" and known and math.prod(mask.shape) > _DENSE:
+        return BlockMask.from_mask(mask)
+    weights = mask.to_dense() if mask.overflow is None else mask.to_dense(jnp.float32)  # which has a NaN to tell it by
+    weights = weights.reshape(*(batch if mask.shape[0] > 1 else (1,) * len(batch)), *mask.shape[1:])
+    seen = weights if weights.dtype == jnp.bool_ else weights != 0
+    if mask.dtype == jnp.bool_:
+        return seen
+    dtype = jnp.float64 if weights.dtype == jnp.float64 else jnp.float32
+    correction = arguments.bias_of(-jnp.log(jnp.where(seen, weights, 1).astype(dtype)), batch, axes)
+    with jax.numpy_dtype_promotion("standard"):
+        operands["bias"] = operands.get("bias", 0) + correction
+    return seen
+
+
+# How it runs.
+
+
+def check_implementation(implementation: Any) -> Implementation | None:
+    """`implementation` itself, if it is one."""
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(f'implementation must be "triton", "xla" or None (choose), got {implementation!r}')
+    return implementation
+
+
+def check_block_size(name: str, n: Any) -> None:
+    """Raises unless n is None or a block size."""
+    if n is not None and not (arguments.is_integer(n) and 16 <= n <= _MAX_BLOCK and n & (n - 1) == 0):
+        raise ValueError(f"{name} must be a power of two from 16 to {_MAX_BLOCK}, or None (tuned), got {n!r}")
+
+
+def _configs(config: Any, block_ptr: Any, implementation: Implementation | None) -> tuple[Config, ...]:
+    if not (block_ptr is None or isinstance(block_ptr, bool)):
+        raise TypeError(
+            f"block_ptr must be True (tensor descriptors), False (pointers) or None (choose), got {block_ptr!r}"
+        )
+    if config is None:
+        config = Config()
+    if isinstance(config, Config):
+        config = dict.fromkeys(PASSES, config)
+    if not isinstance(config, Mapping) or not all(isinstance(c, Config) for c in config.values()):
+        raise TypeError(
+            f"config must be a Config, or a mapping from {PASSES} to Config, or None (tuned), got {config!r}"
+        )
+    if unknown := set(config) - set(PASSES):
+        raise ValueError(f"config has no pass {sorted(unknown, key=str)[0]!r}; the passes are {PASSES}")
+    return tuple(_config(name, config.get(name, Config()), block_ptr, implementation) for name in PASSES)
+
+
+def _config(name: str, config: Config, block_ptr: bool | None, implementation: Implementation | None) -> Config:
+    check_block_size("config.block_m", config.block_m)
+    check_block_size("config.block_n", config.block_n)
+    if config.num_warps not in (None, 1, 2, 4, 8, 16):
+        raise ValueError(f"config.num_warps must be 1, 2, 4, 8, 16 or None (tuned), got {config.num_warps!r}")
+    if config.num_stages is not None and not (arguments.is_integer(config.num_stages) and 1 <= config.num_stages <= 8):
+        raise ValueError(f"config.num_stages must be from 1 to 8, or None (tuned), got {config.num_stages!r}")
+    if config.maxnreg is not None and not (arguments.is_integer(config.maxnreg) and 24 <= config.maxnreg <= 255):
+        raise ValueError(f"config.maxnreg must be from 24 to 255, or None (no bound), got {config.maxnreg!r}")
+    if config.precision not in get_args(Precision):
+        raise ValueError(f"config.precision must be one of {get_args(Precision)}, got {config.precision!r}")
+    if block_ptr is not None:
+        if config.block_ptr not in (None, block_ptr):
+            raise ValueError(f"block_ptr={block_ptr} contradicts config.block_ptr={config.block_ptr}; give one of them")
+        config = dataclasses.replace(config, block_ptr=block_ptr)
+    if implementation == "xla":
+        for field in ("num_warps", "num_stages", "maxnreg", "block_ptr"):
+            if getattr(config, field) is not None:
+                raise ValueError(
+                    f'{field} speaks to the Triton kernels and means nothing to implementation="xla", '
+                    f"got {field}={getattr(config, field)!r}; leave one of them out"
+                )
+    return config
+
+
+def _check_implementation_fits(call: Call, q: Array, v: Array) -> None:
+    dtype = q.dtype
+    if call.implementation == "triton" and dtype == jnp.float64:
+        raise TypeError('implementation="triton" has no float64, got float64 q, k and v; use "xla", or cast them')
+    for config in call.configs:
+        if not config.block_ptr:
+            continue
+        for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
+            if width * dtype.itemsize % 16:
+                raise ValueError(
+                    f"block_ptr=True needs rows of a multiple of 16 bytes, got head_dim {width} of {name} in "
+                    f"{dtype.name}; "
+                    f"use block_ptr=None or False, or pad to a multiple of {16 // dtype.itemsize}"
+                )
+
+
+def block_ptr_from(value: str | None) -> bool | None:
+    """The value of `FLASH_ATTN_BLOCK_PTR`."""
+    if value not in (None, "", "0", "1"):
+        raise ValueError(
+            f'FLASH_ATTN_BLOCK_PTR must be "1" (tensor descriptors), "0" (pointers) or unset (tuned), got {value!r}'
+        )
+    return {"1": True, "0": False}.get(value or "")

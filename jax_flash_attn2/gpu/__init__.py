@@ -1,0 +1,1 @@
+"""The GPU side: which kernel with which operands and configuration, and how it is launched or interpreted."""

@@ -1,0 +1,30 @@
+"""All that is static about one call, as the primitives carry it."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from ..base.arguments import Implementation
+from ..base.spec import PASSES, Config, Rules
+from ..gpu.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """All that is static about one call: what is computed, how, by what and for which GPU."""
+
+    rules: Rules
+    configs: tuple[Config, ...]
+    """What the caller asked for, for each of `spec.PASSES`."""
+    implementation: Implementation | None
+    target: Target | None
+    """The GPU that an enclosing `gpu_target` names; None: the one that is there."""
+
+    def config(self, name: str) -> Config:
+        """What the caller asked of the pass `name`."""
+        return self.configs[PASSES.index(name)]
+
+    def wants_triton(self, dtype: Any) -> bool:
+        """Whether a GPU runs the kernels; they have no fp64, which is left to XLA unless Triton is insisted on."""
+        return self.implementation == "triton" or (self.implementation is None and dtype != jnp.float64)

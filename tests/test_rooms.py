@@ -1,0 +1,58 @@
+"""The package is rooms, each above those that it may use. A line that imports upwards would make a reader's map wrong."""
+
+import ast
+import pathlib
+
+import jax_flash_attn2
+
+PACKAGE = pathlib.Path(jax_flash_attn2.__file__).parent
+ROOMS = ("kernels", "base", "tiles", "masks", "xla", "gpu", "primitives", "call", "doors")
+"""From the lowest to the highest; "doors" are the files of the package itself."""
+APART = {("masks", "xla"), ("masks", "gpu"), ("xla", "gpu")}
+"""Side by side: neither uses the other."""
+
+
+def room(parts):
+    return parts[0] if len(parts) > 1 else "doors"
+
+
+def imports(path):
+    """The rooms that a file imports, wherever in it, with the line."""
+    own = path.relative_to(PACKAGE).parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".") if node.module else []
+            if node.level:
+                module = [*own[: len(own) - node.level], *module]
+            elif module[0] == "jax_flash_attn2":
+                module = module[1:]
+            else:
+                continue
+            for alias in node.names:
+                whole = [*module, alias.name]
+                yield (whole[0] if whole[0] in ROOMS else "doors"), node.lineno
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("jax_flash_attn2."):
+                    yield alias.name.split(".")[1], node.lineno
+
+
+def test_no_room_imports_upwards():
+    wrong = []
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert {room(f.relative_to(PACKAGE).parts) for f in files} | {"kernels"} == set(ROOMS)
+    for path in files:
+        here = room(path.relative_to(PACKAGE).parts)
+        for there, line in imports(path):
+            if ROOMS.index(there) > ROOMS.index(here) or {(here, there), (there, here)} & APART:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line}: {here} imports {there}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_know_only_triton():
+    for path in (PACKAGE.parent / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module.split(".")[0] in ("triton", "typing"), path
+            elif isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] in ("triton", "typing") for alias in node.names), path
