@@ -1,4 +1,4 @@
-"""The package is rooms, each above those that it may use. A line that imports upwards would make a reader's map wrong."""
+"""The package is rooms, each above those that it may use. An import upwards would make a reader's map wrong."""
 
 import ast
 import pathlib
