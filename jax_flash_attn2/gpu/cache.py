@@ -75,8 +75,8 @@ def spell(x: Any) -> str:
 def load(key: str) -> Compiled | None:
     """The kernel of this key, if it was kept."""
     where = store.current()
-    found = where and where.get(key)
-    if not found:
+    found = None if where is None else where.get(key)
+    if found is None:
         return None
     meta, parts = found
     try:
@@ -91,6 +91,11 @@ def save(key: str, kernel: Compiled, **shown: Any) -> None:
     """Keeps a kernel. shown: what the listing says of it."""
     if (where := store.current()) is None:
         return
-    meta = {"name": kernel.name, "shared": kernel.shared, "descriptors": kernel.descriptors, "shown": shown}
-    meta["scratch"] = kernel.scratch and list(kernel.scratch)
+    meta = {
+        "name": kernel.name,
+        "shared": kernel.shared,
+        "scratch": kernel.scratch and list(kernel.scratch),
+        "descriptors": kernel.descriptors,
+        "shown": shown,
+    }
     where.put(key, meta, {"ttir": kernel.ttir.encode(), "binary": kernel.binary})

@@ -88,19 +88,20 @@ def _mend_dce() -> None:
 def _compiler() -> dict[str, Any] | None:
     """What compiles kernels, beside its arguments; None if that is not known well enough to keep what it makes.
 
-    The library's size stands for builds that share a version: to hash it, as Triton does, takes half a second.
+    The library's size stands for builds that share a version: to hash it, as Triton does, takes a second.
     """
     try:
         known = inspect.getsource(triton_lib.TritonFunction._compile_kernel).encode()
     except OSError:
         return None
-    if hashlib.sha256(known).hexdigest() not in _KNOWN:
-        return None
     source = cache.sources(kernels.__path__[0])
-    return source and {
+    if source is None or hashlib.sha256(known).hexdigest() not in _KNOWN:
+        return None
+    return {
         "source": source,
         "triton": (triton.__version__, os.path.getsize(libtriton.__file__)),
         "jax_triton": jt.__version__,
+        "scratch": triton_lib.jaxlib_version > (0, 11, 0),  # else jaxlib takes no kernel that needs any
     }
 
 
@@ -124,7 +125,7 @@ def _keep(result: tuple, key: str, gpu_target: Any) -> None:
     _, ttir, _, made = result
     scratch = None if made.global_scratch_size is None else (made.global_scratch_size, made.global_scratch_align)
     binary = made.binary.encode() if gpu_target.backend == "cuda" else Path(made.binary).read_bytes()
-    descriptors = made.tensordesc_meta and [dict(meta) for meta in made.tensordesc_meta]
+    descriptors = None if made.tensordesc_meta is None else [dict(meta) for meta in made.tensordesc_meta]
     kernel = cache.Compiled(made.name, made.shared_mem_bytes, scratch, descriptors, ttir, binary)
     cache.save(key, kernel, target=f"{gpu_target.backend} {gpu_target.arch}", triton=triton.__version__)
 

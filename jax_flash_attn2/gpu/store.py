@@ -70,11 +70,11 @@ def current() -> "Store | None":
     if named.lower() == "off":
         return None
     try:
-        folder = Path(named).expanduser() if named else default_folder()
-    except RuntimeError as error:
-        _warn_once("home", f"no kernels are kept: {error}. Set {FOLDER} to a folder, or to off")
+        folder = (Path(named).expanduser() if named else default_folder()).absolute()
+    except (OSError, RuntimeError) as error:  # no home folder, or no working folder
+        _warn_once("nowhere", f"no kernels are kept: {error}. Set {FOLDER} to a folder, or to off")
         return None
-    return _store(folder.absolute(), _limit())
+    return _store(folder, _limit())
 
 
 def _limit() -> int:
@@ -106,7 +106,7 @@ def refusal(status: os.stat_result) -> str | None:
     if status.st_uid not in (os.geteuid(), 0):
         return f"it belongs to user {status.st_uid}, and this is user {os.geteuid()}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write to it (mode {stat.S_IMODE(status.st_mode):o}; chmod go-w mends that)"
+        return f"others may write to it (mode {stat.S_IMODE(status.st_mode):o})"
     return None
 
 
@@ -194,7 +194,7 @@ class Store:
             _warn_once(
                 f"refused {self.folder}",
                 f"{self.folder} is not used, as {why}: what is in it would run on the GPU. "
-                f"Set {FOLDER} to a folder of your own, or to off",
+                f"Set {FOLDER} to a folder that only you may write to, or to off",
             )
         return why is not None
 
