@@ -291,3 +291,38 @@ def test_eager_calls_compile_once():
     before = define._eager.cache_info().misses
     fa.flash_attention(Q + 1, K, V)
     assert define._eager.cache_info().misses == before
+
+
+X = jnp.ones((1, 16, 2, 16))
+SENT = {
+    "causal": {"causal": True, "return_max_logits": True},
+    "offset": {"causal": True, "causal_alignment": "bottom_right", "softmax_scale": -0.3},
+    "length": {"kv_lengths": 5, "q_lengths": 7},
+    "seed": {"dropout_rate": 0.5, "dropout_seed": 3},
+    "key": {"dropout_rate": 0.5, "dropout_seed": jax.random.key(0)},
+    "traced_scale": {"softmax_scale": jnp.float32(0.3), "return_lse": True},
+    "higher_order": {"higher_order": True, "window_size": (3, 2)},
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_sends_no_constants(name):
+    """Nothing goes to the device unasked for, outside of jit too, in either direction."""
+    options, keys = SENT[name], X[:, :12] if name == "offset" else X
+    bias = jnp.zeros((1, 2, 1, keys.shape[1]))
+
+    def first(*x):
+        return jax.tree.leaves(fa.flash_attention(x[0], keys, keys, x[1], **options))[0]
+
+    with jax.transfer_guard("disallow"):
+        o, pull = jax.vjp(first, X, bias)
+        dq, dbias = pull(o)
+    assert (dq.shape, dbias.shape) == (X.shape, bias.shape)
+
+
+def test_without_jit():
+    """`jax.disable_jit` is for stepping through a caller's code: ours gives the same."""
+    loss = lambda x: (fa.flash_attention(x, x, x, causal=True) ** 2).sum()
+    want = jax.grad(loss)(X)
+    with jax.disable_jit():
+        np.testing.assert_allclose(jax.grad(loss)(X), want, rtol=1e-6)

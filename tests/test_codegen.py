@@ -98,3 +98,11 @@ def test_choose_is_complete(arch, block_ptr):
                 assert c.block_m == 64
                 assert None not in (c.block_n, c.num_warps, c.num_stages, c.block_ptr)
                 assert block_ptr in (None, c.block_ptr)
+
+
+@pytest.mark.parametrize("widths", [(64, 68), (68, 64), (8, 12)])
+def test_descriptors_are_for_rows_of_16_bytes(widths):
+    """Each width by itself: jaxlib refuses at launch a descriptor whose rows are 136 or 24 bytes apart."""
+    for name in ("fwd", "dq", "dkdv"):
+        spec = Spec(8, 8, *widths)
+        assert not tuning.choose(name, spec, jnp.bfloat16, Target(90), Config()).block_ptr

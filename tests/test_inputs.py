@@ -162,3 +162,60 @@ def test_cpu_does_not_import_triton():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def seen(**options):
+    """For each row of batch 0, how many keys it sees; all logits are 0."""
+    x = jnp.zeros((2, 4, 1, 16))
+    lse = flash_attention(x, x, x, return_lse=True, **options)[1][0, 0]
+    return np.rint(np.exp(np.asarray(lse))).astype(int).tolist()
+
+
+WIDE = np.array([[2**32 + 1, 2**32 + 1, 1, -(2**40)]] * 2)
+
+
+def test_wide_segment_ids_are_compared_as_they_are():
+    """2**32 + 1 and 1 are two documents, and 2**31 + 1 is no padding, whoever holds them."""
+    assert seen(q_segment_ids=WIDE) == [2, 2, 1, 0]
+    assert seen(q_segment_ids=WIDE, kv_segment_ids=np.array([[1, 2**32 + 1, 2, -1]] * 2, np.int64)) == [1, 1, 1, 0]
+    assert seen(q_segment_ids=2**40) == [4] * 4
+    for ids in (np.full((2, 4), 2**31 + 1, np.uint32), jnp.full((2, 4), 2**31 + 1, jnp.uint32)):
+        assert seen(q_segment_ids=ids) == [4] * 4
+    mixed = jnp.array([[3, 3, -1, 2]] * 2)
+    assert seen(q_segment_ids=jnp.full((2, 4), 3, jnp.uint32), kv_segment_ids=mixed) == [2] * 4
+    with jax.enable_x64(True):
+        assert seen(q_segment_ids=jnp.asarray(WIDE)) == [2, 2, 1, 0]
+    with pytest.raises(ValueError, match="must fit into int32 where one of them is NumPy's"):
+        seen(q_segment_ids=jnp.zeros((2, 4), int), kv_segment_ids=WIDE)
+
+
+@pytest.mark.parametrize("length", [2**31, 2**70, np.array([2**31, 2**40]), jnp.array([2**31, 3], jnp.uint32)], ids=str)
+def test_long_lengths_are_all_there_is(length):
+    assert seen(kv_lengths=length) == [4] * 4
+    assert seen(kv_lengths=-1) == [0] * 4
+
+
+def test_seeds_of_64_bits():
+    """No two of them are one, as an integer, in an array, or by batch and head."""
+    x = jnp.ones((1, 8, 4, 16))
+    draw = lambda seed: np.asarray(flash_attention(x, x, x, dropout_rate=0.5, dropout_seed=seed)).tobytes()
+    kinds = (
+        lambda n: n,
+        lambda n: np.asarray(n),
+        lambda n: np.full((1, 4), n),
+    )
+    for kind in kinds:
+        assert len({draw(kind(n)) for n in (5, 2**32 + 5, 2**40 + 5)}) == 3
+    assert draw(5) == draw(np.asarray(5)) == draw(jnp.int32(5)) == draw(np.int16(5))
+    assert draw(-1) == draw(np.asarray(-1)) == draw(jnp.int32(-1))
+    with pytest.raises(ValueError, match="dropout_seed must be an integer of 64 bits, got 18446744073709551616"):
+        draw(2**64)
+
+
+def test_nothing_of_a_bias_or_mask():
+    """No batches, rows or keys, for bias and mask too."""
+    e = jnp.zeros((0, 5, 4, 16))
+    assert flash_attention(e, e, e, jnp.zeros((0, 4, 5, 5)), mask=jnp.zeros((0, 1, 5, 5), bool)).shape == e.shape
+    rows, keys = jnp.zeros((2, 0, 4, 16)), jnp.zeros((2, 5, 4, 16))
+    db = jax.grad(lambda b: flash_attention(rows, keys, keys, b).sum())(jnp.zeros((2, 4, 0, 5)))
+    assert db.shape == (2, 4, 0, 5)

@@ -158,3 +158,14 @@ def test_export():
         exported = jax.export.export(jax.jit(flash_attention), **options)(x, x, x)
     assert exported.platforms == ("cuda",)
     assert TRITON_CALL in exported.mlir_module()
+
+
+def test_under_strict_rank_promotion():
+    """What the caller's code is held to is no matter in ours."""
+    x, lengths = shape(2, 200, 1, 64), shape(2, dtype="int32")
+
+    def loss(x, lengths):
+        return flash_attention(x, x, x, kv_lengths=lengths, window_size=(40, 3)).astype(jnp.float32).sum()
+
+    with jax.numpy_rank_promotion("raise"):
+        assert lower(jax.grad(loss), x, lengths).count(TRITON_CALL) == 3

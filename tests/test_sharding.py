@@ -1,5 +1,6 @@
 """Eight devices: a sharded call gives what one device gives, divided as asked, with no needless collective."""
 
+import contextlib
 import re
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash_attn2 import flash_attention, gpu_target
+from jax_flash_attn2 import Config, flash_attention, gpu_target
 from jax_flash_attn2.masks import BlockMask
 from jax_flash_attn2.primitives import sharding
 
@@ -73,9 +74,13 @@ def mesh(kind):
     return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
 
 
+TILES = Config(block_m=16, block_n=16)
+"""Several of them in each sequence: what one tile needs nothing for, others look up."""
+
+
 def step(options):
     def loss(q, k, v, w, floats, others):
-        o, lse = flash_attention(q, k, v, return_lse=True, **floats, **others, **options)
+        o, lse = flash_attention(q, k, v, return_lse=True, config=TILES, **floats, **others, **options)
         return (o * w).sum() + jnp.where(lse > -jnp.inf, jnp.sin(lse), 0).sum()
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 4)))
@@ -119,13 +124,14 @@ def test_sharded(name):
         assert not re.search(r" all-gather(-start)?\(", text)
 
 
-@pytest.mark.parametrize("spec", [BATCH, HEADS, ROWS], ids=str)
-def test_explicit_axes(spec):
-    """On a mesh with explicit axes the results are typed as q is, and so are the gradients."""
-    with jax.set_mesh(mesh(AxisType.Explicit)):
-        x = jax.random.normal(jax.random.key(0), (4, 64, 8, 16))
-        want = jax.grad(lambda x: (flash_attention(x, x, x, causal=True) ** 2).sum())(x)
-        x = jax.device_put(x, spec)
+@pytest.mark.parametrize(("spec", "named"), [(BATCH, True), (HEADS, False), (ROWS, True)], ids=str)
+def test_explicit_axes(spec, named):
+    """On a mesh with explicit axes, named by `jax.set_mesh` or not, results are typed as q is, and so are gradients."""
+    grid = mesh(AxisType.Explicit)
+    x = draw(4, 64, 8, 16)
+    want = jax.grad(lambda x: (flash_attention(x, x, x, causal=True) ** 2).sum())(x)
+    with jax.set_mesh(grid) if named else contextlib.nullcontext():
+        x = jax.device_put(x, NamedSharding(grid, spec))
         o, lse, largest = jax.jit(
             lambda x: flash_attention(x, x, x, causal=True, return_lse=True, return_max_logits=True)
         )(x)
@@ -135,16 +141,66 @@ def test_explicit_axes(spec):
         assert tuple(jax.typeof(largest).sharding.spec) == (full[0], full[2])
         got = jax.jit(jax.grad(lambda x: (flash_attention(x, x, x, causal=True) ** 2).sum()))(x)
         assert jax.typeof(got).sharding.spec == jax.typeof(x).sharding.spec
+        assert jax.typeof(flash_attention(x, x, x)).sharding.spec == jax.typeof(x).sharding.spec  # outside jit
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
-def test_shard_map():
-    """Inside shard_map each device's call is on its own."""
-    grid = mesh(AxisType.Auto)
-    x = draw(4, 64, 8, 16)
-    want = flash_attention(x, x, x, causal=True)
-    f = jax.shard_map(lambda x: flash_attention(x, x, x, causal=True), mesh=grid, in_specs=HEADS, out_specs=HEADS)
-    np.testing.assert_allclose(jax.jit(f)(x), want, atol=1e-5)
+OWN = {
+    "q_segment_ids": (ids(64), P("data")), "kv_lengths": (jnp.array([64, 5, 40, 33]), P("data")),
+    "bias": (draw(1, 8, 64, 64), P(None, "model")), "alibi_slopes": (abs(draw(8)), P("model")),
+    "sinks": (draw(8), P("model")),
+}  # fmt: skip
+"""Operands for within `shard_map`, over batch and heads; the bias is the same for all batches."""
+
+
+def own_loss(q, k, v, floats, others):
+    o, lse, largest = flash_attention(
+        q, k, v, window_size=(20, 3), dropout_rate=0.2, dropout_seed=jnp.arange(8)[None, : q.shape[2]] * 0,
+        return_lse=True, return_max_logits=True, config=TILES, **floats, **others,
+    )  # fmt: skip
+    return (o**2).sum() + jnp.where(lse > -jnp.inf, jnp.sin(lse), 0).sum() + 0 * largest.sum()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("axes", [("data", "model"), ("model",)], ids=str)
+def test_shard_map(checked, axes):
+    """Each device's call is on its own, over the axes that `shard_map` takes; XLA divides it along the others. What is
+    the same on several devices gets the sum of their gradients, whether JAX checks for such things or not."""
+    grid, x = mesh(AxisType.Auto), draw(4, 64, 8, 16)
+    floats = {n: x for n, (x, _) in OWN.items() if x.dtype == jnp.float32}
+    others = {n: x for n, (x, _) in OWN.items() if n not in floats}
+    grad = jax.grad(own_loss, (0, 1, 2, 3))
+    want = jax.jit(grad)(x, x, x, floats, others)
+
+    def within(spec):
+        return P(*(a if a in axes else None for a in spec))
+
+    specs = {name: within(spec) for name, (_, spec) in OWN.items()}
+    into = (within(HEADS),) * 3 + tuple({n: specs[n] for n in names} for names in (floats, others))
+
+    def total(q, k, v, floats, others):
+        return jax.lax.psum(own_loss(q, k, v, floats, others), axes)
+
+    f = jax.shard_map(total, mesh=grid, in_specs=into, out_specs=P(), axis_names=set(axes), check_vma=checked)
+    placed = jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(grid, spec)),
+        (x, x, x, floats, others), ((HEADS,) * 3 + tuple({n: OWN[n][1] for n in names} for names in (floats, others))),
+    )  # fmt: skip
+    compiled = jax.jit(jax.grad(f, (0, 1, 2, 3))).lower(*placed).compile()
+    for a, b in zip(*map(jax.tree.leaves, (compiled(*placed), want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=4e-6 * np.abs(b).max())
+    assert not re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", compiled.as_text())
+
+
+def test_shard_map_is_told_what_varies():
+    """A result that differs from device to device is not taken for one that does not."""
+    grid, x = mesh(AxisType.Auto), draw(4, 16, 1, 16)
+    for options in ({}, {"higher_order": True}):
+        f = jax.shard_map(
+            lambda x, options=options: flash_attention(x, x, x, **options), mesh=grid, in_specs=BATCH, out_specs=P()
+        )
+        with pytest.raises(ValueError, match="replicat"):
+            jax.jit(f).trace(x)
 
 
 def test_vmapped():
@@ -201,3 +257,16 @@ def test_lowers_for_cuda(spec, monkeypatch):
             text = jax.jit(own).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@triton_kernel_call_ffi") == calls
         assert tuple(into[0].spec) == tuple(spec) + (None,) * (4 - len(spec))
+
+
+def test_what_is_looked_up_lowers_for_cuda():
+    """Which tiles are met is looked up, by the launch of a kernel too, without constants, which cannot be divided."""
+    pytest.importorskip("jax_triton")
+    pytest.importorskip("jax_cuda13_plugin")
+    placed = NamedSharding(mesh(AxisType.Auto), BATCH)
+    q = jax.ShapeDtypeStruct((4, 64, 8, 64), jnp.bfloat16, sharding=placed)
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=placed)
+    f = jax.jit(lambda q, n: flash_attention(q, q, q, window_size=(20, 3), kv_lengths=n))
+    with gpu_target(compute_capability=90):
+        text = f.trace(q, lengths).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("CustomSPMDPartitioning") == 1

@@ -3,6 +3,8 @@
 A message names the argument, says what was wanted, what came, and what to do about it.
 """
 
+import functools
+import itertools
 import math
 import numbers
 from typing import Any, Literal, get_args
@@ -18,9 +20,26 @@ Implementation = Literal["triton", "xla"]
 Alignment = Literal["top_left", "bottom_right"]
 WindowSize = int | tuple[int | None, int | None]
 
+_INT32 = np.iinfo(np.int32)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MAX_HEAD_DIM = 256
 FAR = 2**30  # a bound that no index reaches, and that can be added to one
+
+
+# Outside jit each number that an operation is given is sent to the device, at each call. What is known is a program of
+# its own instead (and under jit a part of the program), what is not is sent in so many words.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def full(value: float, dtype: Any, shape: tuple[int, ...] = ()) -> Array:
+    """`jnp.full(shape, value, dtype)` of a value that is known."""
+    return jnp.full(shape, value, dtype)
+
+
+def sent(x: np.ndarray | np.generic) -> Any:
+    """A number that the caller gave: an array on the device, or under jit a constant."""
+    traced = isinstance(full(0, jnp.dtype(jnp.int32)), jax.core.Tracer)
+    return np.asarray(x) if traced else jax.device_put(x)
 
 
 def array(name: str, x: Any) -> Array:
@@ -76,7 +95,7 @@ def flat(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wante
     if len(own) != len(full) or any(n not in (1, m) for n, m in zip(own, full, strict=True)):
         raise ValueError(f"{name} must broadcast to {wanted} = {full} (each axis 1 or full), got shape {x.shape}")
     rest = own[len(batch) :]
-    if math.prod(own[: len(batch)]) > 1:  # batch axes that it has only in part cannot be flattened as they are
+    if math.prod(own[: len(batch)]) != 1:  # batch axes that it has only in part cannot be flattened as they are
         x = jnp.broadcast_to(x, (*batch, *rest))
         return x.reshape(-1 if x.size else math.prod(batch), *rest)
     return jnp.asarray(x).reshape(1, *rest)
@@ -112,13 +131,36 @@ def mask_of(mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Ar
     return flat("mask", mask, batch, axes, LOGITS)
 
 
-def integers(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Array:
-    """Integers that broadcast to `[*batch, *axes]`, as int32 `[1|B, ...]`."""
+def integers(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Any:
+    """Integers that broadcast to `[*batch, *axes]`, in their own dtype: `[1|B, ...]`."""
     if is_integer(x):
-        x = np.asarray(x)
-    if not isinstance(x, Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
+        x = sent(np.asarray(x, np.int32))
+    if not _are_integers(x):
         raise TypeError(f"{name} must be an array of integers {wanted}, got {describe(x)}")
-    return flat(name, x, batch, axes, wanted).astype(jnp.int32)
+    return flat(name, x, batch, axes, wanted)
+
+
+def lengths(name: str, x: Any, batch: tuple[int, ...]) -> Array:
+    """`q_lengths` or `kv_lengths` as int32 `[1|B, 1, 1, 1]`."""
+    if is_integer(x):
+        x = min(max(int(x), 0), _INT32.max)  # no sequence is longer
+    elif isinstance(x, np.ndarray) and _are_integers(x):
+        x = np.clip(x, 0, _INT32.max).astype(np.int32)
+    return _clipped(integers(name, x, batch, (), "[*batch]")).reshape(-1, 1, 1, 1)
+
+
+@functools.partial(jax.jit, inline=True)
+def _clipped(x: Array) -> Array:
+    return (jnp.clip(x, 0, _INT32.max) if _is_wide(x.dtype) else x).astype(jnp.int32)
+
+
+def _are_integers(x: Any) -> bool:
+    return isinstance(x, Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _is_wide(dtype: Any) -> bool:
+    """Whether it has numbers that int32 does not."""
+    return jnp.iinfo(dtype).max > _INT32.max
 
 
 def segments(q_ids: Any, kv_ids: Any, batch: tuple[int, ...], seqlen_q: int, seqlen_k: int) -> dict[str, Array]:
@@ -131,12 +173,46 @@ def segments(q_ids: Any, kv_ids: Any, batch: tuple[int, ...], seqlen_q: int, seq
             f"q_segment_ids and kv_segment_ids go together, got no {missing} (only kv_segment_ids may be left out, and "
             f"only where Sq == Sk; here Sq = {seqlen_q}, Sk = {seqlen_k})"
         )
+    q_ids, kv_ids = _renumbered(q_ids, q_ids if kv_ids is None else kv_ids)
     q_ids = integers("q_segment_ids", q_ids, batch, (seqlen_q,), "[*batch, seqlen_q]")
-    if kv_ids is None:
-        kv_ids = q_ids
-    else:
-        kv_ids = integers("kv_segment_ids", kv_ids, batch, (seqlen_k,), "[*batch, seqlen_k]")
+    kv_ids = integers("kv_segment_ids", kv_ids, batch, (seqlen_k,), "[*batch, seqlen_k]")
+    q_ids, kv_ids = _narrow(q_ids, kv_ids)
     return {"q_segments": q_ids[:, None, :, None], "kv_segments": kv_ids[:, None, None, :]}
+
+
+def _renumbered(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
+    """Segment ids of Python and NumPy, which JAX would cut off at 32 bits. If some are longer, all are numbered anew,
+    in order, so that equal ones, and no others, stay equal."""
+    known = [np.asarray(x) if is_integer(x) else x for x in (q_ids, kv_ids)]
+    here = [isinstance(x, np.ndarray) and _are_integers(x) for x in known]
+    ends = [(int(x.min(initial=0)), int(x.max(initial=0))) for x in itertools.compress(known, here)]
+    if all(low >= _INT32.min and high <= _INT32.max for low, high in ends):
+        return q_ids, kv_ids
+    if not all(here):
+        raise ValueError(
+            "q_segment_ids and kv_segment_ids must fit into int32 where one of them is NumPy's and the other JAX's, "
+            "got larger ones; make both NumPy arrays, or number the segments from 0"
+        )
+    words = [np.where(x < 0, 0, x).astype(np.uint64) for x in known]
+    ordered = np.unique(np.concatenate([x.ravel() for x in words]))
+    q_ids, kv_ids = (
+        np.where(x < 0, -1, np.searchsorted(ordered, y)).astype(np.int32) for x, y in zip(known, words, strict=True)
+    )
+    return q_ids, kv_ids
+
+
+@functools.partial(jax.jit, inline=True)
+def _narrow(q_ids: Array, kv_ids: Array) -> tuple[Array, Array]:
+    """Segment ids as int32; JAX's arrays of longer ones are numbered anew likewise."""
+    if not (_is_wide(q_ids.dtype) or _is_wide(kv_ids.dtype)):
+        return q_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
+    unsigned = f"uint{8 * max(q_ids.dtype.itemsize, kv_ids.dtype.itemsize)}"
+    batch = max(q_ids.shape[0], kv_ids.shape[0])
+    words = [jnp.broadcast_to(x.astype(unsigned), (batch, x.shape[1])) for x in (q_ids, kv_ids)]
+    ordered = jnp.sort(jnp.concatenate(words, 1), 1)
+    place = jax.vmap(lambda ordered, x: jnp.searchsorted(ordered, x, method="sort").astype(jnp.int32))
+    q_ids, kv_ids = (jnp.where(x < 0, -1, place(ordered, y)) for x, y in zip((q_ids, kv_ids), words, strict=True))
+    return q_ids, kv_ids
 
 
 def per_head(name: str, x: Any, batch: tuple[int, ...], heads: int, dtype: Any) -> Array:
@@ -197,32 +273,53 @@ def dropout_keys(seed: Any, batch: tuple[int, ...], heads: int) -> dict[str, Arr
     if seed is None:
         raise ValueError("dropout_rate > 0 needs a dropout_seed: an integer, a PRNG key, or integers [*batch, heads]")
     if is_integer(seed):
-        words = np.uint32(int(seed) & 0xFFFFFFFF), np.uint32(int(seed) >> 32 & 0xFFFFFFFF)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"dropout_seed must be an integer of 64 bits, got {seed}; take it modulo 2**64")
+        words = tuple(sent(np.uint32(int(seed) >> shift & 0xFFFFFFFF)) for shift in (0, 32))
     elif isinstance(seed, Array | np.ndarray) and jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key):
         if seed.shape != ():
             raise ValueError(f"dropout_seed must be a single PRNG key, got keys of shape {seed.shape}")
-        data = jax.random.key_data(seed)
-        words = data[0], data[-1]
+        words = _words_of_key(seed)
     elif not isinstance(seed, Array | np.ndarray) or not jnp.issubdtype(seed.dtype, jnp.integer):
         raise TypeError(
             f"dropout_seed must be an integer, a PRNG key, or an array of integers [*batch, heads], "
             f"got {describe(seed)}"
         )
     elif seed.ndim == 0:
-        wide = jnp.asarray(seed) if seed.dtype.itemsize >= 4 else jnp.asarray(seed, jnp.int32)
-        words = wide.astype(jnp.uint32), (wide >> 16 >> 16).astype(jnp.uint32)
+        words = _words(seed, of_sign=True)
     elif seed.ndim == 1 and seed.shape == (2,) and seed.dtype == jnp.uint32:  # an old-style jax.random.PRNGKey
-        words = seed[0], seed[1]
+        words = _pair(seed)
     elif seed.ndim == 1:
         raise ValueError(
             f"dropout_seed as an array needs at least 2 axes [*batch, heads] (each 1 or full), got shape {seed.shape}"
         )
     else:
-        own = seed[0] if not batch and seed.ndim == 2 and seed.shape[0] == 1 else seed
-        key = flat("dropout_seed", own, batch, (heads,), "[*batch, heads]").astype(jnp.uint32)[:, :, None, None]
-        return {"dropout_key0": key, "dropout_key1": jnp.zeros_like(key)}
-    key0, key1 = dropout.keys(words, size, heads)
+        own = seed.reshape(seed.shape[1:]) if not batch and seed.ndim == 2 and seed.shape[0] == 1 else seed
+        words = _words(own, of_sign=False)
+        key0, key1 = (flat("dropout_seed", x, batch, (heads,), "[*batch, heads]")[:, :, None, None] for x in words)
+        return {"dropout_key0": key0, "dropout_key1": key1}
+    key0, key1 = _keys(words, size, heads)
     return {"dropout_key0": key0, "dropout_key1": key1}
+
+
+_pair = jax.jit(lambda words: (words[0], words[1]), inline=True)
+_words_of_key = jax.jit(lambda key: tuple(jax.random.key_data(key)[at] for at in (0, -1)), inline=True)
+_keys = jax.jit(dropout.keys, static_argnums=(1, 2), inline=True)
+
+
+def _words(seed: Any, *, of_sign: bool) -> tuple[Any, Any]:
+    """The low and the high 32 bits. The high ones of shorter integers are 0, or those of their sign."""
+    if not isinstance(seed, np.ndarray):
+        return _words_of(seed, of_sign)
+    high = seed >> 32 if seed.dtype.itemsize == 8 else (seed.astype(np.int64) >> 32) * of_sign
+    return (seed & 0xFFFFFFFF).astype(np.uint32), (high & 0xFFFFFFFF).astype(np.uint32)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _words_of(seed: Array, of_sign: bool) -> tuple[Array, Array]:
+    seed = seed if seed.dtype.itemsize >= 4 else seed.astype(jnp.int32)
+    high = (seed >> 16 >> 16).astype(jnp.uint32)
+    return seed.astype(jnp.uint32), high if of_sign or seed.dtype.itemsize == 8 else jnp.zeros_like(high)
 
 
 def scale_of(scale: Any, q: Array) -> tuple[Array, Array]:
@@ -233,12 +330,16 @@ def scale_of(scale: Any, q: Array) -> tuple[Array, Array]:
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
         if not math.isfinite(scale):
             raise ValueError(f"softmax_scale must be finite, got {scale}")
-        return jnp.full((1, 1, 1, 1), abs(float(scale)), dtype), -q if float(scale) < 0 else q
+        return full(abs(float(scale)), jnp.dtype(dtype), (1, 1, 1, 1)), -q if float(scale) < 0 else q
     if not isinstance(scale, Array | np.ndarray) or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"softmax_scale must be a number or a 0-d floating array, got {describe(scale)}")
     if scale.shape != ():
         raise ValueError(f"softmax_scale must be a single number, got an array of shape {scale.shape}")
-    scale = jnp.asarray(scale).astype(dtype).reshape(1, 1, 1, 1)
+    return _unsigned(jnp.asarray(scale).astype(dtype).reshape(1, 1, 1, 1), q)
+
+
+@functools.partial(jax.jit, inline=True)
+def _unsigned(scale: Array, q: Array) -> tuple[Array, Array]:
     negative = scale < 0
     return jnp.where(negative, -scale, scale), jnp.where(negative.reshape(()), -q, q)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
@@ -134,14 +133,19 @@ def flash_attention(
 def _flash_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """Check, run, and hand over what was asked for."""
     call, operands, batch = inputs.prepare(**arrays, **options)
+    operands = sharding.vary_alike(operands)
     o, lse, row_max = _natively(call, *operands) if options["higher_order"] else _with_kernels(call, *operands)
     results = [o.reshape(*batch, *o.shape[1:])]
     if options["return_lse"]:
         results.append(lse.reshape(*batch, *lse.shape[1:]))
     if row_max is not None:
-        largest = jax.lax.stop_gradient(jnp.max(row_max, -1, initial=-jnp.inf))
-        results.append(largest.reshape(*batch, largest.shape[-1]))
+        results.append(_largest(row_max).reshape(*batch, row_max.shape[1]))
     return tuple(results)
+
+
+@functools.partial(jax.jit, inline=True)
+def _largest(row_max: Array) -> Array:
+    return jax.lax.stop_gradient(jnp.max(row_max, -1, initial=-jnp.inf))
 
 
 def _with_kernels(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
@@ -158,7 +162,10 @@ def _natively(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None
     if primitives.nothing_to_see(q, k, v):
         o, lse, _, _, *row_max = primitives.forward_of_nothing(call, q, k, v, operands)
         return o, lse, row_max[0] if row_max else None
-    return xla.differentiable(Spec.of(call.rules, q, k, v, operands), call.config("fwd"), q, k, v, operands)
+    return _differentiable(Spec.of(call.rules, q, k, v, operands), call.config("fwd"), q, k, v, operands)
+
+
+_differentiable = jax.jit(xla.differentiable, static_argnums=(0, 1), inline=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -188,17 +195,13 @@ def _attention_fwd(call: Call, q, k, v, operands):
 def _attention_bwd(call: Call, residuals, cotangents):
     q, k, v, operands, o, m, l, wanted = residuals
     do, dlse, _ = cotangents
-    do = jnp.zeros(o.shape, o.dtype) if isinstance(do, SymbolicZero) else do
+    do = _zeros_like(o) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
     dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, m, l, do, dlse, wanted=tuple(wanted))
-    return dq, dk, dv, {name: grads[name] if name in grads else _no_gradient(x) for name, x in operands.items()}
+    return dq, dk, dv, {name: grads.get(name) for name in operands}
 
 
-def _no_gradient(x: Array) -> Any:
-    """Of an operand that has none, or whose nobody looks at."""
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jax.dtypes.float0
-    return np.zeros(x.shape, dtype) if dtype == jax.dtypes.float0 else jnp.zeros(x.shape, dtype)
-
+_zeros_like = jax.jit(jnp.zeros_like, inline=True)
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 

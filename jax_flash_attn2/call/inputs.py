@@ -59,7 +59,7 @@ def prepare(
     operands |= arguments.segments(q_segment_ids, kv_segment_ids, batch, seqlen_q, seqlen_k)
     for name, lengths in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
         if lengths is not None:
-            operands[name] = arguments.integers(name, lengths, batch, (), "[*batch]").reshape(-1, 1, 1, 1)
+            operands[name] = arguments.lengths(name, lengths, batch)
     if sinks is not None:
         operands["sinks"] = arguments.per_head("sinks", sinks, (), heads, q.dtype)
     if alibi_slopes is not None:
@@ -68,7 +68,7 @@ def prepare(
         operands |= arguments.dropout_keys(dropout_seed, batch, heads)
     positions_matter = left is not None or right is not None or "slopes" in operands or rules.dropout_rate > 0
     if arguments.alignment(causal_alignment) == "bottom_right" and positions_matter and seqlen_q != seqlen_k:
-        operands["offset"] = jnp.full((1, 1, 1, 1), seqlen_k - seqlen_q, jnp.int32)
+        operands["offset"] = arguments.full(seqlen_k - seqlen_q, jnp.dtype(jnp.int32), (1, 1, 1, 1))
     q, k, v = (x.reshape(-1 if x.size else math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
     return call, (q, k, v, operands), batch
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from ..base.spec import Operand, Spec, Tuned
@@ -48,6 +47,7 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def forward(
     run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str, Array]
 ) -> tuple[Array, Array, Array, Array, Array | None]:
@@ -77,6 +77,7 @@ def forward(
     return o, (m + jnp.log2(l)) * LN2, m, l, None if row_max is None else row_max * LN2
 
 
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def backward(
     run: Run,
     spec: Spec,
@@ -186,7 +187,7 @@ def _ordered(spec: Spec, operands: Mapping[str, Array]) -> tuple[Array, ...]:
 def _query_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> Array | None:
     if not spec.spans:
         return None
-    starts = np.arange(0, q.shape[1], config.block_m)
+    starts = jnp.arange(0, q.shape[1], config.block_m, dtype=jnp.int32)  # no constant, which cannot be divided
     table = spans.query_spans(
         spec, operands, q.shape[0], q.shape[1], k.shape[1], starts, config.block_m, config.block_n
     )

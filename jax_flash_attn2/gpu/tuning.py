@@ -122,7 +122,7 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
     bits = np.dtype(dtype).itemsize * 8
     width = max(spec.block_d, spec.block_dv, 64)
     row = _find(name, architecture(target), width, 32 if bits > 16 else 16, wanted.block_ptr)
-    if wanted.block_ptr is None and row.block_ptr and min(spec.head_dim, spec.v_dim) * bits // 8 % 16:
+    if wanted.block_ptr is None and row.block_ptr and any(n * bits // 8 % 16 for n in (spec.head_dim, spec.v_dim)):
         row = dataclasses.replace(row, block_ptr=False)  # a descriptor's rows are multiples of 16 bytes
     if name != "dbias" and (spec.bias is not None or spec.mask is not None or spec.rules.soft_cap or spec.drops):
         row = _halved(name, row)

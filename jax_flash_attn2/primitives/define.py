@@ -159,8 +159,8 @@ def _elsewhere(maths):
 def _primitive(name: str, shapes, maths, divided) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_abstract_eval(shapes)
-    primitive.def_impl(lambda *operands, **params: _eager(primitive, tuple(params.items()))(*operands))
+    primitive.def_abstract_eval(sharding.varying_as_operands(shapes))
+    primitive.def_impl(functools.partial(_run, primitive))
     sharding.name_devices(primitive)
     ad.primitive_jvps[primitive] = _refuse
     mlir.register_lowering(primitive, _lowering(_elsewhere(maths), divided))
@@ -178,9 +178,16 @@ def _lowering(maths, divided):
     together = mlir.lower_fun(functools.partial(divided, maths), multiple_results=True)
 
     def lower(ctx, *args, **params):
-        return (together if sharding.is_divided(ctx) else alone)(ctx, *args, **params)
+        with sharding.on_own_share(ctx) as own:
+            return (together if sharding.is_divided(ctx) else alone)(own, *args, **params)
 
     return lower
+
+
+def _run(primitive: Primitive, *operands, **params):
+    """Outside jit. Under `jax.disable_jit` too: what a pass does is no user's code to step through."""
+    with jax.disable_jit(False):
+        return _eager(primitive, tuple(params.items()))(*operands)
 
 
 @functools.lru_cache(maxsize=1024)

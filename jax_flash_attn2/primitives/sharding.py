@@ -8,20 +8,27 @@ The axes of every array have a letter: b batch, h query heads, x key/value heads
 widths of a row, 1 an axis along which an operand does not vary.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import dispatch  # the only way to have the devices named when a primitive is lowered
+from jax._src.sharding_impls import ShardingContext  # and to say which of them `custom_partitioning` may divide by
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base.spec import BLOCK_LISTS
 from .call import Call
+
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+_whole_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("whole_mesh", default=None)
+"""Of a `shard_map` that leaves some axes to XLA, while a pass within it is lowered."""
 
 Maths = Callable[..., list[Array]]
 """A pass as its primitive takes it: (*arrays, **params) -> results."""
@@ -41,20 +48,87 @@ def is_divided(ctx: Any) -> bool:
     return getattr(context, "num_devices", 1) > 1
 
 
+def vary_alike(operands: Any) -> Any:
+    """Within `shard_map`: operands that are the same on all devices of a mesh axis over which others vary, said to vary
+    over it too. That sums their gradients over it, which is what they are owed."""
+    leaves, tree = jax.tree.flatten(operands)
+    axes = [_varying(jax.typeof(x)) for x in leaves]
+    every = frozenset().union(*axes)
+    if not every:
+        return operands
+    leaves = [
+        x if own == every else lax.pcast(x, tuple(sorted(every - own)), to="varying")
+        for x, own in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _varying(aval: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array varies."""
+    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
+
+
+def varying_as_operands(shapes: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """A rule for the shapes of results, which vary over the manual mesh axes over which the operands do (`vary_alike`
+    has seen to it that they do so alike)."""
+
+    def rule(*operands, **params):
+        results = shapes(*operands, **params)
+        like = next((x for x in operands if _varying(x)), None)
+        if like is None:
+            return results
+        mesh = NamedSharding(like.sharding.mesh, PartitionSpec())
+        typed = {"sharding": mesh, "manual_axis_type": like.manual_axis_type}
+        return [jax.core.ShapedArray(x.shape, x.dtype, **typed) for x in results]
+
+    return rule
+
+
+@contextlib.contextmanager
+def on_own_share(ctx: Any) -> Iterator[Any]:
+    """Where a pass is lowered within `shard_map`: a context in which its maths is that of a single device.
+
+    Which axes an array varies over is no matter there. Where `shard_map` leaves some mesh axes to XLA, these are what
+    `custom_partitioning` finds as the mesh; its collectives name devices of all axes.
+    """
+    context = ctx.module_context.axis_context
+    mesh, manual = getattr(context, "mesh", None), frozenset(getattr(context, "manual_axes", ()))
+    if mesh is None or not manual:
+        yield ctx
+        return
+    own = {side: [_plain(x) for x in getattr(ctx, side)] for side in ("avals_in", "avals_out")}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.sharding.use_abstract_mesh(_NO_MESH))
+        if manual != frozenset(mesh.axis_names):
+            at = tuple(0 if name in manual else slice(None) for name in mesh.axis_names)
+            auto = Mesh(mesh.devices[at], tuple(n for n in mesh.axis_names if n not in manual))
+            among = ShardingContext(auto.size, tuple(auto.devices.flat), auto.abstract_mesh)
+            own["module_context"] = ctx.module_context.replace(axis_context=among)
+            stack.callback(_whole_mesh.reset, _whole_mesh.set(mesh))
+        yield ctx.replace(**own)
+
+
+def _plain(aval: Any) -> Any:
+    return jax.core.ShapedArray(aval.shape, aval.dtype) if isinstance(aval, jax.core.ShapedArray) else aval
+
+
 def on_auto_axes(function: Callable, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """function(arrays, options), on a mesh with explicit axes too: results are typed as q is, XLA does the rest."""
-    q = arrays["q"]
-    spec = _explicit_spec(q)
-    if spec is None:
-        return function(arrays, options)
-    *batch, rows, heads, _ = (*spec, *(None,) * (q.ndim - len(spec)))
-    out = [PartitionSpec(*batch, rows, heads, None)]
-    out += [PartitionSpec(*batch, heads, rows)] if options["return_lse"] else []
-    out += [PartitionSpec(*batch, heads)] if options["return_max_logits"] else []
     moving = {name: x for name, x in arrays.items() if _is_arrays(x)}
+    mesh = next((m for x in jax.tree.leaves(moving) if (m := _explicit_mesh(x)) is not None), None)
+    q = arrays["q"]
+    if mesh is None or not isinstance(q, Array) or q.ndim < 3:
+        return function(arrays, options)
+    spec = jax.typeof(q).sharding.spec if _explicit_mesh(q) is not None else ()
+    *batch, rows, heads, _ = (*spec, *(None,) * (q.ndim - len(spec)))
+    out = [(*batch, rows, heads, None)]
+    out += [(*batch, heads, rows)] if options["return_lse"] else []
+    out += [(*batch, heads)] if options["return_max_logits"] else []
     fixed = {name: x for name, x in arrays.items() if name not in moving}
     call: Callable[..., Any] = jax.sharding.auto_axes(
-        lambda moving: function(fixed | moving, options), out_sharding=tuple(out), axes=_explicit_axes(q)
+        lambda moving: function(fixed | moving, options),
+        out_sharding=tuple(NamedSharding(mesh, PartitionSpec(*axes)) for axes in out),
+        axes=tuple(mesh.explicit_axes),
     )
     return call(moving)
 
@@ -64,16 +138,10 @@ def _is_arrays(x: Any) -> bool:
     return bool(leaves) and all(isinstance(leaf, Array) for leaf in leaves)
 
 
-def _explicit_axes(x: Any) -> tuple[str, ...]:
+def _explicit_mesh(x: Any) -> Any:
+    """The mesh over whose explicit axes x is laid out, by its type; None: there is none."""
     mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-    return () if mesh is None or mesh.empty else tuple(mesh.explicit_axes)
-
-
-def _explicit_spec(x: Any) -> PartitionSpec | None:
-    """How x is sharded over explicit axes; None: there are none."""
-    if not isinstance(x, Array) or x.ndim < 3 or not _explicit_axes(x):
-        return None
-    return jax.typeof(x).sharding.spec
+    return None if mesh is None or mesh.empty or not mesh.explicit_axes else mesh
 
 
 def forward(maths: Maths, *args: Array, call: Call, names: tuple[str, ...]) -> list[Array]:
@@ -133,19 +201,22 @@ def _divided(maths, share, args, letters, results, params, groups: int = 0) -> l
     if params["call"].rules.tiles:
         del sizes["i"]  # whose lists count blocks of rows from the first of all
 
+    whole = _whole_mesh.get()
+
     def partition(mesh: Mesh, arg_shapes, result_shapes):
         arrays = [*zip(letters, arg_shapes, strict=True), *zip(results, result_shapes, strict=True)]
         plan = _Plan.of(mesh, sizes, arrays, groups)
         shardings = [[NamedSharding(mesh, plan.spec(x)) for x in group] for group in (results, letters)]
 
         def own_share(*own):
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # nothing is divided any further
+            with jax.sharding.use_abstract_mesh(_NO_MESH):  # nothing is divided any further
                 return share(plan, *own)
 
-        return mesh, own_share, shardings[0], tuple(shardings[1])
+        return whole or mesh, own_share, shardings[0], tuple(shardings[1])
 
     call = custom_partitioning(lambda *args: maths(*args, **params))
-    call.def_partition(partition, sharding_rule=lambda mesh, *_: _rule(letters, results, sizes, mesh))
+    rule = lambda mesh, *_: _rule(letters, results, sizes, mesh)
+    call.def_partition(partition, decode_shardings=True, sharding_rule=rule)
     return call(*args)
 
 

@@ -60,7 +60,7 @@ class Tiling:
 
     def look_up_spans(self, operands):
         """[blocks_q, 4]: begin, full, stop and end of the key blocks that a query block meets in any batch or head."""
-        starts = np.minimum(np.arange(self.blocks_q) * self.block_m, self.seqlen_q - self.block_m)
+        starts = jnp.minimum(jnp.arange(self.blocks_q, dtype=jnp.int32) * self.block_m, self.seqlen_q - self.block_m)
         lengths = self.seqlen_q, self.seqlen_k
         table = spans.query_spans(self.spec, operands, self.batch, *lengths, starts, self.block_m, self.block_n)
         return spans.union(table).astype(int)  # the type that the loops over query blocks count in
