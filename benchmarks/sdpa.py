@@ -16,7 +16,7 @@ on XLA and cuDNN and against naive jnp (all logits at once), by turns. Then ours
   other-memory    pointers where descriptors are tuned, and the other way round    (GPU)
 
 A switch that leaves the compiled program as it was is `unsupported` there: the optimisation was not at work. Those of
-the XLA path replace one function of `jax_flash_attn2.xla` while it is traced; everything else is public.
+the XLA path replace one function of `jax_flash_attn2.xla.tiling` while it is traced; everything else is public.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from jax_flash_attn2 import Config, xla
+from jax_flash_attn2 import Config
 from jax_flash_attn2.base.spec import Rules, Spec
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import present
+from jax_flash_attn2.xla import tiling
 
 from .attention import Attention, Provider, Shape, flash, library, naive, need_gpu
 from .results import Record, parse_case
@@ -108,8 +109,8 @@ def _with_dense_bias(q, k, v, bias=None):
 @contextlib.contextmanager
 def _spans(change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Iterator[None]:
     """While traced, a block of query rows meets `change(tiling, full, end)` in place of (full, end)."""
-    before = xla._Tiling.key_span
-    with mock.patch.object(xla._Tiling, "key_span", lambda self, start_m: change(self, *before(self, start_m))):
+    own, before = tiling.Tiling, tiling.Tiling.key_span
+    with mock.patch.object(own, "key_span", lambda self, start_m: change(self, *before(self, start_m))):
         yield
 
 
@@ -126,12 +127,12 @@ def all_masked() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def no_whole_rows() -> Iterator[None]:
     """Tiles as if whole rows of logits had no advantage."""
-    before = xla._choose_blocks
+    before = tiling.choose_blocks
 
     def choose(seqlen_q, seqlen_k, batch_heads, whole_rows, *rest):
         return before(seqlen_q, seqlen_k, batch_heads, False, *rest)
 
-    with mock.patch.object(xla, "_choose_blocks", choose):
+    with mock.patch.object(tiling, "choose_blocks", choose):
         yield
 
 

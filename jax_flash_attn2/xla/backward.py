@@ -1,0 +1,138 @@
+"""The backward pass: p again from the row statistics, and all gradients in one run over the tiles."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..base.spec import Config, Spec
+from . import layout
+from .logits import Logits
+from .tiling import Tiling, loop
+
+
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
+def backward(
+    spec: Spec,
+    config: Config | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    operands: Mapping[str, Array],
+    o: Array,
+    m: Array,
+    l: Array,
+    do: Array,
+    dlse: Array | None,
+    *,
+    wanted: tuple[str, ...],
+    apart: tuple[int, ...],
+) -> tuple[Array, ...]:
+    """Gradients, from the output and the statistics that `forward` returned.
+
+    Args:
+      spec: as in `forward`, and so are config, q, k, v and operands.
+      o: `[B, Sq, H, Dv]`, with m and l `[B, H, Sq]`, from `forward`.
+      do: `[B, Sq, H, Dv]`, the gradient of o.
+      dlse: None or `[B, H, Sq]`, the gradient of lse.
+      wanted: the operands to return the gradients of, in the order of `spec.DIFFERENTIABLE`.
+      apart: for each of them, how many parts of the batch have a gradient of their own.
+
+    Returns:
+      dq, dk and dv, each of the shape and dtype of what it is the gradient of; then the gradients of the wanted
+      operands, `[apart * n, ...]` for an operand `[n, ...]`.
+    """
+    t = Tiling(spec, config, q, k, operands, whole_rows=False)
+    logits, apart_of = Logits(t, operands), dict(zip(wanted, apart, strict=True))
+    q, k, v, do = logits.clear("q", q), logits.clear("kv", k), logits.clear("kv", v), logits.clear("q", do)
+    args, scale = (q, k, v), logits.per_batch("scale").astype(t.dtype)
+    # p is exp(s - m) / l. The division moves from the tiles of p to the rows of do and delta.
+    l_inv = jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1), 0)
+    do = t.rows(do.astype(t.dtype) * l_inv.swapaxes(1, 2)[..., None])
+    delta = jnp.sum(t.rows(o) * do, -1)
+    if dlse is not None:
+        delta -= layout.stats(jnp.where(l > 0, dlse.astype(t.dtype) * l_inv, 0), spec.kv_heads)
+    do *= spec.keep_scale
+    m_rows = layout.stats(m, spec.kv_heads)
+    q, k, v = t.rows(q.astype(t.dtype) * scale), t.rows(k), t.rows(v)
+
+    def query_block(i, carry):
+        dq, *sums = carry
+        start_m = t.start_m(i)
+        q_tile, do_tile, m_tile, delta_tile = (t.query_tile(x, start_m) for x in (q, do, m_rows, delta))
+        m_tile = t.hide_repeated_rows(m_tile, i)
+        qt_tile, dot_tile = q_tile.swapaxes(2, 3), do_tile.swapaxes(2, 3)
+
+        def key_block(masked, j, carry):
+            dq_tile, dkt, dvt, grads = carry
+            start_n = t.start_n(j)
+            k_tile = t.key_tile(k, start_n)
+            s, capped = logits.of(q_tile, k_tile, start_m, j, masked)
+            p = jnp.exp(s - m_tile[..., None])
+            p_kept, dp = p, t.dot(do_tile, t.key_tile(v, start_n), 3, 3)
+            if spec.drops:
+                kept = logits.kept(start_m, start_n)
+                p_kept, dp = (jnp.where(kept, x, 0) for x in (p, dp))
+            ds = p * (dp - delta_tile[..., None])
+            grads = _add_grads(grads, ds, logits, start_m, start_n)
+            if capped is not None:
+                ds *= 1 - capped * capped
+            dq_tile += t.dot(ds, k_tile, 3, 2)
+            dkt = layout.add(dkt, t.dot(qt_tile, ds, 3, 2), start_n, 3)
+            dvt = layout.add(dvt, t.dot(dot_tile, p_kept, 3, 2), start_n, 3)
+            return dq_tile, dkt, dvt, grads
+
+        dq_tile, *sums = t.over_keys(i, key_block, (jnp.zeros_like(q_tile), *sums))
+        return layout.add(dq, dq_tile, start_m * spec.group, 2), *sums
+
+    grads = {name: _grad_zeros(operands[name], n, t) for name, n in apart_of.items() if name in ("bias", "slopes")}
+    carry = (jnp.zeros_like(q), *(jnp.zeros_like(x).swapaxes(2, 3) for x in (k, v)), grads)
+    dq, dkt, dvt, grads = loop(0, t.blocks_q, query_block, carry)
+    dq = layout.rows_out(dq, t.seqlen_q)
+    if "scale" in apart_of:
+        # The sum of ds * (q k), as a product of vectors: that sums more exactly than a reduction does.
+        dscale = jnp.einsum("bn,bn->b", *(x.astype(t.dtype).reshape(x.shape[0], -1) for x in (dq, args[0])))
+        grads["scale"] = _sum_to(dscale[:, None, None, None], operands["scale"].shape, apart_of["scale"])
+    if "sinks" in apart_of:
+        delta = -layout.stats_out(delta, t.seqlen_q)
+        dsinks = delta * jnp.exp(logits.per_batch("sinks")[..., 0] - jnp.where(l > 0, m, jnp.inf))
+        grads["sinks"] = _sum_to(dsinks[..., None], operands["sinks"].shape, apart_of["sinks"])
+    dqkv = (dq * scale, *(layout.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
+    dqkv = (g.astype(x.dtype) for g, x in zip(dqkv, args, strict=True))
+    return *dqkv, *(grads[name].astype(operands[name].dtype) for name in wanted)
+
+
+def _grad_zeros(operand: Array, apart: int, t: Tiling) -> Array:
+    """Where the gradient of an operand is summed."""
+    dtype = operand.dtype  # with rows and columns each element is added to once, and needs no wider one
+    if 1 in operand.shape[2:]:
+        dtype = t.dtype
+    return jnp.zeros((apart * operand.shape[0], *operand.shape[1:]), dtype)
+
+
+def _add_grads(grads, ds: Array, logits: Logits, start_m, start_n):
+    """Add what the tile ds [B, Hkv, M * G, N] gives to the gradients of bias and slopes."""
+    added, operands, block_m = dict(grads), logits.operands, logits.tiling.block_m
+    if "bias" in grads:
+        added["bias"] = _add_grad(grads["bias"], ds, operands["bias"].shape, block_m, start_m, start_n)
+    if "slopes" in grads:
+        dslopes = -(ds * logits.distances(start_m, start_n)).sum(-1, keepdims=True)
+        added["slopes"] = _add_grad(grads["slopes"], dslopes, operands["slopes"].shape, block_m, start_m, start_n)
+    return added
+
+
+def _add_grad(grad: Array, x: Array, shape: tuple[int, ...], block_m: int, start_m, start_n) -> Array:
+    """Add x [B, Hkv, M * G, 1|N] to the gradient of an operand of this shape, summed over the axes that it lacks."""
+    b, n, _, keys = x.shape
+    x = x.reshape(b, n, block_m, -1, keys).swapaxes(2, 3).reshape(b, -1, block_m, keys)
+    x = _sum_to(x, shape, grad.shape[0] // shape[0]).astype(grad.dtype)
+    start = (0, 0, start_m if grad.shape[2] > 1 else 0, start_n if grad.shape[3] > 1 else 0)
+    return lax.dynamic_update_slice(grad, lax.dynamic_slice(grad, start, x.shape) + x, start)
+
+
+def _sum_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:
+    """[B, H, M, N] -> [apart * n, 1|H, 1|M, 1|N], summed over the axes that an operand of this shape lacks."""
+    x = x.reshape(apart, -1, shape[0], *x.shape[1:])
+    x = x.sum([1, *(axis + 2 for axis in (1, 2, 3) if shape[axis] == 1)], keepdims=True)
+    return x.reshape(-1, *x.shape[3:])

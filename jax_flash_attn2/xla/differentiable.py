@@ -1,0 +1,63 @@
+"""The path that JAX differentiates by itself: forward mode, and derivatives of any order."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..base.spec import BLOCK_LISTS, Config, Spec
+from . import layout
+from .logits import HIDDEN, Logits
+from .tiling import Tiling
+
+_SCORES = 2**21
+"""How many logits there are at a time."""
+
+
+@jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
+def differentiable(
+    spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
+) -> tuple[Array, Array, Array | None]:
+    """`forward` for JAX to differentiate, as often as wanted: o, lse, and the largest logits if the rules want them.
+
+    Whole rows of logits, some rows at a time, which a backward pass computes again: the memory of the function and of
+    its first derivative is linear in the sequence lengths.
+    """
+    config, dtype = config or Config(), q.dtype
+    rows_at_once = max(_SCORES // (q.shape[0] * spec.heads * k.shape[1]), 16)
+    config = dataclasses.replace(config, block_m=config.block_m or rows_at_once, block_n=k.shape[1])
+    t = Tiling(spec, config, q, k, operands, whole_rows=True, whole_keys=True)
+    every = Logits(t, operands)
+    q, k, v = every.clear("q", q), every.clear("kv", k), every.clear("kv", v)
+    q, k, v = t.rows(q.astype(t.dtype) * every.per_batch("scale").astype(t.dtype)), t.rows(k), t.rows(v)
+
+    @jax.checkpoint
+    def query_block(block):
+        start_m, q_tile, rows = block
+        logits = Logits(t, {**operands, **rows})
+        s, _ = logits.of(q_tile, k, start_m, 0, t.masked)
+        m = jnp.maximum(lax.stop_gradient(s).max(-1), HIDDEN)
+        row_max = [jnp.where(m > HIDDEN, m, -jnp.inf)] if spec.rules.max_logits else []
+        sink = logits.sinks(start_m) if spec.sinks else None
+        if sink is not None:
+            m = jnp.maximum(m, lax.stop_gradient(sink))
+        p = jnp.exp(s - m[..., None])
+        l = p.sum(-1)
+        if spec.drops:
+            p = jnp.where(logits.kept(start_m, 0), p, 0)
+        acc = t.dot(p, v, 3, 2)
+        if sink is not None:
+            l += jnp.exp(sink - m)
+        l_or_1 = jnp.where(l > 0, l, 1)
+        lse = jnp.where(l > 0, m + jnp.log(l_or_1), -jnp.inf)
+        return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *row_max
+
+    starts = jnp.minimum(jnp.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m)
+    by_rows = [name for name, x in operands.items() if x.shape[2] > 1 and name not in BLOCK_LISTS]
+    rows = {name: layout.cut_rows(operands[name], t.block_m) for name in by_rows}
+    out = lax.map(query_block, (starts, layout.cut_rows(q, t.block_m * spec.group), rows))
+    o, *stats = (layout.join_rows(x, t.seqlen_q * spec.group) for x in out)
+    lse, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
+    return layout.rows_out(o, t.seqlen_q).astype(dtype), lse, row_max[0] if row_max else None

@@ -1,0 +1,151 @@
+"""What is in a tile: its logits, what of them is visible, what dropout leaves, what each operand has to do with it."""
+
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ..base import dropout
+from ..tiles import block_lists
+from ..tiles.spans import per_batch
+from .tiling import Tiling
+
+HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
+"""A bias below this (-2.36e38) hides its key, as -inf does: the GPU kernels' base-2 logits overflow there.
+It is also where a running maximum starts: finite, so that `exp(s - m)` is 0, not NaN, for `s` = -inf."""
+
+
+class Logits:
+    """The logits of a call, by tiles: one begins at row `start_m` and key `start_n`, or at that of key block j."""
+
+    def __init__(self, tiling: Tiling, operands: Mapping[str, Array]):
+        self.tiling, self.operands = tiling, operands
+        self.spec, self.dtype = tiling.spec, tiling.dtype
+
+    def of(self, q_tile: Array, k_tile: Array, start_m, j, masked: bool) -> tuple[Array, Array | None]:
+        """Logits of one tile [B, Hkv, M * G, N], -inf where hidden; and the tanh of the soft cap, or None."""
+        t, operands = self.tiling, self.operands
+        s, capped, start_n = t.dot(q_tile, k_tile, 3, 3), None, t.start_n(j)
+        if (cap := self.spec.rules.soft_cap) is not None:
+            capped = jnp.tanh(s / cap)
+            s = cap * capped
+        if "bias" in operands:
+            bias = self.tile("bias", start_m, start_n).astype(self.dtype)
+            s += jnp.where(bias < HIDDEN, -jnp.inf, bias)
+        if "slopes" in operands:
+            s -= self.tile("slopes", start_m, start_n) * self.distances(start_m, start_n)
+        if masked and "tile_weights" in operands:
+            s -= self.of_block_mask(block_lists.log_weights, start_m, j).astype(self.dtype)
+        if masked:
+            s += jnp.where(self.visible(start_m, j), 0, -jnp.inf).astype(self.dtype)
+        return s, capped
+
+    def visible(self, start_m, j) -> Array:
+        """[1|B, 1|Hkv, M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held."""
+        start_n, rules = self.tiling.start_n(j), self.spec.rules
+        cols = self.col_index(start_n)
+        visible = cols >= _int32(j * self.tiling.block_n)
+        if rules.left is not None:
+            visible &= self.positions(start_m) - rules.left <= cols
+        if rules.right is not None:
+            visible &= self.positions(start_m) + rules.right >= cols
+        if "q_segments" in self.operands:
+            q_ids, kv_ids = (self.tile(f"{side}_segments", start_m, start_n) for side in ("q", "kv"))
+            visible &= (q_ids == kv_ids) & (q_ids >= 0)
+        if "q_lengths" in self.operands:
+            visible &= self.row_index(start_m) < self.per_batch("q_lengths")
+        if "kv_lengths" in self.operands:
+            visible &= cols < self.per_batch("kv_lengths")
+        if "mask" in self.operands:
+            visible &= self.tile("mask", start_m, start_n)
+        if self.spec.listed:
+            visible &= self.of_block_mask(block_lists.element_masks, start_m, j)
+        return visible
+
+    def row_index(self, start_m) -> Array:
+        """[M * G, 1]: the rows of a tile."""
+        rows = _int32(jnp.arange(self.tiling.block_m * self.spec.group))[:, None]
+        return _int32(start_m) + rows // self.spec.group
+
+    def col_index(self, start_n) -> Array:
+        """[1, N]: the keys of a tile."""
+        return _int32(start_n) + _int32(jnp.arange(self.tiling.block_n))[None, :]
+
+    def positions(self, start_m) -> Array:
+        """[1|B, 1, M * G, 1], or without the first two axes: where the rows of a tile are among the keys."""
+        rows = self.row_index(start_m)
+        return rows + self.per_batch("offset") if "offset" in self.operands else rows
+
+    def distances(self, start_m, start_n) -> Array:
+        """[1|B, 1, M * G, N]: how far each key is from the row's position."""
+        cols = self.col_index(start_n)
+        return jnp.abs(self.positions(start_m) - cols).astype(self.dtype)
+
+    def kept(self, start_m, start_n) -> Array:
+        """[B, Hkv, M * G, N]: what dropout leaves of a tile."""
+        key0, key1 = (self.tile(f"dropout_key{word}", start_m, start_n) for word in (0, 1))
+        rows = self.positions(start_m)
+        return dropout.keep_range(key0, key1, rows, start_n, self.tiling.block_n, self.spec.drop_threshold)
+
+    def sinks(self, start_m) -> Array:
+        """[1|B, 1|Hkv, 1|M * G]: the sinks of a tile's rows; -inf for rows past the length."""
+        sinks = self.tile("sinks", start_m, 0)[..., 0].astype(self.dtype)
+        if "q_lengths" in self.operands:
+            ends = self.per_batch("q_lengths")[..., 0]
+            sinks = jnp.where(self.row_index(start_m)[:, 0] < ends, sinks, -jnp.inf)
+        return sinks
+
+    def tile(self, name: str, start_m, start_n) -> Array:
+        """What one tile reads of an operand: [1|B, 1|Hkv, 1|M * G, 1|N]."""
+        return self.cut(self.operands[name], start_m, start_n)
+
+    def cut(self, x: Array, start_m, start_n) -> Array:
+        """Of x [n, 1|H, 1|Sq, 1|Sk], what one tile reads: [1|B, 1|Hkv, 1|M * G, 1|N].
+
+        Only what is small is repeated. An axis may also have the length of a tile already.
+        """
+        block_m, block_n, group = self.tiling.block_m, self.tiling.block_n, self.spec.group
+        if x.shape[2] > block_m:
+            x = lax.dynamic_slice_in_dim(x, start_m, block_m, 2)
+        if x.shape[3] > block_n:
+            x = lax.dynamic_slice_in_dim(x, start_n, block_n, 3)
+        x = per_batch(x, self.tiling.batch)
+        b, h, m, n = x.shape
+        if group == 1 or (h == 1 and m == 1):
+            return x
+        x = x.reshape(b, -1, group if h > 1 else 1, m, n).swapaxes(2, 3)
+        x = jnp.broadcast_to(x, (*x.shape[:2], block_m, group, n))
+        return x.reshape(b, -1, block_m * group, n)
+
+    def of_block_mask(self, read, start_m, j) -> Array:
+        """[1|B, 1|Hkv, M * G, N]: what the block mask says of a tile; anything of rows and keys that another has."""
+        t = self.tiling
+        i = (start_m + t.block_m - 1) // t.block_m
+        part = lax.dynamic_slice_in_dim(t.parts, i, 1, 2)
+        if t.blocks_k == 1:  # of the tiling, that is: the block mask may have more
+            j = 0
+        else:
+            part = lax.dynamic_slice_in_dim(part, j, 1, 3)
+        x = read(self.operands, part, self.spec.tile_rows, self.spec.tile_keys)
+        if t.seqlen_q % t.block_m:  # the last tile was moved back
+            x = jnp.roll(x, i * t.block_m - start_m, 2)
+        if t.seqlen_k % t.block_n:
+            x = jnp.roll(x, j * t.block_n - t.start_n(j), 3)
+        return self.cut(x[:, :, : t.block_m, : t.block_n], start_m, 0)
+
+    def per_batch(self, name: str) -> Array:
+        """An operand [n, ...] -> [1|B, ...]: batch b reads b % n."""
+        return per_batch(self.operands[name], self.tiling.batch)
+
+    def clear(self, side: str, x: Array) -> Array:
+        """x [B, S, ...] of "q" or "kv" with zeros past the length of its side: not even a NaN there is seen."""
+        if f"{side}_lengths" not in self.operands:
+            return x
+        return jnp.where(_int32(jnp.arange(x.shape[1]))[:, None, None] < self.per_batch(f"{side}_lengths"), x, 0)
+
+
+def _int32(x) -> Array:
+    """Row and key numbers are int32 under x64 too, as lengths and offsets are."""
+    return jnp.asarray(x, jnp.int32)

@@ -1,0 +1,182 @@
+"""How a call is cut into tiles, and which of them a block of query rows meets."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ..base.spec import Config, Spec
+from ..tiles import block_lists, spans
+from . import layout
+
+
+def tiles(
+    spec: Spec, config: Config | None, q: Any, k: Any, operands: Mapping[str, Any], *, forward: bool
+) -> tuple[np.ndarray, int, int]:
+    """How a pass cuts its logits: the first row of each block of query rows, and the sizes of a tile."""
+    t = Tiling(spec, config, q, k, operands, whole_rows=forward)
+    return np.minimum(np.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m), t.block_m, t.block_n
+
+
+class Tiling:
+    """How one call is cut into tiles. Starts and spans are Python ints where the block number is one."""
+
+    def __init__(self, spec, config, q, k, operands, whole_rows, whole_keys=False):
+        self.spec, self.config, self.batch = spec, config, q.shape[0]
+        self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+        self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
+        self.masked = spec.masks
+        if spec.listed:
+            block_m, block_n = spec.tile_rows, self.seqlen_k if whole_keys else spec.tile_keys
+        else:
+            block_m, block_n = choose_blocks(
+                self.seqlen_q,
+                self.seqlen_k,
+                q.shape[0] * spec.heads,
+                whole_rows and not self.masked,
+                256 if spec.q_segments is not None else 512,  # documents are met tile by tile: small ones waste less
+            )
+            block_m, block_n = (config and config.block_m) or block_m, (config and config.block_n) or block_n
+        self.block_m, self.block_n = min(block_m, self.seqlen_q), min(block_n, self.seqlen_k)
+        self.blocks_q, self.blocks_k = -(-self.seqlen_q // self.block_m), -(-self.seqlen_k // self.block_n)
+        self.spans = self.look_up_spans(operands) if spec.spans and self.blocks_k > 1 else None
+        if spec.listed:
+            self.parts = block_lists.parts(operands)
+        self.list = self.look_up_list(operands) if spec.listed and self.blocks_k > 1 else None
+
+    def start_m(self, i):
+        """First row of query block i."""
+        return _min(i * self.block_m, self.seqlen_q - self.block_m)
+
+    def start_n(self, j):
+        """First row of key block j."""
+        return _min(j * self.block_n, self.seqlen_k - self.block_n)
+
+    # Which tiles are met.
+
+    def look_up_spans(self, operands):
+        """[blocks_q, 4]: begin, full, stop and end of the key blocks that a query block meets in any batch or head."""
+        starts = jnp.minimum(jnp.arange(self.blocks_q, dtype=jnp.int32) * self.block_m, self.seqlen_q - self.block_m)
+        lengths = self.seqlen_q, self.seqlen_k
+        table = spans.query_spans(self.spec, operands, self.batch, *lengths, starts, self.block_m, self.block_n)
+        return spans.union(table).astype(int)  # the type that the loops over query blocks count in
+
+    def look_up_list(self, operands):
+        """[blocks_q, 3] and [tiles]: the key blocks that a query block meets in any batch or head, in a list that has
+        first those that need the mask, then those seen whole."""
+        bounded = self.spec.causal or self.spec.bounded
+        sizes = self.batch, self.seqlen_q, self.seqlen_k
+        status = block_lists.status(self.spec, operands, *sizes, self.parts, bounded=bounded)
+        status = block_lists.union(status)
+        ends, tiles = block_lists.lists(status, jnp.zeros(status.shape, jnp.int32), status.size)
+        return ends.astype(int), tiles[:, 0].astype(int)
+
+    def over_keys(self, i, key_block: Callable, carry):
+        """Run key_block(masked, j, carry) for every key block j that query block i meets."""
+        if self.list is not None:
+            ends, tiles = self.list
+            begin, full, end = ends[i]
+            carry = lax.fori_loop(full, end, lambda n, carry: key_block(False, tiles[n], carry), carry)
+            return lax.fori_loop(begin, full, lambda n, carry: key_block(True, tiles[n], carry), carry)
+        if self.spans is None:
+            stop, end = self.key_span(self.start_m(i))
+            carry = loop(0, stop, functools.partial(key_block, False), carry)
+            return loop(stop, end, functools.partial(key_block, True), carry)
+        begin, full, stop, end = self.spans[i]
+
+        def on_either_side(j, carry):  # one loop for what lies before and behind: half the code to compile
+            return key_block(True, jnp.where(j < full, j, j + stop - full), carry)
+
+        carry = lax.fori_loop(full, stop, functools.partial(key_block, False), carry)
+        return lax.fori_loop(begin, end - (stop - full), on_either_side, carry)
+
+    def key_span(self, start_m):
+        """Key blocks [0, full) are seen whole by the query block, [full, end) through the mask."""
+        full, end = self.seqlen_k // self.block_n, self.blocks_k
+        if self.spec.spans or self.spec.listed:  # but one key block: nothing to look up
+            return 0, 1
+        if not self.spec.causal:
+            return full, end
+        last = start_m + self.block_m - 1
+        return _min((start_m + 1) // self.block_n, full), _min(last // self.block_n + 1, end)
+
+    # What a tile holds of an array, and what is done with it.
+
+    def query_tile(self, x: Array, start_m) -> Array:
+        """[B, Hkv, Sq * G, ...] -> [B, Hkv, M * G, ...]."""
+        group = self.spec.group
+        return lax.dynamic_slice_in_dim(x, start_m * group, self.block_m * group, 2)
+
+    def key_tile(self, x: Array, start_n) -> Array:
+        """[B, Hkv, Sk, ...] -> [B, Hkv, N, ...]."""
+        return lax.dynamic_slice_in_dim(x, start_n, self.block_n, 2)
+
+    def rows(self, x: Array) -> Array:
+        """[B, S, Hkv * G, D] -> [B, Hkv, S * G, D]."""
+        return layout.rows(x, self.spec.kv_heads, self.dtype)
+
+    def put_rows(self, x: Array, tile: Array, i) -> Array:
+        """x [B, Hkv, Sq * G, ...] with query block i."""
+        start = self.start_m(i) * self.spec.group
+        if self.spec.listed and self.seqlen_q % self.block_m:  # its list is not that of rows that block i - 1 has done
+            rows = self.start_m(i) + jnp.arange(tile.shape[2]) // self.spec.group
+            own = (rows >= i * self.block_m).reshape(-1, *(1,) * (tile.ndim - 3))
+            tile = jnp.where(own, tile, lax.dynamic_slice_in_dim(x, start, tile.shape[2], 2))
+        return layout.put(x, tile, start, 2)
+
+    def hide_repeated_rows(self, m_tile: Array, i) -> Array:
+        """Give rows that query block i - 1 held an infinite maximum: their p is 0."""
+        if self.seqlen_q % self.block_m == 0:
+            return m_tile
+        rows = self.start_m(i) + jnp.arange(m_tile.shape[-1]) // self.spec.group
+        return jnp.where(rows < i * self.block_m, jnp.inf, m_tile)
+
+    def dot(self, x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+        """Batches and heads of x times those of y, contracted along one axis of each."""
+        tf32 = self.config is not None and self.config.precision == "tf32"
+        precision = lax.Precision.DEFAULT if tf32 else lax.Precision.HIGHEST
+        return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), precision=precision)
+
+
+def choose_blocks(seqlen_q, seqlen_k, batch_heads, whole_rows, largest):
+    """Block sizes that were fast on CPUs with 1 MiB of L2 per core and 32 MiB of L3.
+
+    One tile where it is small: with no running statistics XLA fuses the softmax into the matrix product, and
+    one jit of both passes computes p once. Then whole rows of keys, for the same fusion, in a forward that
+    has no causal tiles to skip. Else squares with about 2**19 scores over all batches and heads.
+    """
+    if batch_heads * seqlen_q * seqlen_k <= 2**21:
+        return seqlen_q, seqlen_k
+    side = min(max(_power_of_two(1.5 * math.sqrt(2**19 / batch_heads)), 128), largest)
+    block_m = side * max(side // seqlen_k, 1)  # a tile that is short one way is long the other
+    block_n = side * max(side // seqlen_q, 1)
+    rows = _power_of_two(2**22 / (batch_heads * seqlen_k))
+    if whole_rows and rows >= min(64, seqlen_q):
+        block_m, block_n = min(rows, max(block_m, 256)), seqlen_k
+    return _even(seqlen_q, block_m), _even(seqlen_k, block_n)
+
+
+def _power_of_two(x):
+    """The largest power of two up to x, at least 1."""
+    return 2 ** int(math.log2(max(x, 1)))
+
+
+def _even(seqlen, block):
+    """As many blocks as `block` makes of a sequence, but of about equal size."""
+    size = -(-seqlen // -(-seqlen // block))
+    return min(-(-size // 16) * 16, block)
+
+
+def _min(x, y):
+    return min(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.minimum(x, y)
+
+
+def loop(start, stop, body: Callable, carry):
+    """`lax.fori_loop`, or no loop at all where the bounds are known and at most one step apart."""
+    if isinstance(start, int) and isinstance(stop, int) and stop - start <= 1:
+        return body(start, carry) if start < stop else carry
+    return lax.fori_loop(start, stop, body, carry)
