@@ -77,7 +77,7 @@ def test_bias_gradient_only_when_wanted():
 
     def backward(*wanted):
         jaxpr = jax.make_jaxpr(jax.grad(lambda *x: fa.flash_attention(*x).sum(), wanted))(Q, K, V, BIAS)
-        (equation,) = [e for e in jaxpr.eqns if e.primitive is define._backward_p]
+        (equation,) = [e for e in jaxpr.eqns if e.primitive is define.backward_p]
         return equation.params["wanted"]
 
     assert backward(0, 1, 2) == ()
@@ -178,7 +178,7 @@ def test_vmap_does_not_copy_what_is_shared():
     mask = jnp.ones((2, 4, 40, 40), bool)
     f = jax.vmap(lambda q: fa.flash_attention(q, K, V, BIAS[None] * jnp.ones((2, 1, 1, 1)), mask=mask))
     jaxpr = jax.make_jaxpr(jax.grad(lambda q: f(q).sum()))(jnp.stack([Q] * 5))
-    (equation,) = [e for e in jaxpr.eqns if e.primitive is define._forward_p]
+    (equation,) = [e for e in jaxpr.eqns if e.primitive is define.forward_p]
     shapes = dict(zip(equation.params["names"], (x.aval.shape for x in equation.invars[3:]), strict=True))
     assert equation.invars[0].aval.shape[0] == 10
     assert shapes["bias"] == shapes["mask"] == (2, 4, 40, 40)

@@ -1,4 +1,4 @@
-"""One JAX primitive per pass: what it returns, how it lowers on each platform, how it batches.
+"""One JAX primitive per pass: what it returns, how it lowers on each platform.
 
 On NVIDIA and AMD GPUs a pass lowers to the Triton kernels, everywhere else to the blockwise XLA path. Triton is
 imported only when something is lowered for a GPU (or interpreted), so CPU runs do not wait for it.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, mlir
 
 from .. import xla
 from ..base.errors import higher_order_error, missing_triton_error, not_on_this_platform_error
@@ -27,7 +27,7 @@ def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Arr
     """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, the row statistics m and l that only `backward` reads, and, if the rules
     want them, each row's largest logit `[B, H, Sq]`."""
     names = _names(operands)
-    return _forward_p.bind(q, k, v, *(operands[n] for n in names), call=call, names=names)
+    return forward_p.bind(q, k, v, *(operands[n] for n in names), call=call, names=names)
 
 
 def backward(
@@ -36,7 +36,7 @@ def backward(
     """dq, dk, dv, and the gradients of the `wanted` operands."""
     names = _names(operands)
     extra = [operands[n] for n in names] + ([] if dlse is None else [dlse])
-    dq, dk, dv, *grads = _backward_p.bind(
+    dq, dk, dv, *grads = backward_p.bind(
         q, k, v, o, m, l, do, *extra, call=call, names=names, wanted=wanted, apart=(1,) * len(wanted)
     )
     return dq, dk, dv, dict(zip(wanted, grads, strict=True))
@@ -196,62 +196,5 @@ def _eager(primitive: Primitive, params: tuple[tuple[str, Any], ...]):
     return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
 
-_forward_p = _primitive("flash_attention_fwd", _forward_shapes, _forward, sharding.forward)
-_backward_p = _primitive("flash_attention_bwd", _backward_shapes, _backward, sharding.backward)
-
-
-# jax.vmap: the new axis joins the batch.
-
-
-def _fold(size: int, x: Array, dim: int | None) -> Array:
-    """`[B, ...]` with a mapped axis somewhere, or none -> `[size * B, ...]`."""
-    x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
-    return x.reshape(size * x.shape[1], *x.shape[2:])
-
-
-def _fold_operand(size: int, batch: int, x: Array, dim: int | None) -> Array:
-    """An operand likewise. One that is not mapped stays as it is: batch s * B + b reads it at b % n, as b did."""
-    if dim is None:
-        return x
-    x = jnp.moveaxis(x, dim, 0)
-    x = jnp.broadcast_to(x[:, None], (size, batch // x.shape[1] if x.shape[1] else 1, *x.shape[1:]))
-    return x.reshape(-1 if x.size else size * batch, *x.shape[3:])
-
-
-def _mapped_size(operands, dims) -> int:
-    return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-
-
-def _batch_forward(args, dims, *, call: Call, names):
-    size = _mapped_size(args, dims)
-    q, k, v = (_fold(size, x, d) for x, d in zip(args[:3], dims[:3], strict=True))
-    batch = q.shape[0] // size
-    operands = (_fold_operand(size, batch, x, d) for x, d in zip(args[3:], dims[3:], strict=True))
-    out = _forward_p.bind(q, k, v, *operands, call=call, names=names)
-    return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
-
-
-def _batch_backward(args, dims, *, call: Call, names, wanted, apart):
-    size, end = _mapped_size(args, dims), 7 + len(names)
-    arrays = [_fold(size, x, d) for x, d in zip(args[:7], dims[:7], strict=True)]
-    batch = arrays[0].shape[0] // size
-    operands = [_fold_operand(size, batch, x, d) for x, d in zip(args[7:end], dims[7:end], strict=True)]
-    dlse = [_fold(size, x, d) for x, d in zip(args[end:], dims[end:], strict=True)]
-    # Each of the mapped calls has gradients of its own. An operand that is not mapped is summed apart for each; one
-    # that is has them in its batch axis, which may now be longer than it was.
-    mapped = [dims[7 + names.index(name)] is not None for name in wanted]
-    inner = tuple(1 if m else n * size for m, n in zip(mapped, apart, strict=True))
-    out = _backward_p.bind(*arrays, *operands, *dlse, call=call, names=names, wanted=wanted, apart=inner)
-    results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
-    for x, name, m, n in zip(out[3:], wanted, mapped, apart, strict=True):
-        x = x.reshape(size, -1, *x.shape[1:])
-        i = names.index(name)
-        own = args[7 + i].shape[1 if dims[7 + i] == 0 else 0] if m else x.shape[1] // n
-        if m and x.shape[1] != n * own:
-            x = x.reshape(size, n, -1, own, *x.shape[2:]).sum(2).reshape(size, n * own, *x.shape[2:])
-        results.append(x)
-    return results, [0] * len(results)
-
-
-batching.primitive_batchers[_forward_p] = _batch_forward
-batching.primitive_batchers[_backward_p] = _batch_backward
+forward_p = _primitive("flash_attention_fwd", _forward_shapes, _forward, sharding.forward)
+backward_p = _primitive("flash_attention_bwd", _backward_shapes, _backward, sharding.backward)

@@ -1,0 +1,62 @@
+"""`jax.vmap` of the two primitives: the new axis joins the batch, and what is not mapped is not copied."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.interpreters import batching
+
+from .call import Call
+from .define import backward_p, forward_p
+
+
+def _fold(size: int, x: Array, dim: int | None) -> Array:
+    """`[B, ...]` with a mapped axis somewhere, or none -> `[size * B, ...]`."""
+    x = jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+    return x.reshape(size * x.shape[1], *x.shape[2:])
+
+
+def _fold_operand(size: int, batch: int, x: Array, dim: int | None) -> Array:
+    """An operand likewise. One that is not mapped stays as it is: batch s * B + b reads it at b % n, as b did."""
+    if dim is None:
+        return x
+    x = jnp.moveaxis(x, dim, 0)
+    x = jnp.broadcast_to(x[:, None], (size, batch // x.shape[1] if x.shape[1] else 1, *x.shape[1:]))
+    return x.reshape(-1 if x.size else size * batch, *x.shape[3:])
+
+
+def _mapped_size(operands, dims) -> int:
+    return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+
+
+def _batch_forward(args, dims, *, call: Call, names):
+    size = _mapped_size(args, dims)
+    q, k, v = (_fold(size, x, d) for x, d in zip(args[:3], dims[:3], strict=True))
+    batch = q.shape[0] // size
+    operands = (_fold_operand(size, batch, x, d) for x, d in zip(args[3:], dims[3:], strict=True))
+    out = forward_p.bind(q, k, v, *operands, call=call, names=names)
+    return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
+
+
+def _batch_backward(args, dims, *, call: Call, names, wanted, apart):
+    size, end = _mapped_size(args, dims), 7 + len(names)
+    arrays = [_fold(size, x, d) for x, d in zip(args[:7], dims[:7], strict=True)]
+    batch = arrays[0].shape[0] // size
+    operands = [_fold_operand(size, batch, x, d) for x, d in zip(args[7:end], dims[7:end], strict=True)]
+    dlse = [_fold(size, x, d) for x, d in zip(args[end:], dims[end:], strict=True)]
+    # Each of the mapped calls has gradients of its own. An operand that is not mapped is summed apart for each; one
+    # that is has them in its batch axis, which may now be longer than it was.
+    mapped = [dims[7 + names.index(name)] is not None for name in wanted]
+    inner = tuple(1 if m else n * size for m, n in zip(mapped, apart, strict=True))
+    out = backward_p.bind(*arrays, *operands, *dlse, call=call, names=names, wanted=wanted, apart=inner)
+    results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
+    for x, name, m, n in zip(out[3:], wanted, mapped, apart, strict=True):
+        x = x.reshape(size, -1, *x.shape[1:])
+        i = names.index(name)
+        own = args[7 + i].shape[1 if dims[7 + i] == 0 else 0] if m else x.shape[1] // n
+        if m and x.shape[1] != n * own:
+            x = x.reshape(size, n, -1, own, *x.shape[2:]).sum(2).reshape(size, n * own, *x.shape[2:])
+        results.append(x)
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[forward_p] = _batch_forward
+batching.primitive_batchers[backward_p] = _batch_backward
