@@ -142,15 +142,17 @@ def test_what_json_cannot_say_is_not_kept(kept):
 
 
 def test_least_recently_used_goes_first(tmp_path):
-    small = store.Store(tmp_path / "kernels", 4600)
-    for i in range(4):
-        small.put(f"key {i}", META, {"a": os.urandom(900)})
-        os.utime(small.path(f"key {i}"), (1000 + i, 1000 + i))
-    assert small.get("key 0")  # and is used now
-    small.put("key 4", META, {"a": os.urandom(900)})
-    here = [i for i in range(5) if small.path(f"key {i}").exists()]
-    assert here == [0, 3, 4]
-    assert sum(entry.size for entry in small.entries()) <= small.limit
+    """The first write of a process looks at the size of all that is there; what has just been used stays."""
+    large, small = (store.Store(tmp_path / "kernels", limit) for limit in (2**20, 20000))
+    for i in range(20):
+        large.put(f"key {i}", META, {"a": os.urandom(900)})
+        os.utime(large.path(f"key {i}"), (1000 + i, 1000 + i))
+    assert sum(entry.size for entry in large.entries()) > small.limit
+    assert small.get("key 0")
+    small.put("key 20", META, {"a": os.urandom(900)})
+    here = [i for i in range(21) if small.path(f"key {i}").exists()]
+    assert here == [0, *range(21 - len(here) + 1, 21)]
+    assert 0.8 * small.limit < sum(entry.size for entry in small.entries()) <= small.limit
 
 
 def test_leavings_are_bounded(kept):
