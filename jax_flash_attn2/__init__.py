@@ -4,6 +4,7 @@ Beside what is imported here: `jax_flash_attn2.flax` and `jax_flash_attn2.equino
 """
 
 from .base.spec import Config
+from .base.version import VERSION as __version__
 from .call.api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
 from .call.explain import Explanation, explain, supported
 from .drop_in import dot_product_attention
@@ -14,6 +15,7 @@ __all__ = [
     "EXPORT_DISABLED_CHECKS",
     "Config",
     "Explanation",
+    "__version__",
     "dot_product_attention",
     "explain",
     "flash_attention",
@@ -21,4 +23,3 @@ __all__ = [
     "gpu_target",
     "supported",
 ]
-__version__ = "0.1.0"

@@ -1,8 +1,10 @@
 """Settings of every test process: CPU, eight devices, and JAX at its strictest about dtypes."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_FLASH_ATTN2_CACHE", str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "kernels"))
 
 import jax
 import pytest

@@ -311,8 +311,9 @@ def _words(seed: Any, *, of_sign: bool) -> tuple[Any, Any]:
     """The low and the high 32 bits. The high ones of shorter integers are 0, or those of their sign."""
     if not isinstance(seed, np.ndarray):
         return _words_of(seed, of_sign)
-    high = seed >> 32 if seed.dtype.itemsize == 8 else (seed.astype(np.int64) >> 32) * of_sign
-    return (seed & 0xFFFFFFFF).astype(np.uint32), (high & 0xFFFFFFFF).astype(np.uint32)
+    wide = seed if seed.dtype.itemsize == 8 else seed.astype(np.int64)
+    high = wide >> 32 if of_sign or wide is seed else wide * 0
+    return (wide & 0xFFFFFFFF).astype(np.uint32), (high & 0xFFFFFFFF).astype(np.uint32)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)

@@ -55,6 +55,11 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _whole(multiple: int, block: int, lengths: Any) -> int:
+    """`block` if tiles of that many rows end where the sequence does, else 1."""
+    return block if lengths is None and multiple >= block else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """What a call computes, whatever its shapes: the part that vmap and sharding leave alone."""
@@ -130,6 +135,20 @@ class Spec:
             multiple_q=math.gcd(q.shape[1], 128),
             multiple_k=math.gcd(k.shape[1], 128),
         )
+
+    def told_apart(self, config: "Tuned") -> "Spec":
+        """The same, with only as much of `multiple_q` and `multiple_k` as kernels with these tiles ask about: two specs
+        that make the same code become equal, and it is compiled once.
+
+        They ask whether an edge can be ragged (not where lengths cut it anyway), and how a row of an operand is
+        aligned: a load is 16 bytes at most, so beyond 16 elements it makes no difference.
+        """
+        axes = [operand for name, operand in self.operands if name not in BLOCK_LISTS] + [self.dbias]
+        multiple_q = _whole(self.multiple_q, config.block_m, self.q_lengths)
+        multiple_k = _whole(self.multiple_k, config.block_n, self.kv_lengths)
+        if any(operand is not None and operand.cols for operand in axes):
+            multiple_k = max(multiple_k, min(self.multiple_k, 16))
+        return dataclasses.replace(self, multiple_q=multiple_q, multiple_k=multiple_k)
 
     def _operand(self, name: str) -> Operand | None:
         return next((operand for n, operand in self.operands if n == name), None)

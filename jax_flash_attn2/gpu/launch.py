@@ -1,22 +1,34 @@
 """Launches kernels on a GPU through jax-triton; the only file that imports it."""
 
 import functools
+import hashlib
 import inspect
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax_triton as jt
+import triton
 from jax import Array
 from jax.interpreters import partial_eval
 from jax_triton import triton_lib
+from triton._C import libtriton
 
+from .. import kernels
 from ..base.errors import shared_memory_error
 from ..base.spec import Spec, Tuned
+from ..kernels import bwd, fwd  # noqa: F401  loaded now, so that what is hashed is what is compiled
+from . import cache
 from .passes import Rows
 from .target import Target
 
 # Triton 3.9 warns when this is left unset and 3.10 turns it off, at 13% more instructions in the hot loop.
 _OPTIONS = {"enable_fp_fusion": True}
+# The SHA-256 of jax-triton's `_compile_kernel` (0.4.1). `_rebuilt` does what the end of that function does; where it
+# is another, nothing is kept.
+_KNOWN = ("e19dbe877090a5c0c16b1c6620be5aaf799316f1f021e832dbbcf89c379440c5",)
 
 
 def run(
@@ -73,23 +85,99 @@ def _mend_dce() -> None:
     rules[triton_lib.triton_kernel_call_p] = mended
 
 
-def _check_shared_memory() -> None:
-    """Refuses one of our kernels that does not fit its chip when it is compiled, not when it is launched."""
+def _compiler() -> dict[str, Any] | None:
+    """What compiles kernels, beside its arguments; None if that is not known well enough to keep what it makes.
+
+    The library's size stands for builds that share a version: to hash it, as Triton does, takes a second.
+    """
+    try:
+        known = inspect.getsource(triton_lib.TritonFunction._compile_kernel).encode()
+    except OSError:
+        return None
+    source = cache.sources(kernels.__path__[0])
+    if source is None or hashlib.sha256(known).hexdigest() not in _KNOWN:
+        return None
+    return {
+        "source": source,
+        "triton": (triton.__version__, os.path.getsize(libtriton.__file__)),
+        "jax_triton": jt.__version__,
+        "scratch": triton_lib.jaxlib_version > (0, 11, 0),  # else jaxlib takes no kernel that needs any
+    }
+
+
+def _key(fn: Any, spec: Any, gpu_target: Any, backend_options: Any) -> str | None:
+    if _COMPILER is None or triton_lib._JAX_TRITON_DUMP_DIR:  # a dump needs what is not kept
+        return None
+    return cache.key(
+        kernel=f"{fn.__module__}.{fn.__name__}",
+        target=gpu_target,
+        signature=spec.signature,
+        specialization=spec.specialization,
+        attrs=spec.attrs,
+        constants=spec.constants,
+        options=dict(sorted(backend_options.items())),
+        environment=cache.environment() | getattr(libtriton, "get_cache_invalidating_env_vars", dict)(),
+        **_COMPILER,
+    )
+
+
+def _keep(result: tuple, key: str, gpu_target: Any) -> None:
+    _, ttir, _, made = result
+    scratch = None if made.global_scratch_size is None else (made.global_scratch_size, made.global_scratch_align)
+    binary = made.binary.encode() if gpu_target.backend == "cuda" else Path(made.binary).read_bytes()
+    descriptors = None if made.tensordesc_meta is None else [dict(meta) for meta in made.tensordesc_meta]
+    kernel = cache.Compiled(made.name, made.shared_mem_bytes, scratch, descriptors, ttir, binary)
+    cache.save(key, kernel, target=f"{gpu_target.backend} {gpu_target.arch}", triton=triton.__version__)
+
+
+def _rebuilt(kernel: cache.Compiled, gpu_target: Any, backend_options: Any) -> tuple:
+    """What `_compile_kernel` returns, less the options, which only a dump wants."""
+    if gpu_target.backend == "cuda":
+        binary = kernel.binary.decode()
+    else:  # jaxlib takes a code object by the name of a file
+        file, binary = tempfile.mkstemp(dir=triton_lib._HSACO_TMPDIR.name)
+        with os.fdopen(file, "wb") as out:
+            out.write(kernel.binary)
+    arch = gpu_target.arch if isinstance(gpu_target.arch, int) else 0
+    warps, ctas = backend_options["num_warps"], backend_options["num_ctas"]
+    scratch = kernel.scratch or ()
+    build = triton_lib.triton_kernel_call_lib.TritonKernel
+    built = build(kernel.name, warps, ctas, kernel.shared, binary, kernel.ttir, arch, *scratch)
+    made = triton_lib.CompilationResult(
+        binary, kernel.name, kernel.shared, "", "", *(kernel.scratch or (None, None)), kernel.descriptors
+    )
+    return built, kernel.ttir, None, made
+
+
+def _wrap_compiler() -> None:
+    """Has our kernels looked up on disk before they are compiled, and refused if they do not fit their chip: now, and
+    not when they are launched."""
     compile_kernel = triton_lib.TritonFunction._compile_kernel
+    package = __name__.partition(".")[0]
 
     @functools.wraps(compile_kernel)
-    def checked(self, spec, gpu_target, backend, backend_options):
-        compiled = compile_kernel(self, spec, gpu_target, backend, backend_options)
-        if self.fn.__module__.startswith(__name__.partition(".")[0]):
-            target = Target(gpu_target.arch if gpu_target.backend == "cuda" else 0)
-            config, used = spec.constants["CFG"], compiled[-1].shared_mem_bytes
-            if used > target.shared_memory:
-                raise shared_memory_error(self.name, config, used, target)
-        return compiled
+    def wrapped(self, spec, gpu_target, backend, backend_options):
+        if self.fn.__module__.partition(".")[0] != package:
+            return compile_kernel(self, spec, gpu_target, backend, backend_options)
+        key = _key(self.fn, spec, gpu_target, backend_options)
+        kept = None if key is None else cache.load(key)
+        if kept is not None:
+            result = _rebuilt(kept, gpu_target, backend_options)
+        else:
+            result = compile_kernel(self, spec, gpu_target, backend, backend_options)
+            if key is not None:
+                _keep(result, key, gpu_target)
+        target = Target(gpu_target.arch if gpu_target.backend == "cuda" else 0)
+        used = result[-1].shared_mem_bytes
+        if used > target.shared_memory:
+            raise shared_memory_error(self.name, spec.constants["CFG"], used, target)
+        return result
 
-    triton_lib.TritonFunction._compile_kernel = checked
+    triton_lib.TritonFunction._compile_kernel = wrapped
 
 
 _mend_dce()
-if hasattr(triton_lib.TritonFunction, "_compile_kernel"):  # else jaxlib still refuses it, at launch
-    _check_shared_memory()
+_COMPILER = None
+if hasattr(triton_lib.TritonFunction, "_compile_kernel"):  # else jaxlib still refuses what does not fit, at launch
+    _COMPILER = _compiler()
+    _wrap_compiler()

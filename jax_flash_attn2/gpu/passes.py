@@ -71,7 +71,7 @@ def forward(
             *(seqlen_q, seqlen_k),
         ),
         (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, row, row if spec.rules.max_logits else None),
-        spec,
+        spec.told_apart(config),
         config,
     )
     return o, (m + jnp.log2(l)) * LN2, m, l, None if row_max is None else row_max * LN2
@@ -95,6 +95,9 @@ def backward(
     from ..kernels import bwd
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
+    spec = dataclasses.replace(
+        spec, rules=dataclasses.replace(spec.rules, max_logits=False)
+    )  # the forward pass's alone
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k = k.shape[1]
     row = _struct((batch, heads, seqlen_q), jnp.float32)
@@ -114,7 +117,7 @@ def backward(
             *(_struct(q.shape, q.dtype), row, row, row if spec.reshapes else None),
             *(row if name in wanted else None for name in ("scale", "slopes")),
         ),
-        spec,
+        spec.told_apart(config),
         config,
     )
 
@@ -129,7 +132,7 @@ def backward(
             *(delta, shift, norm, seqlen_q, seqlen_k),
         ),
         (_struct(k.shape, k.dtype), _struct(v.shape, v.dtype)),
-        spec,
+        spec.told_apart(config),
         config,
     )
 
@@ -151,7 +154,7 @@ def backward(
                 *(batch, seqlen_q, seqlen_k),
             ),
             (_struct(shape, operands["bias"].dtype if whole else jnp.float32),),
-            dataclasses.replace(spec, dbias=out),
+            dataclasses.replace(spec, dbias=out).told_apart(config),
             config,
         )
         return partial

@@ -1,0 +1,89 @@
+"""`python -m jax_flash_attn2 cache [show | verify | clear]`: the kernels that are kept on disk."""
+
+import argparse
+import collections
+import sys
+import time
+from collections.abc import Sequence
+
+from .gpu import store
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit status."""
+    parser = argparse.ArgumentParser("python -m jax_flash_attn2")
+    commands = parser.add_subparsers(title="commands", required=True)
+    cache = commands.add_parser(
+        "cache",
+        help="the compiled kernels that are kept on disk",
+        description=f"The compiled kernels that are kept on disk. {store.FOLDER} names another folder for them, or "
+        f"off; {store.SIZE} how many MiB they may take together ({store.DEFAULT_MIB}).",
+    )
+    cache.add_argument(
+        "what",
+        nargs="?",
+        choices=("show", "verify", "clear"),
+        default="show",
+        help="show: what is there (if nothing is named). verify: read every kernel, set aside those that are damaged; "
+        "exit status 1 if there were any. clear: remove them all.",
+    )
+    options = parser.parse_args(arguments)
+    kept = store.current()
+    if kept is None:
+        print(f"No kernels are kept: {store.FOLDER} is off, or there is no home folder.")
+        return 0
+    if (why := kept.refused()) is not None:
+        print(
+            f"{kept.folder} is not used, as {why}. Set {store.FOLDER} to a folder that only you may write to, or "
+            f"to off."
+        )
+        return 1
+    return {"show": show, "verify": verify, "clear": clear}[options.what](kept)
+
+
+def show(kept: store.Store) -> int:
+    """Prints where the kernels are, how many of each there are, their sizes and when they were last used."""
+    kernels, aside = kept.entries(), kept.entries(store.ASIDE)
+    print(f"folder     {kept.folder}")
+    total = sum(entry.size for entry in (*kernels, *aside)) / 2**20
+    print(f"kernels    {len(kernels)}, {total:.1f} of at most {kept.limit // 2**20} MiB")
+    print(f"set aside  {len(aside)}")
+    if kernels:
+        print(f"\n{'kernel':28}{'GPU':14}{'Triton':10}{'number':>7}{'KiB':>8}   last used")
+    for kind, entries in sorted(_by_kind(kernels).items()):
+        name, target, triton = kind
+        size = sum(entry.size for entry in entries) / 2**10
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(entry.used for entry in entries)))
+        print(f"{name:28}{target:14}{triton:10}{len(entries):7}{size:8.0f}   {used}")
+    return 0
+
+
+def _by_kind(kernels: Sequence[store.Entry]) -> dict[tuple[str, str, str], list[store.Entry]]:
+    kinds = collections.defaultdict(list)
+    for entry in kernels:
+        try:
+            meta = store.read(entry.path)[0]["meta"]
+            kind = (meta["name"], meta["shown"]["target"], meta["shown"]["triton"])
+        except (OSError, KeyError, store.Damaged):
+            kind = ("(cannot be read: verify)", "", "")
+        kinds[kind].append(entry)
+    return kinds
+
+
+def verify(kept: store.Store) -> int:
+    """Reads every kernel, and says which were set aside."""
+    bad = kept.verify()
+    for path, why in bad:
+        print(f"{path} was set aside: {why}")
+    print(f"{len(kept.entries())} kernels are whole, {len(bad)} were not, in {kept.folder}")
+    return 1 if bad else 0
+
+
+def clear(kept: store.Store) -> int:
+    """Removes them all."""
+    print(f"{kept.clear()} files were removed from {kept.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What is kept of a compiled kernel (`store.py` says where and how), and what it is known by.
+
+Knows Triton's words, but imports nothing of it: `launch` hands over what a compiler would be given.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..base.version import VERSION
+from . import store
+
+_HARMLESS = ("TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_HOME")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a launch needs of a kernel."""
+
+    name: str
+    """The entry point."""
+    shared: int
+    """Bytes of shared memory that one block uses."""
+    scratch: tuple[int, int] | None
+    """Bytes of global memory that one block uses, and their alignment."""
+    descriptors: list[dict[str, Any]] | None
+    """How each tensor descriptor is laid out."""
+    ttir: str
+    """Triton's intermediate code, which jaxlib keeps for dumps."""
+    binary: bytes
+    """PTX, or an AMD code object."""
+
+
+def sources(folder: str | Path) -> str | None:
+    """A hash of all Python files in a folder, by name and content; None if there are none to be seen."""
+    files = sorted(Path(folder).glob("*.py"))
+    text = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest() if text else None
+
+
+def environment() -> dict[str, str]:
+    """The variables that may change what Triton makes of a kernel."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_") and k not in _HARMLESS}
+
+
+def key(**given: Any) -> str | None:
+    """One text for all that decides what a kernel is compiled to; None if something has no lasting spelling."""
+    try:
+        return spell({"format": store.FORMAT, "package": VERSION, **given})
+    except TypeError:
+        return None
+
+
+def spell(x: Any) -> str:
+    """A text that is the same in every process for equal values of equal types, and differs for others.
+
+    Raises:
+      TypeError: for what is not made of numbers, texts, tuples, lists, mappings and dataclasses.
+    """
+    if x is None or type(x) in (bool, int, float, str):
+        return repr(x)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        fields = (f"{field.name}={spell(getattr(x, field.name))}" for field in dataclasses.fields(x))
+        return f"{type(x).__name__}({', '.join(fields)})"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{spell(k)}: {spell(v)}" for k, v in x.items()) + "}"
+    if isinstance(x, tuple | list):
+        return f"{'[' if isinstance(x, list) else '('}{', '.join(map(spell, x))}{']' if isinstance(x, list) else ')'}"
+    raise TypeError(f"{x!r} has no lasting spelling")
+
+
+def load(key: str) -> Compiled | None:
+    """The kernel of this key, if it was kept."""
+    where = store.current()
+    found = None if where is None else where.get(key)
+    if found is None:
+        return None
+    meta, parts = found
+    try:
+        scratch = meta["scratch"] and tuple(meta["scratch"])
+        texts = {"ttir": parts["ttir"].decode(), "binary": parts["binary"]}
+        return Compiled(meta["name"], meta["shared"], scratch, meta["descriptors"], **texts)
+    except (KeyError, UnicodeDecodeError):
+        return None  # of a working copy whose format changed without its number
+
+
+def save(key: str, kernel: Compiled, **shown: Any) -> None:
+    """Keeps a kernel. shown: what the listing says of it."""
+    if (where := store.current()) is None:
+        return
+    meta = {
+        "name": kernel.name,
+        "shared": kernel.shared,
+        "scratch": kernel.scratch and list(kernel.scratch),
+        "descriptors": kernel.descriptors,
+        "shown": shown,
+    }
+    where.put(key, meta, {"ttir": kernel.ttir.encode(), "binary": kernel.binary})
