@@ -6,6 +6,7 @@ dropped from the row at position i' where word `j % 4` of `philox(i', j // 4, 0,
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -57,12 +58,13 @@ def philox(c0, c1, c2, c3, k0, k1) -> tuple[Array, Array, Array, Array]:
 
 
 def _multiply(a: int, b: Array) -> tuple[Array, Array]:
-    """High and low word of a * b. By halves of 16 bits: JAX has no 64-bit integers unless x64 is on."""
-    a_low, a_high = np.uint32(a & 0xFFFF), np.uint32(a >> 16)
-    b_low, b_high = b & np.uint32(0xFFFF), b >> np.uint32(16)
-    middle = a_high * b_low + (a_low * b_low >> np.uint32(16))
-    carry = a_low * b_high + (middle & np.uint32(0xFFFF)) >> np.uint32(16)
-    return a_high * b_high + (middle >> np.uint32(16)) + carry, np.uint32(a) * b
+    """High and low word of a * b. XLA has 64-bit integers whether JAX's x64 is on or not."""
+    factor, half = lax.full_like(b, a), lax.full_like(b, 32)
+    with jax.enable_x64(True):
+        # Constants are widened, not written, as these: they pass through places where x64 is off.
+        factor, half, b = (lax.convert_element_type(x, jnp.uint64) for x in (factor, half, b))
+        product = factor * b
+        return tuple(lax.convert_element_type(x, jnp.uint32) for x in (product >> half, product))
 
 
 def _uint32(x: Any) -> Array:
