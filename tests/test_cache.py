@@ -109,7 +109,7 @@ def test_unwritable_is_one_warning(tmp_path, monkeypatch, why):
         monkeypatch.setattr(os, "replace", full_disk)
     assert store.current().get("key") is None
     with pytest.warns(
-        UserWarning, match=f"kernels cannot be written .*Set {store.FOLDER} to a folder that can"
+        UserWarning, match=f"kernels cannot be written .*Set {store.FOLDER} to a folder that can be"
     ) as seen:
         store.current().put("key", META, PARTS)
     store.current().put("another", META, PARTS)  # silently

@@ -144,7 +144,7 @@ class Store:
             _warn_once(
                 f"damaged {self.folder}",
                 f"{path} was set aside (as {ASIDE}), as {why}; the kernel is compiled anew. Any others go the same way "
-                f"silently; `python -m jax_flash_attn2 cache verify` lists them",
+                f"silently; `python -m jax_flash_attn2 cache verify` finds them all",
             )
             return None
         with contextlib.suppress(OSError):  # a folder that is only read
@@ -174,7 +174,7 @@ class Store:
             _warn_once(
                 f"unwritable {self.folder}",
                 f"{self.folder} cannot be written ({error}), so every process compiles its kernels again. "
-                f"Set {FOLDER} to a folder that can, or to off",
+                f"Set {FOLDER} to a folder that can be, or to off",
             )
 
     def _write(self, path: Path, content: bytes) -> None:
