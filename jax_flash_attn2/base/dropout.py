@@ -64,7 +64,7 @@ def _multiply(a: int, b: Array) -> tuple[Array, Array]:
         # Constants are widened, not written, as these: they pass through places where x64 is off.
         factor, half, b = (lax.convert_element_type(x, jnp.uint64) for x in (factor, half, b))
         product = factor * b
-        return tuple(lax.convert_element_type(x, jnp.uint32) for x in (product >> half, product))
+        return lax.convert_element_type(product >> half, jnp.uint32), lax.convert_element_type(product, jnp.uint32)
 
 
 def _uint32(x: Any) -> Array:
