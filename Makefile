@@ -7,8 +7,9 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 CUDA ?= cuda13
 JOBS ?= 2
 LOCK := requirements-dev.lock
-PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check
-# Python writes down what it makes of a module: without that, `import jax` takes three times as long in each process.
+# Python compiles a module when it is first imported, and keeps that: pip would compile all that is never imported too,
+# and where it is not kept, `import jax` takes three times as long in every process.
+PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 CPU := JAX_PLATFORMS=cpu
