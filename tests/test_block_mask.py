@@ -25,7 +25,7 @@ from checks import QUICK
 from reference import attention
 
 from jax_flash_attn2 import Config, explain, flash_attention, gpu_target, masks
-from jax_flash_attn2.masks import BlockMask, Mask, block
+from jax_flash_attn2.masks import BlockMask, Mask, block, building, sources
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -223,10 +223,10 @@ def test_no_logits_in_memory():
     text = jax.jit(grad).lower(x, x, x).compile(QUICK).as_text()
     assert f"{T},{T}" not in text
     shape = (1, 1, 4 * T, 4 * T)
-    source = block._OfPredicate(LOCAL)
-    memory = block._status.lower(source, shape, 128, 128).compile().memory_analysis()
+    source = sources.OfPredicate(LOCAL)
+    memory = building._status.lower(source, shape, 128, 128).compile().memory_analysis()
     at = jax.ShapeDtypeStruct((1024, 4), jnp.int32)
-    more = block._elements.lower(source, at, shape, 128, 128).compile().memory_analysis()
+    more = building._elements.lower(source, at, shape, 128, 128).compile().memory_analysis()
     used = [m.temp_size_in_bytes + m.output_size_in_bytes for m in (memory, more)]
     assert sum(used) <= 64 * 10**6
     made = BlockMask.from_predicate(LOCAL, shape)
@@ -244,7 +244,7 @@ WRONG = {
     "block_m": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, SK), block_m=48), ValueError, "block_m must be a power of two from 16 to 512, or None, got 48"),
     "block_n": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, SK), block_n=16), ValueError, "block_n must be a power of two from 32 to 512, or None, got 16"),
     "max_tiles": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, SK), max_tiles=0), ValueError, "max_tiles must be a positive integer or None (counted), got 0"),
-    "no_shape": (lambda: BlockMask.from_predicate(masks.causal(), (SQ, SK)), ValueError, "shape must be (B, H, Sq, Sk), got (150, 210)"),
+    "no_shape": (lambda: BlockMask.from_predicate(masks.causal(), (SQ, SK)), ValueError, "shape must be four lengths (B, H, Sq, Sk), got (150, 210)"),
     "no_keys": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, 0)), ValueError, "a block mask needs at least one batch, head, row and key, got shape (1, 1, 150, 0)"),
     "not_a_mask": (lambda: BlockMask.from_mask(masks.causal()), TypeError, "mask must be a Mask or an array [B, H, Sq, Sk], got _Causal"),
     "traced": (lambda: jax.jit(lambda n: call(lambda b, h, i, j: j < n))(3), ValueError, "this block mask depends on traced values, so that jit cannot know how many tiles it has"),

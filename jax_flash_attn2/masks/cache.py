@@ -10,7 +10,6 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments
-from . import predicates
 
 _Key = tuple[int, int, int | None, int | None, int, str]  # Sq, Sk, left, right, offset, dtype
 
@@ -77,7 +76,7 @@ class MaskCache:
         Raises:
           TypeError, ValueError: an argument does not fit.
         """
-        left, _ = predicates.window_pair("window", window)
+        left, _ = arguments.window_pair("window", window)
         return self.window(seqlen_q, seqlen_k, window=(left, 0), causal_alignment=causal_alignment, dtype=dtype)
 
     def window(
@@ -175,7 +174,7 @@ def _key(seqlen_q: Any, seqlen_k: Any, window: Any, alignment: Any, dtype: Any) 
     if alignment not in get_args(arguments.Alignment):
         raise ValueError(f"causal_alignment must be one of {get_args(arguments.Alignment)}, got {alignment!r}")
     offset = seqlen_k - seqlen_q if alignment == "bottom_right" else 0
-    return seqlen_q, seqlen_k, *predicates.window_pair("window", window), offset, _dtype(dtype)
+    return seqlen_q, seqlen_k, *arguments.window_pair("window", window), offset, _dtype(dtype)
 
 
 def _length(name: str, n: Any) -> int:
