@@ -72,7 +72,9 @@ def compiled_anew():
     from jax.experimental.compilation_cache import compilation_cache
 
     compilation_cache.reset_cache()  # which else remembers that it is on
-    yield from _setting("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
 
 

@@ -46,6 +46,7 @@ def test_values_and_gradients(case):
     assert_near(case, interpreted(case, block_ptr=False))
 
 
+@pytest.mark.thorough
 @hypothesis.settings(SETTINGS, max_examples=4)
 @hypothesis.given(drawn())
 def test_drawn_cases(case):

@@ -38,6 +38,7 @@ def test_values_and_gradients(case):
 TUNED = ("thousand", "thousand_keys", "causal", "ragged_causal", "segments_packed_causal", "everything")
 
 
+@pytest.mark.usefixtures("compiled_fully")
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in TUNED], ids=str)
 def test_tuned_blocks(case):
     """The block sizes that callers get who ask for none, compiled as for them."""
@@ -45,6 +46,7 @@ def test_tuned_blocks(case):
     assert_near(tuned, flash(tuned, quick=False))
 
 
+@pytest.mark.thorough
 @hypothesis.settings(SETTINGS, max_examples=6)
 @hypothesis.given(drawn())
 def test_drawn_cases(case):
