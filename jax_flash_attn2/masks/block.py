@@ -4,9 +4,7 @@ A mask costs what it lets through: empty tiles are not visited, full ones need n
 are stored, a bit each (`block_lists.py` has the format). Made once, used in every layer and pass.
 """
 
-import collections
 import dataclasses
-import threading
 from typing import Any
 
 import jax
@@ -14,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..base import arguments
+from ..base import arguments, errors
+from ..base.lru import Lru
 from ..base.spec import BLOCK_LISTS
 from ..tiles import block_lists
 from ..tiles.block_lists import EMPTY, FULL, PARTIAL
-from . import building, predicates, sources
+from . import building, evaluation, predicates, sources
 from .mask import Mask
+from .programs import Program
 
 
 @jax.tree_util.register_dataclass
@@ -69,9 +69,10 @@ class BlockMask:
           ValueError: sizes that do not fit, or that are missing under jit; more tiles than allowed, if that can be
             known (under jit `overflow` says so, and attention gives NaN).
         """
-        predicate = predicates.as_predicate(predicate)
-        shape, sizes = arguments.four_lengths("shape", shape), (block_m, block_n, max_tiles, max_parts)
-        return cls(*building.build(sources.OfPredicate(predicate), shape, *sizes))
+        predicate, shape = predicates.as_predicate(predicate), arguments.four_lengths("shape", shape)
+        predicate.check_shape(shape)
+        program = evaluation.trace(predicate)
+        return cls(*building.build(_of(program, shape), shape, block_m, block_n, max_tiles, max_parts))
 
     @classmethod
     def from_mask(
@@ -89,21 +90,25 @@ class BlockMask:
         index list is read as such. The other arguments are as in `from_predicate`.
         """
         if isinstance(mask, Array | np.ndarray):
-            mask = Mask.from_dense(jnp.asarray(mask))
+            mask = Mask.from_dense(mask)
         if not isinstance(mask, Mask):
             raise TypeError(
                 f"mask must be a Mask or an array [B, H, Sq, Sk], got {type(mask).__name__}; functions go to "
                 f"BlockMask.from_predicate"
             )
-        sizes = block_m, block_n, max_tiles, max_parts
+        sizes: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "max_tiles": max_tiles, "max_parts": max_parts}
         if mask.kind in ("full", "empty"):
             of_all = predicates.all_of() if mask.kind == "full" else predicates.any_of()
-            return cls(*building.build(sources.OfPredicate(of_all), mask.shape, *sizes))
-        if mask.kind == "sparse" and not _traced(mask):
-            mask = mask.to_indices()  # which checks it
-            rows = building.block_size("block_m", block_m, mask.shape[2], 16)
-            return cls(*building.build(sources.of_sparse(mask, rows), mask.shape, *sizes))
-        return cls(*building.build(sources.OfArray(jnp.asarray(mask.to_dense())), mask.shape, *sizes))
+            return cls.from_predicate(of_all, mask.shape, **sizes)
+        source: Any
+        if _traced(mask):
+            source = sources.OfTraced(mask.to_dense())
+        elif mask.kind == "sparse":
+            listed = mask.to_indices()  # which checks it
+            source = sources.OfIndices(mask.shape, *jax.device_get((listed.indices, listed.ptr, listed.data)))
+        else:
+            source = sources.OfArray(jax.device_get(mask.to_dense()))
+        return cls(*building.build(source, mask.shape, **sizes))
 
     def tiles(self) -> Array:
         """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial."""
@@ -169,45 +174,46 @@ def _held(seqlen: int, block: int) -> Array:
     return jnp.minimum(seqlen - jnp.arange(0, seqlen, block), block)
 
 
-def cached(predicate: predicates.ElementPredicate, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> BlockMask:
-    """`BlockMask.from_predicate`, made once for a predicate and shape, also under jit. The last 32 are kept.
+def _of(program: Program, shape: tuple[int, int, int, int]) -> sources.OfPredicate:
+    return sources.OfPredicate(program.on_device() if program.is_known else program, shape[3])
 
-    Batches and heads that the predicate does not look at are not asked about. Predicates are told apart by `==`: a
-    function equals itself only, so one that is written anew for each call is evaluated anew.
+
+block_mask_cache = Lru(maxsize=256, max_bytes=2**28)
+"""The block masks that `flash_attention(mask=predicate)` made last: `info()` says how many there are and what they
+hold, `clear()` forgets them, and `maxsize` and `max_bytes` bound them."""
+
+
+def cached(predicate: predicates.ElementPredicate, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> BlockMask:
+    """`BlockMask.from_predicate`, made once for a predicate and shape, also under jit; see `block_mask_cache`.
+
+    Batches and heads that the predicate does not look at are not asked about. Predicates of `predicates.py` and what
+    they combine to are told apart by `==`. Others are by what they do, which is traced at each call (about a
+    millisecond): so functions written anew for each call share a mask, and one that depends on an attribute or an array
+    that has changed meanwhile has another. Arrays of JAX are told apart by which they are.
 
     Raises:
-      ValueError: the predicate depends on traced values.
+      ValueError: the predicate depends on traced values, or holds arrays of other lengths.
     """
-    predicate = predicates.as_predicate(predicate)
-    with jax.ensure_compile_time_eval():
-        uses_b, uses_h = _uses(predicate)
-        shape = batch if uses_b else 1, heads if uses_h else 1, seqlen_q, seqlen_k
-        key = (predicate, shape, jax.config.jax_enable_x64)
-        with _lock:
-            if key in _cache:
-                _cache.move_to_end(key)
-                return _cache[key]
-        mask = BlockMask.from_predicate(predicate, shape)
-    with _lock:
-        _cache[key] = mask
-        while len(_cache) > _CACHED:
-            _cache.popitem(last=False)
-    return mask
+    predicate, shape = predicates.as_predicate(predicate), (batch, heads, seqlen_q, seqlen_k)
+    predicate.check_shape(shape)
+    fixed = predicate.is_fixed and not _traced(predicate)
+    program = None if fixed else evaluation.trace(predicate)
+    if program is not None and not program.is_known:
+        raise errors.traced_mask_error()
+
+    def make() -> BlockMask:
+        known = program or evaluation.trace(predicate)
+        uses_b, uses_h, *_ = known.steps.reads()
+        own = batch if uses_b else 1, heads if uses_h else 1, seqlen_q, seqlen_k
+        return BlockMask(*building.build(_of(known, own), own, None, None, None, None))
+
+    def nbytes(mask: BlockMask) -> int:
+        held = jax.tree.leaves(predicate) if program is None else program.held()
+        return sum(x.nbytes for x in (*held, *jax.tree.leaves(mask)))
+
+    own = predicate if program is None else program.key()
+    key = own, shape, jax.config.jax_enable_x64, jax.config.jax_threefry_partitionable
+    return block_mask_cache.get(key, make, nbytes)
 
 
-_CACHED = 32
-_cache: "collections.OrderedDict[Any, BlockMask]" = collections.OrderedDict()
-_lock = threading.Lock()
-
-
-def clear_cache() -> None:
-    """Forget the block masks that `flash_attention(mask=predicate)` made."""
-    with _lock:
-        _cache.clear()
-
-
-def _uses(predicate: predicates.Predicate) -> tuple[bool, bool]:
-    """Whether the predicate looks at the batch and at the head."""
-    jaxpr = jax.make_jaxpr(predicate)(*[jnp.int32(0)] * 4).jaxpr
-    read = {id(x) for eqn in jaxpr.eqns for x in eqn.invars} | {id(x) for x in jaxpr.outvars}
-    return id(jaxpr.invars[0]) in read, id(jaxpr.invars[1]) in read
+clear_cache = block_mask_cache.clear

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from . import evaluation
 
@@ -21,6 +20,23 @@ class Predicate:
     def __call__(self, b: Any, h: Any, i: Any, j: Any) -> Any:
         """Whether row i of head h of batch b sees key j: a 0-d bool of 0-d int32."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(self, b, h, i, j)")
+
+    def check_shape(self, shape: tuple[int, int, int, int]) -> None:
+        """Raises a ValueError where arrays that it holds do not have the lengths of a mask (B, H, Sq, Sk).
+
+        Called before a mask of that shape is made. A predicate of your own that holds arrays may define it.
+        """
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether what it does cannot change, so that to look at which predicate it is, is enough."""
+        return False
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"a predicate is neither true nor false, got {self!r} where Python asks for one (and, or, not, if): "
+            f"combine predicates by &, | and ~"
+        )
 
     def __and__(self, other: Any) -> "Predicate":
         return all_of(self, other) if callable(other) else NotImplemented
@@ -66,8 +82,16 @@ class _Function(Predicate):
 class _All(Predicate):
     parts: tuple[Predicate, ...]
 
+    def check_shape(self, shape):
+        for part in self.parts:
+            part.check_shape(shape)
+
+    @property
+    def is_fixed(self):
+        return all(part.is_fixed for part in self.parts)
+
     def __call__(self, b, h, i, j):
-        seen = jnp.asarray(True)
+        seen = True
         for part in self.parts:
             seen = seen & evaluation.seen(part, b, h, i, j)
         return seen
@@ -78,8 +102,16 @@ class _All(Predicate):
 class _Any(Predicate):
     parts: tuple[Predicate, ...]
 
+    def check_shape(self, shape):
+        for part in self.parts:
+            part.check_shape(shape)
+
+    @property
+    def is_fixed(self):
+        return all(part.is_fixed for part in self.parts)
+
     def __call__(self, b, h, i, j):
-        seen = jnp.asarray(False)
+        seen = False
         for part in self.parts:
             seen = seen | evaluation.seen(part, b, h, i, j)
         return seen
@@ -89,6 +121,13 @@ class _Any(Predicate):
 @dataclasses.dataclass(frozen=True)
 class _Not(Predicate):
     part: Predicate
+
+    def check_shape(self, shape):
+        self.part.check_shape(shape)
+
+    @property
+    def is_fixed(self):
+        return self.part.is_fixed
 
     def __call__(self, b, h, i, j):
         return ~evaluation.seen(self.part, b, h, i, j)

@@ -1,5 +1,6 @@
 """How a predicate is evaluated: on every combination of batches, heads, rows and keys, each answer checked."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments
+from .programs import Program
 
 
 def evaluate(
@@ -33,20 +35,46 @@ def evaluate(
       TypeError: the predicate returns something else than a bool.
       ValueError: it does not return a single one, or indices are not 1-D.
     """
-    check_callable(predicate)
     indices = [integers(name, x, (name.upper(),)) for name, x in zip("bhij", (b, h, i, j), strict=True)]
+    return _evaluate(trace(predicate), *indices)
 
-    def element(b, h, i, j):
-        return seen(predicate, b, h, i, j)
 
-    for axis in (3, 2, 1, 0):  # the innermost first, so that it ends up last
-        element = jax.vmap(element, [0 if n == axis else None for n in range(4)])
-    return element(*(jnp.asarray(x) for x in indices))
+def trace(predicate: Callable[..., Any]) -> Program:
+    """What the predicate does, as a program of four 0-d int32.
+
+    Raises:
+      TypeError, ValueError: as `evaluate`.
+    """
+    check_callable(predicate)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    return Program.of(lambda b, h, i, j: seen(predicate, b, h, i, j), *[index] * 4)
+
+
+@functools.partial(jax.jit, inline=True)
+def _evaluate(program: Program, b: Array, h: Array, i: Array, j: Array) -> Array:
+    return jax.vmap(jax.vmap(over(program, i, j), (None, 0)), (0, None))(b, h)
+
+
+def over(program: Program, i: Array, j: Array) -> Callable[[Array, Array], Array]:
+    """The function of one batch and head that gives `[Q, K]`."""
+    rows = jax.vmap(jax.vmap(program, (None, None, None, 0)), (None, None, 0, None))
+    return lambda b, h: rows(b, h, i, j)
 
 
 def seen(predicate: Callable[..., Any], b: Any, h: Any, i: Any, j: Any) -> Array:
     """The predicate's answer, checked: a 0-d bool."""
-    answer = predicate(b, h, i, j)
+    try:
+        answer = predicate(b, h, i, j)
+    except (jax.errors.TracerIntegerConversionError, jax.errors.TracerArrayConversionError) as error:
+        raise TypeError(
+            f"{predicate!r} must compute with indices that are traced, got a list or a NumPy array that is indexed by "
+            f"one, or NumPy's functions; make jnp.asarray of it, and use jnp's functions"
+        ) from error
+    except jax.errors.TracerBoolConversionError as error:
+        raise TypeError(
+            f"{predicate!r} must compute with indices that are traced, got one whose truth is asked for (if, and, or, "
+            f"not, while, min, max); use jnp.where, &, | and ~"
+        ) from error
     if not isinstance(answer, bool | np.bool_) and (
         not isinstance(answer, Array | np.ndarray) or answer.dtype != jnp.bool_
     ):

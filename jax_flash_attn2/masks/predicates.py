@@ -13,6 +13,7 @@ evaluates more indices than there are rows and keys has to cut off the rest hims
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -43,9 +44,17 @@ __all__ = [
 # What they are made of. Static values are part of a pytree's structure, arrays its leaves.
 
 
+class _Fixed(Predicate):
+    """One of static values, or of arrays that nobody writes to."""
+
+    @property
+    def is_fixed(self) -> bool:
+        return True
+
+
 @pytree()
 @dataclasses.dataclass(frozen=True)
-class _Causal(Predicate):
+class _Causal(_Fixed):
     offset: int
 
     def __call__(self, b, h, i, j):
@@ -54,7 +63,7 @@ class _Causal(Predicate):
 
 @pytree()
 @dataclasses.dataclass(frozen=True)
-class _SlidingWindow(Predicate):
+class _SlidingWindow(_Fixed):
     left: int | None
     right: int | None
     offset: int
@@ -68,7 +77,7 @@ class _SlidingWindow(Predicate):
 
 @pytree()
 @dataclasses.dataclass(frozen=True)
-class _Dilated(Predicate):
+class _Dilated(_Fixed):
     window: int
     dilation: int
     offset: int
@@ -80,14 +89,14 @@ class _Dilated(Predicate):
 
 @pytree()
 @dataclasses.dataclass(frozen=True)
-class _Sinks(Predicate):
+class _Sinks(_Fixed):
     size: int
 
     def __call__(self, b, h, i, j):
         return j < self.size
 
 
-class _OfArrays(Predicate):
+class _OfArrays(_Fixed):
     """One that holds arrays; the dataclasses derived from it compare by identity."""
 
     def __repr__(self) -> str:
@@ -102,6 +111,9 @@ class _OfArrays(Predicate):
 class _Prefix(_OfArrays):
     size: Any  # [1 or B]
 
+    def check_shape(self, shape):
+        _check("prefix", self.size, shape, "B")
+
     def __call__(self, b, h, i, j):
         return j < take(self.size, (b,), 0)
 
@@ -111,6 +123,10 @@ class _Prefix(_OfArrays):
 class _Documents(_OfArrays):
     q_ids: Any  # [1 or B, Sq]
     kv_ids: Any  # [1 or B, Sk]
+
+    def check_shape(self, shape):
+        _check("q_ids of documents", self.q_ids, shape, "B", "Sq")
+        _check("kv_ids of documents", self.kv_ids, shape, "B", "Sk")
 
     def __call__(self, b, h, i, j):
         mine = take(self.q_ids, (b, i), -1)
@@ -122,6 +138,9 @@ class _Documents(_OfArrays):
 class _Padding(_OfArrays):
     mask: Any  # [1 or B, Sk]
 
+    def check_shape(self, shape):
+        _check("mask of padding", self.mask, shape, "B", "Sk")
+
     def __call__(self, b, h, i, j):
         return take(self.mask, (b, j), False)
 
@@ -130,6 +149,9 @@ class _Padding(_OfArrays):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Dense(_OfArrays):
     mask: Any  # [1 or B, 1 or H, 1 or Sq, 1 or Sk]
+
+    def check_shape(self, shape):
+        _check("mask of from_dense", self.mask, shape, *_AXES, broadcast=_AXES)
 
     def __call__(self, b, h, i, j):
         own = tuple(0 if n == 1 else x for n, x in zip(self.mask.shape, (b, h, i, j), strict=True))
@@ -191,7 +213,7 @@ def padding(mask: Array | np.ndarray) -> Predicate:
     """Rows see the keys that are real: mask `[B or 1, Sk]` or `[Sk]`, bool or integers, True or nonzero = real."""
     if not _is_array(mask) or not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
         raise TypeError(f"mask must be an array of booleans or integers [B, Sk], got {arguments.describe(mask)}")
-    return _Padding(with_axes("mask", mask if mask.dtype == jnp.bool_ else mask != 0, ("B", "Sk")))
+    return _Padding(_kept(with_axes("mask", mask if mask.dtype == jnp.bool_ else _nonzero(mask), ("B", "Sk"))))
 
 
 def from_dense(mask: Array | np.ndarray) -> Predicate:
@@ -200,10 +222,25 @@ def from_dense(mask: Array | np.ndarray) -> Predicate:
         raise TypeError(
             f"mask must be an array of booleans (True: seen), got {arguments.describe(mask)}; of numbers, mask != 0"
         )
-    return _Dense(with_axes("mask", mask, ("B", "H", "Sq", "Sk"), least=0))
+    return _Dense(_kept(with_axes("mask", mask, _AXES, least=0)))
 
 
 # One argument each.
+
+
+_AXES = "B", "H", "Sq", "Sk"
+
+
+def _check(name: str, x: Any, shape: tuple[int, ...], *axes: str, broadcast: tuple[str, ...] = ("B",)) -> None:
+    """Raises unless x has the lengths of a mask's axes, or 1 along those that broadcast."""
+    want = tuple(shape[_AXES.index(axis)] for axis in axes)
+    ones = tuple(axis in broadcast for axis in axes)
+    if any(n != m and not (one and n == 1) for n, m, one in zip(x.shape, want, ones, strict=True)):
+        wanted = ", ".join(f"{axis} or 1" if one else axis for axis, one in zip(axes, ones, strict=True))
+        raise ValueError(
+            f"{name} must have shape [{wanted}] = {want}, as the mask [B, H, Sq, Sk] is {tuple(shape)}, got shape "
+            f"{tuple(x.shape)}"
+        )
 
 
 def _offset(offset: Any) -> int:
@@ -231,3 +268,15 @@ def _natural(name: str, n: Any, least: int = 0, none: str = "") -> int:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, Array | np.ndarray)
+
+
+def _kept(x: Any) -> Any:
+    """x as it is now: an array of NumPy's may be written to later."""
+    return x.copy() if isinstance(x, np.ndarray) else x
+
+
+def _nonzero(x: Any) -> Any:
+    return x != 0 if isinstance(x, np.ndarray) else _not_0(x)
+
+
+_not_0 = jax.jit(lambda x: x != 0, inline=True)

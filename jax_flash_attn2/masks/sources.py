@@ -1,19 +1,27 @@
-"""Where a block mask's elements come from: source(b, h, rows, cols) -> `[rows, cols]`, booleans or weights.
+"""Where a block mask's elements come from, be they known or traced.
 
-Indices past the end of the sequences may be asked for; what comes is ignored.
+A source whose arrays are known has a `band` of them:
+
+  source.band(b, h, start, rows, width, at_once): rows from `start` on, at most `rows` of them and at least those that
+  there are, in NumPy. Booleans come as words, uint32 `[rows, width / 32]`, lowest bit first; weights as they are,
+  `[rows, width]`. Keys past the end are 0. A source that computes them looks at about `at_once` elements together.
+
+One whose arrays are traced is a pytree, and is called:
+
+  source(b, h, rows, cols): `[rows, cols]` elements on the device, booleans or weights. What is past the end of the
+  sequences may be asked for; what comes for it is ignored.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from ..base.spec import next_power_of_two
 from . import evaluation
-from .combining import Predicate
-from .mask import Mask
+from .programs import Program
 
 
 @jax.tree_util.register_dataclass
@@ -21,57 +29,85 @@ from .mask import Mask
 class OfPredicate:
     """A predicate's."""
 
-    predicate: Predicate
+    program: Program
+    """Of `evaluation.trace`."""
+    seqlen_k: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, b, h, rows, cols):
-        """What the source is: see the top of this file."""
-        return evaluation.evaluate(self.predicate, b[None], h[None], rows, cols)[0, 0]
+        """What is seen, as above."""
+        return evaluation.over(self.program, rows, cols)(b, h)
+
+    def band(self, b, h, start, rows, width, at_once):
+        """Words, as above."""
+        cols = max(min(at_once // rows // 32 * 32, width), 32)
+        places = [jax.device_put(np.array([b, h, start, first], np.int32)) for first in range(0, width, cols)]
+        words = [jax.device_get(_words(self, at, rows, cols)) for at in places]
+        return np.concatenate(words, 1)[:, : width // 32]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _words(source: OfPredicate, at: Array, rows: int, cols: int) -> Array:
+    b, h, row, col = at
+    col = col + jnp.arange(cols, dtype=jnp.int32)
+    seen = source(b, h, row + jnp.arange(rows, dtype=jnp.int32), col) & (col < source.seqlen_k)
+    return lax.bitcast_convert_type(packed(seen), jnp.uint32).reshape(rows, -1)
+
+
+def packed(x: Array) -> Array:
+    """Booleans `[..]` as int32 words, lowest bit first."""
+    words = x.reshape(-1, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+    return lax.bitcast_convert_type(words.sum(1, dtype=jnp.uint32), jnp.int32)
+
+
+def packed_here(x: np.ndarray) -> np.ndarray:
+    """The same in NumPy: booleans `[rows, n]`, n a multiple of 32, as uint32 `[rows, n / 32]`."""
+    return np.packbits(x, axis=1, bitorder="little").view(np.dtype("<u4")).astype(np.uint32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class OfArray:
-    """A dense array's."""
+class OfTraced:
+    """A traced array's."""
 
     array: Array  # [B, H, Sq, Sk]
 
     def __call__(self, b, h, rows, cols):
-        """What the source is: see the top of this file."""
+        """Its elements, on the device."""
         plane = self.array[b % self.array.shape[0], h % self.array.shape[1]]
         return plane.at[rows].get(mode="clip").at[:, cols].get(mode="clip")
 
 
-@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfArray:
+    """A dense array's, in NumPy."""
+
+    array: np.ndarray  # [B, H, Sq, Sk]
+
+    def band(self, b, h, start, rows, width, at_once):
+        """Its elements; `at_once` does not matter."""
+        return _band(self.array[b, h, start : start + rows], width)
+
+
 @dataclasses.dataclass(frozen=True)
 class OfIndices:
-    """Those of a sparse `Mask`."""
+    """Those of a sparse `Mask`, in NumPy."""
 
-    mask: Mask
-    longest: int = dataclasses.field(metadata={"static": True})
-    """The entries of the rows that are asked for together, at most."""
+    shape: tuple[int, int, int, int]
+    indices: np.ndarray
+    ptr: np.ndarray
+    data: np.ndarray
 
-    def __call__(self, b, h, rows, cols):
-        """What the source is: see the top of this file."""
-        _, heads, seqlen_q, _ = self.mask.shape
-        ptr = self.mask.ptr
-        first = (b * heads + h) * seqlen_q + jnp.minimum(rows, seqlen_q)  # ptr's row; rows past the end are empty
-        begin, end = ptr[first[0]], ptr[jnp.minimum(first[-1] + 1, (b * heads + h + 1) * seqlen_q)]
-        place = begin + jnp.arange(self.longest, dtype=jnp.int32)
-        row = jnp.searchsorted(ptr[first], place, side="right") - 1
-        col = self.mask.indices.at[place].get(mode="fill", fill_value=-1) - cols[0]
-        inside = (place < end) & (col >= 0) & (col < cols.shape[0])
-        data = self.mask.data.at[place].get(mode="fill", fill_value=0)
-        tile = jnp.zeros((rows.shape[0], cols.shape[0]), jnp.float32)
-        tile = tile.at[row, jnp.where(inside, col, cols.shape[0])].add(data.astype(jnp.float32), mode="drop")
-        tile = jnp.minimum(tile, 1)
-        return tile != 0 if self.mask.dtype == jnp.bool_ else tile
+    def band(self, b, h, start, rows, width, at_once):
+        """Its entries; `at_once` does not matter."""
+        _, heads, seqlen_q, _ = self.shape
+        first, count = (b * heads + h) * seqlen_q + start, min(rows, seqlen_q - start)
+        ends = self.ptr[first : first + count + 1]
+        x = np.zeros((count, width), self.data.dtype)
+        own = slice(ends[0], ends[-1])
+        x[np.repeat(np.arange(count), np.diff(ends)), self.indices[own]] = self.data[own]
+        return _band(x, width)
 
 
-def of_sparse(mask: Mask, block_m: int) -> OfIndices:
-    """The source of a sparse mask whose values are known."""
-    ptr = np.asarray(mask.ptr)
-    planes, seqlen_q = mask.shape[0] * mask.shape[1], mask.shape[2]
-    starts = np.arange(0, seqlen_q, block_m)
-    first = np.arange(planes)[:, None] * seqlen_q
-    counts = ptr[first + np.minimum(starts + block_m, seqlen_q)] - ptr[first + starts]
-    return OfIndices(mask, next_power_of_two(max(int(counts.max(initial=0)), 1)))  # few sizes to compile for
+def _band(x: np.ndarray, width: int) -> np.ndarray:
+    x = np.pad(x, ((0, 0), (0, width - x.shape[1])))
+    return packed_here(x) if x.dtype == bool else x
