@@ -25,7 +25,7 @@ from checks import QUICK
 from reference import attention
 
 from jax_flash_attn2 import Config, explain, flash_attention, gpu_target, masks
-from jax_flash_attn2.masks import BlockMask, Mask, block
+from jax_flash_attn2.masks import BlockMask, Mask, block, evaluation, sources
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -169,25 +169,23 @@ def test_empty_and_full_masks():
         assert BlockMask.from_mask(mask).density() == share
 
 
-def test_predicates_are_made_once(monkeypatch):
+def held():
+    """The block masks in the cache, the last used at the end."""
+    return [mask for mask, _ in block.block_mask_cache._held.values()]
+
+
+def test_predicates_are_made_once():
     """Equal predicates share a block mask, under jit too, and what they do not look at is not asked."""
-    block.clear_cache()
+    masks.block_mask_cache.clear()
     for _ in range(2):
         jax.jit(lambda q: flash_attention(q, q, q, mask=masks.sliding_window(9)))(Q)
-    assert [mask.shape for mask in block._cache.values()] == [(1, 1, SQ, SQ)]
-    assert not any(isinstance(x, jax.core.Tracer) for mask in block._cache.values() for x in jax.tree.leaves(mask))
+    assert [mask.shape for mask in held()] == [(1, 1, SQ, SQ)]
+    assert not any(isinstance(x, jax.core.Tracer) for mask in held() for x in jax.tree.leaves(mask))
     flash_attention(Q, K, V, mask=lambda b, h, i, j: j <= i + h)
-    flash_attention(
-        Q,
-        K,
-        V,
-        mask=masks.documents(np.arange(2)[:, None] + np.arange(SQ) // 50, np.arange(2)[:, None] + np.arange(SK) // 50),
-    )
-    assert [mask.shape for mask in block._cache.values()][1:] == [(1, 2, SQ, SK), (2, 1, SQ, SK)]
-    monkeypatch.setattr(block, "_CACHED", 3)
-    flash_attention(Q, K, V, mask=masks.sinks(3))
-    assert [mask.shape for mask in block._cache.values()] == [(1, 2, SQ, SK), (2, 1, SQ, SK), (1, 1, SQ, SK)]
-    block.clear_cache()
+    ids = (np.arange(2)[:, None] + np.arange(n) // 50 for n in (SQ, SK))
+    flash_attention(Q, K, V, mask=masks.documents(*ids))
+    assert [mask.shape for mask in held()][1:] == [(1, 2, SQ, SK), (2, 1, SQ, SK)]
+    masks.block_mask_cache.clear()
 
 
 T, WINDOW, SINKS = 8192, 256, 64
@@ -223,12 +221,9 @@ def test_no_logits_in_memory():
     text = jax.jit(grad).lower(x, x, x).compile(QUICK).as_text()
     assert f"{T},{T}" not in text
     shape = (1, 1, 4 * T, 4 * T)
-    source = block._OfPredicate(LOCAL)
-    memory = block._status.lower(source, shape, 128, 128).compile().memory_analysis()
-    at = jax.ShapeDtypeStruct((1024, 4), jnp.int32)
-    more = block._elements.lower(source, at, shape, 128, 128).compile().memory_analysis()
-    used = [m.temp_size_in_bytes + m.output_size_in_bytes for m in (memory, more)]
-    assert sum(used) <= 64 * 10**6
+    source, at = sources.OfPredicate(evaluation.trace(LOCAL), 4 * T), jax.ShapeDtypeStruct((4,), jnp.int32)
+    memory = sources._words.lower(source, at, 128, 4 * T).compile().memory_analysis()
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 64 * 10**6
     made = BlockMask.from_predicate(LOCAL, shape)
     assert sum(x.nbytes for x in jax.tree.leaves(made)) <= 2**20
 
@@ -244,7 +239,7 @@ WRONG = {
     "block_m": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, SK), block_m=48), ValueError, "block_m must be a power of two from 16 to 512, or None, got 48"),
     "block_n": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, SK), block_n=16), ValueError, "block_n must be a power of two from 32 to 512, or None, got 16"),
     "max_tiles": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, SK), max_tiles=0), ValueError, "max_tiles must be a positive integer or None (counted), got 0"),
-    "no_shape": (lambda: BlockMask.from_predicate(masks.causal(), (SQ, SK)), ValueError, "shape must be (B, H, Sq, Sk), got (150, 210)"),
+    "no_shape": (lambda: BlockMask.from_predicate(masks.causal(), (SQ, SK)), ValueError, "shape must be four lengths (B, H, Sq, Sk), got (150, 210)"),
     "no_keys": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, 0)), ValueError, "a block mask needs at least one batch, head, row and key, got shape (1, 1, 150, 0)"),
     "not_a_mask": (lambda: BlockMask.from_mask(masks.causal()), TypeError, "mask must be a Mask or an array [B, H, Sq, Sk], got _Causal"),
     "traced": (lambda: jax.jit(lambda n: call(lambda b, h, i, j: j < n))(3), ValueError, "this block mask depends on traced values, so that jit cannot know how many tiles it has"),

@@ -174,7 +174,19 @@ def test_empty():
     [
         Case("padded", 40, 50, (4,), 1, 1, 16, block=(16, 16), bias="bk", causal=True),
         Case(
-            "padded_everything", 40, 40, (4,), 1, 1, 16, block=(16, 32), sinks=True, alibi="bh", dropout=0.2, mask="qk"
+            "padded_everything",
+            40,
+            40,
+            (4,),
+            1,
+            1,
+            16,
+            block=(16, 32),
+            sinks=True,
+            alibi="bh",
+            dropout=0.2,
+            mask="qk",
+            bias="bqk",
         ),
     ],
     ids=str,

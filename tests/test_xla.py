@@ -179,11 +179,11 @@ def test_nan_stays_where_it_is():
 
 
 PADDED = [
-    Case("padded", 50, 60, (4,), 2, 1, 16, block=(16, 16), bias="hk"),
-    Case("padded_causal", 60, 50, (4,), 2, 1, 16, block=(32, 16), causal=True, alignment="bottom_right"),
+    Case("padded", 50, 60, (4,), 2, 1, 16, block=(16, 16), bias="bk"),
+    Case("padded_causal", 60, 50, (4,), 2, 1, 16, block=(32, 16), causal=True, alignment="bottom_right", bias="bq"),
     Case(
         "padded_everything", 50, 50, (4,), 2, 2, 16, block=(16, 32), window=(20, 5), soft_cap=2.0, sinks=True,
-        alibi="bh", mask="qk", max_logits=True,
+        alibi="bh", bias="bhqk", mask="qk", max_logits=True,
     ),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -135,9 +136,25 @@ def integers(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], w
     """Integers that broadcast to `[*batch, *axes]`, in their own dtype: `[1|B, ...]`."""
     if is_integer(x):
         x = sent(np.asarray(x, np.int32))
+    return flat(name, integer_array(name, x, wanted), batch, axes, wanted)
+
+
+def integer_array(name: str, x: Any, wanted: str = "") -> Any:
+    """x itself, if it is an array of integers."""
     if not _are_integers(x):
-        raise TypeError(f"{name} must be an array of integers {wanted}, got {describe(x)}")
-    return flat(name, x, batch, axes, wanted)
+        raise TypeError(f"{name} must be an array of integers{wanted and ' '}{wanted}, got {describe(x)}")
+    return x
+
+
+def int32_array(name: str, x: Any, wanted: str = "") -> Any:
+    """x itself, if it is an array of integers that, as far as is known, int32 holds."""
+    x = integer_array(name, x, wanted)
+    if _is_wide(x.dtype) and x.size and not isinstance(x, jax.core.Tracer):
+        values = np.asarray(x)
+        least, largest = int(values.min()), int(values.max())
+        if least < _INT32.min or largest > _INT32.max:
+            raise ValueError(f"{name} must fit int32, got values from {least} to {largest}; number them anew, from 0")
+    return x
 
 
 def lengths(name: str, x: Any, batch: tuple[int, ...]) -> Array:
@@ -226,16 +243,21 @@ def per_head(name: str, x: Any, batch: tuple[int, ...], heads: int, dtype: Any) 
 
 def window(window: Any, causal: bool) -> tuple[int | None, int | None]:
     """How far to the left and right of its position a row sees."""
-    if window is None or is_integer(window):
-        window = (window, window)
-    if not isinstance(window, tuple | list) or len(window) != 2 or not all(n is None or is_integer(n) for n in window):
-        raise TypeError(
-            f"window_size must be an integer, a pair (left, right) of integers or None (no bound), got {window!r}"
-        )
-    if any(n is not None and n < 0 for n in window):
-        raise ValueError(f"window_size must not be negative, got {tuple(window)}; None means that there is no bound")
-    left, right = (None if n is None else min(int(n), FAR) for n in window)
+    left, right = window_pair("window_size", window)
     return left, 0 if causal else right
+
+
+def window_pair(name: str, window: Any) -> tuple[int | None, int | None]:
+    """A window named `name` as (left, right), which do not count a row's own position; an integer is both."""
+    pair = tuple(window) if isinstance(window, tuple | list) else (window, window)
+    if len(pair) != 2 or not all(n is None or is_integer(n) for n in pair):
+        raise TypeError(
+            f"{name} must be an integer, a pair (left, right) of integers or None (no bound), got {window!r}"
+        )
+    if any(n is not None and n < 0 for n in pair):
+        raise ValueError(f"{name} must not be negative, got {window!r}; None means that there is no bound")
+    left, right = (None if n is None else min(int(n), FAR) for n in pair)
+    return left, right
 
 
 def alignment(alignment: Any) -> Alignment:
@@ -350,6 +372,14 @@ def static_scale(scale: Any) -> float | None:
     if scale is None or (isinstance(scale, numbers.Real) and not isinstance(scale, bool)):
         return None if scale is None else float(scale)
     raise TypeError(f"softmax_scale must be a number here, got {describe(scale)}; flash_attention takes a traced one")
+
+
+def four_lengths(name: str, shape: Any) -> tuple[int, int, int, int]:
+    """A mask's shape."""
+    if not isinstance(shape, Sequence) or len(shape) != 4 or not all(is_integer(n) and n >= 0 for n in shape):
+        raise ValueError(f"{name} must be four lengths (B, H, Sq, Sk), got {shape!r}")
+    batch, heads, seqlen_q, seqlen_k = map(int, shape)
+    return batch, heads, seqlen_q, seqlen_k
 
 
 def boolean(name: str, x: Any) -> bool:

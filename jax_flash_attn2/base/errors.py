@@ -30,6 +30,14 @@ def no_gradient_of_weights_error() -> TypeError:
     )
 
 
+def traced_mask_error() -> ValueError:
+    """The tiles of a mask cannot be counted."""
+    return ValueError(
+        "this block mask depends on traced values, so that jit cannot know how many tiles it has: pass max_tiles and "
+        "max_parts to BlockMask, or make it outside of jit and pass it in as an argument"
+    )
+
+
 def not_on_this_platform_error() -> ValueError:
     """The kernels were insisted on where there is no GPU."""
     return ValueError(

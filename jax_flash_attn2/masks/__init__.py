@@ -1,6 +1,6 @@
 """Masks as data: predicates and builders, a cache, masks of weights, maskers, and block masks that the kernels read."""
 
-from .block import BlockMask
+from .block import BlockMask, block_mask_cache
 from .builders import causal_mask_comparison, causal_mask_tril, make_causal_mask
 from .cache import CacheInfo, MaskCache, causal_mask, causal_mask_cache
 from .dense import dense_attention
@@ -34,6 +34,7 @@ __all__ = [
     "TopKMasker",
     "all_of",
     "any_of",
+    "block_mask_cache",
     "causal",
     "causal_mask",
     "causal_mask_cache",

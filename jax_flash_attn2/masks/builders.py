@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ..base import arguments
 from . import predicates
 
 
@@ -50,7 +51,7 @@ def make_causal_mask(
     if segment_ids is not None:
         seen = seen & predicates.documents(_per_token("segment_ids", segment_ids, batch, length))
     if sliding_window is not None:
-        left, right = predicates.window_pair("sliding_window", sliding_window)
+        left, right = arguments.window_pair("sliding_window", sliding_window)
         seen = seen & predicates.sliding_window(left, right)
     rows = jnp.arange(length, dtype=jnp.int32)
     return predicates.evaluate(seen, jnp.arange(batch, dtype=jnp.int32), jnp.arange(1, dtype=jnp.int32), rows, rows)

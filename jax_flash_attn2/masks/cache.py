@@ -1,8 +1,6 @@
 """Dense causal masks that are built once and then looked up."""
 
-import collections
-import threading
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +8,14 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments
-from . import predicates
+from ..base.lru import CacheInfo, Lru
+
+__all__ = ["CacheInfo", "MaskCache", "build_window", "causal_mask", "causal_mask_cache"]
 
 _Key = tuple[int, int, int | None, int | None, int, str]  # Sq, Sk, left, right, offset, dtype
 
 
-class CacheInfo(NamedTuple):
-    """What a `MaskCache` has done since it was made or cleared, and what it holds."""
-
-    hits: int
-    misses: int
-    maxsize: int
-    currsize: int
-    """Masks held."""
-    nbytes: int
-    """Their memory."""
-
-
-class MaskCache:
+class MaskCache(Lru):
     """The causal (and window) masks last used, one for each (seqlen_q, seqlen_k, window, alignment, dtype).
 
     A mask holds Sq * Sk elements of its dtype on the default device: 64 MiB in bool at 8192 x 8192, four times that in
@@ -41,16 +29,7 @@ class MaskCache:
     """
 
     def __init__(self, maxsize: int = 32, max_bytes: int = 2**28):
-        for name, n in (("maxsize", maxsize), ("max_bytes", max_bytes)):
-            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-                raise ValueError(
-                    f"{name} must be an integer of at least 1, got {n!r}; where no cache is wanted, use none"
-                )
-        self.maxsize = maxsize
-        self.max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._masks: collections.OrderedDict[_Key, Array] = collections.OrderedDict()  # the last used at the end
-        self._hits = self._misses = self._nbytes = 0
+        super().__init__(maxsize, max_bytes)
 
     def causal(
         self,
@@ -77,7 +56,7 @@ class MaskCache:
         Raises:
           TypeError, ValueError: an argument does not fit.
         """
-        left, _ = predicates.window_pair("window", window)
+        left, _ = arguments.window_pair("window", window)
         return self.window(seqlen_q, seqlen_k, window=(left, 0), causal_alignment=causal_alignment, dtype=dtype)
 
     def window(
@@ -91,37 +70,8 @@ class MaskCache:
     ) -> Array:
         """The same without being causal: keys i' - left <= j <= i' + right. Arguments as of `causal`."""
         key = _key(seqlen_q, seqlen_k, window, causal_alignment, dtype)
-        with self._lock:  # held while a mask is built: whoever else asks for it waits for that instead of building it
-            mask = self._masks.get(key)
-            if mask is not None and not mask.is_deleted():  # as donating it to a jitted function would have done
-                self._hits += 1
-                self._masks.move_to_end(key)
-                return mask
-            self._misses += 1
-            self._forget(key)
-            mask = _build(*key)
-            if mask.nbytes <= self.max_bytes:
-                self._masks[key] = mask
-                self._nbytes += mask.nbytes
-                while len(self._masks) > self.maxsize or self._nbytes > self.max_bytes:
-                    self._forget(next(iter(self._masks)))
-            return mask
-
-    def _forget(self, key: _Key) -> None:
-        mask = self._masks.pop(key, None)
-        if mask is not None:
-            self._nbytes -= mask.nbytes
-
-    def info(self) -> CacheInfo:
-        """Hits and misses so far, and what is held."""
-        with self._lock:
-            return CacheInfo(self._hits, self._misses, self.maxsize, len(self._masks), self._nbytes)
-
-    def clear(self) -> None:
-        """Forgets all masks, and counts from 0 again."""
-        with self._lock:
-            self._masks.clear()
-            self._hits = self._misses = self._nbytes = 0
+        usable = lambda mask: not mask.is_deleted()  # as donating it to a jitted function does
+        return self.get(key, lambda: _build(*key), lambda mask: mask.nbytes, usable)
 
 
 causal_mask_cache = MaskCache()
@@ -175,7 +125,7 @@ def _key(seqlen_q: Any, seqlen_k: Any, window: Any, alignment: Any, dtype: Any) 
     if alignment not in get_args(arguments.Alignment):
         raise ValueError(f"causal_alignment must be one of {get_args(arguments.Alignment)}, got {alignment!r}")
     offset = seqlen_k - seqlen_q if alignment == "bottom_right" else 0
-    return seqlen_q, seqlen_k, *predicates.window_pair("window", window), offset, _dtype(dtype)
+    return seqlen_q, seqlen_k, *arguments.window_pair("window", window), offset, _dtype(dtype)
 
 
 def _length(name: str, n: Any) -> int:

@@ -4,15 +4,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
+
+from ..base import arguments
+from . import checks, entries, weighing
+from .checks import Mode
 
 Kind = Literal["dense", "sparse", "full", "empty"]
-Mode = Literal["sparse", "dense"]
 
 DEFAULT_MODE: Mode = "dense"
 """How masks are applied and merged where nobody says: `python -m benchmarks sparse_masks` checks this choice.
@@ -20,9 +23,6 @@ DEFAULT_MODE: Mode = "dense"
 Reading an array in order beats gathering and scattering entries unless almost nothing is stored, and merging entries
 has to sort them.
 """
-
-_DTYPES = ("bool", "float16", "bfloat16", "float32", "float64")
-_MAX_SIZE = 2**31 - 1  # places are int32
 
 
 @functools.partial(
@@ -80,10 +80,10 @@ class Mask:
           TypeError: not an array, or of another dtype.
           ValueError: not of four axes, or (if concrete) a weight is not in [0, 1].
         """
-        dense = _weights("dense", dense)
+        dense = checks.weights_of("dense", dense)
         if dense.ndim != 4:
             raise ValueError(f"dense must have the axes [B, H, Sq, Sk], got shape {dense.shape}; add axes of length 1")
-        mask = cls(_shape(dense.shape), "dense", dense.dtype, dense=dense)
+        mask = cls(arguments.four_lengths("shape", dense.shape), "dense", dense.dtype, dense=dense)
         return mask if size is None else mask.to_indices(size)
 
     @classmethod
@@ -116,16 +116,16 @@ class Mask:
             most size, keys outside [0, Sk), a broken promise. Traced values are trusted, except that `ptr[-1]` above
             size sets `overflow`.
         """
-        shape = _shape(shape)
+        shape = arguments.four_lengths("shape", shape)
         rows, keys = math.prod(shape[:3]), shape[3]
-        indices, ptr = _integers("indices", indices), _integers("ptr", ptr)
+        indices, ptr = checks.integers("indices", indices), checks.integers("ptr", ptr)
         if indices.ndim != 1:
             raise ValueError(f"indices must have one axis [size], got shape {indices.shape}; flatten them")
         if ptr.shape != (rows + 1,):
             raise ValueError(f"ptr must have shape [B * H * Sq + 1] = ({rows + 1},), got {ptr.shape}")
-        data = _data(data, indices.shape, dtype)
+        data = checks.data_of(data, indices.shape, dtype)
         overflow = None
-        if not _known(ptr):
+        if not checks.known(ptr):
             overflow = ptr[-1] > indices.size
         else:
             counted = np.asarray(ptr)
@@ -135,17 +135,17 @@ class Mask:
                 raise ValueError(
                     f"ptr[-1] must be at most the size of indices, {indices.size}, got {counted[-1]}; give more room"
                 )
-        if _known(indices, ptr):
+        if checks.known(indices, ptr):
             with jax.ensure_compile_time_eval():
-                inside, ascend = map(bool, _inspect(indices, ptr, keys=keys))
+                inside, ascend = map(bool, entries.inspect(indices, ptr, keys=keys))
             if not inside:
                 raise ValueError(f"indices must be in [0, Sk) = [0, {keys}), got others; leave unused ones to ptr")
             if canonical and not ascend:
                 raise ValueError("canonical=True wants keys that ascend within each row, got others; leave it False")
             canonical = ascend
         if not canonical:
-            indices, ptr, data = _combine(_entry_rows(ptr, indices.size), indices, data, rows=rows)
-        return _fit(cls, shape, (indices, ptr, data), indices.size, overflow)
+            indices, ptr, data = entries.combine(entries.entry_rows(ptr, indices.size), indices, data, rows=rows)
+        return entries.fit(cls, shape, (indices, ptr, data), indices.size, overflow)
 
     @classmethod
     def from_row_indices(
@@ -172,29 +172,28 @@ class Mask:
           TypeError: a dtype that does not fit.
           ValueError: shapes that do not fit; if concrete: keys not below Sk, weights outside [0, 1], too small a size.
         """
-        shape = _shape(shape)
-        row_indices = _integers("row_indices", row_indices)
+        shape = arguments.four_lengths("shape", shape)
+        row_indices = checks.integers("row_indices", row_indices)
         if row_indices.ndim != 4 or row_indices.shape[:3] != shape[:3]:
             raise ValueError(f"row_indices must have shape [*{shape[:3]}, n], got {row_indices.shape}")
-        check_size("B * H * Sq * n", row_indices.size, "give row_indices fewer columns")
-        data = _data(data, row_indices.shape, dtype)
-        if _known(row_indices) and row_indices.size:
+        checks.check_size("B * H * Sq * n", row_indices.size, "give row_indices fewer columns")
+        data = checks.data_of(data, row_indices.shape, dtype)
+        if checks.known(row_indices) and row_indices.size:
             with jax.ensure_compile_time_eval():
                 largest = int(row_indices.max())
             if largest >= shape[3]:
                 raise ValueError(f"row_indices must be below Sk = {shape[3]}, got {largest}; negative ones are unused")
-        entries = _combine_rows(row_indices, data)
-        return _fit(cls, shape, entries, size)
+        return entries.fit(cls, shape, entries.combine_rows(row_indices, data), size)
 
     @classmethod
     def full(cls, shape: Sequence[int], dtype: Any = jnp.float32) -> Self:
         """The mask of weights 1 over `shape`, `(B, H, Sq, Sk)`."""
-        return cls(_shape(shape), "full", _dtype(dtype))
+        return cls(arguments.four_lengths("shape", shape), "full", checks.dtype_of(dtype))
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: Any = jnp.float32) -> Self:
         """The mask of weights 0 over `shape`, `(B, H, Sq, Sk)`."""
-        return cls(_shape(shape), "empty", _dtype(dtype))
+        return cls(arguments.four_lengths("shape", shape), "empty", checks.dtype_of(dtype))
 
     # Turned into.
 
@@ -218,7 +217,7 @@ class Mask:
                 "to_dense must say under jit whether entries overflowed their size, which a bool array cannot, got a "
                 "bool mask; ask for to_dense(jnp.float32) (NaN then), or give a size that always suffices"
             )
-        return mask.dense if mask.kind == "dense" and mask.overflow is None else _to_dense(mask)
+        return mask.dense if mask.kind == "dense" and mask.overflow is None else weighing.to_dense(mask)
 
     def to_indices(self, size: int | None = None) -> Self:
         """The same mask, held as `indices`, `ptr` and `data`, with room for `size` entries.
@@ -231,44 +230,44 @@ class Mask:
         """
         mask = self._usable()
         if size is not None:
-            size = _size(size)
+            size = checks.size_of(size)
         rows, keys = math.prod(mask.shape[:3]), mask.shape[3]
         if mask.kind == "sparse":
-            return _fit(type(mask), mask.shape, (mask.indices, mask.ptr, mask.data), size, mask.overflow)
+            return entries.fit(type(mask), mask.shape, (mask.indices, mask.ptr, mask.data), size, mask.overflow)
         if mask.kind == "empty":
             nothing = jnp.zeros(0, jnp.int32), jnp.zeros(rows + 1, jnp.int32), jnp.zeros(0, mask.dtype)
-            return _fit(type(mask), mask.shape, nothing, size)
-        check_size("the number of weights", rows * keys, "make it of indices (from_indices) in the first place")
+            return entries.fit(type(mask), mask.shape, nothing, size)
+        checks.check_size("the number of weights", rows * keys, "make it of indices (from_indices) in the first place")
         if mask.kind == "full":
             every = jnp.tile(jnp.arange(keys, dtype=jnp.int32), rows)
             ptr = jnp.arange(rows + 1, dtype=jnp.int32) * keys
-            _check_fits(rows * keys, size)
-            return _fit(type(mask), mask.shape, (every, ptr, jnp.ones(every.size, mask.dtype)), size)
-        if _known(mask.dense):
+            checks.check_fits(rows * keys, size)
+            return entries.fit(type(mask), mask.shape, (every, ptr, jnp.ones(every.size, mask.dtype)), size)
+        if checks.known(mask.dense):
             with jax.ensure_compile_time_eval():
                 count = int(jnp.count_nonzero(mask.dense))
             size = count if size is None else size
-            _check_fits(count, size)
+            checks.check_fits(count, size)
         elif size is None:
             raise ValueError(
                 "size must be given where a dense mask is turned into indices under jit, as shapes cannot depend on "
                 "values there, got None; pass an upper bound on the number of weights that are not 0"
             )
-        indices, ptr, data = _entries(mask.dense, size=size)
+        indices, ptr, data = entries.entries_of(mask.dense, size=size)
         overflow = mask.overflow
-        if not _known(mask.dense) and size < rows * keys:
-            overflow = _either(overflow, ptr[-1] > size)
-        return _fit(type(mask), mask.shape, (indices, ptr, data), size, overflow)
+        if not checks.known(mask.dense) and size < rows * keys:
+            overflow = entries.either(overflow, ptr[-1] > size)
+        return entries.fit(type(mask), mask.shape, (indices, ptr, data), size, overflow)
 
     def astype(self, dtype: Any) -> Self:
         """The same mask with weights of another dtype; bool stands for weights that are not 0."""
-        dtype = _dtype(dtype)
-        cast = lambda x: None if x is None else _poisoned(x.astype(dtype), self.overflow)
+        dtype = checks.dtype_of(dtype)
+        cast = lambda x: None if x is None else entries.poisoned(x.astype(dtype), self.overflow)
         return dataclasses.replace(self, dtype=dtype, dense=cast(self.dense), data=cast(self.data))
 
     def broadcast_to(self, shape: Sequence[int]) -> Self:
         """The same mask over `shape`, which may have any B and H where this one has 1. Held as this one is."""
-        shape, mask = _shape(shape), self._usable()
+        shape, mask = arguments.four_lengths("shape", shape), self._usable()
         if shape == mask.shape:
             return mask
         if shape[2:] != mask.shape[2:] or any(m not in (1, n) for m, n in zip(mask.shape[:2], shape[:2], strict=True)):
@@ -277,8 +276,10 @@ class Mask:
                 f"mask of {mask.shape}"
             )
         if mask.kind == "sparse":
-            check_size("the number of entries", mask.size * _times(mask.shape, shape), "merge or apply it densely")
-        return _broadcast(mask, shape=shape)
+            checks.check_size(
+                "the number of entries", mask.size * checks.times(mask.shape, shape), "merge or apply it densely"
+            )
+        return weighing.broadcast(mask, shape=shape)
 
     # Used.
 
@@ -287,7 +288,7 @@ class Mask:
         mask = self._usable()
         if mask.kind in ("full", "empty"):
             return jnp.float32(mask.kind == "full" and math.prod(mask.shape) > 0)
-        return _density(mask)
+        return weighing.density(mask)
 
     def apply(self, x: Array | np.ndarray, mode: Mode = DEFAULT_MODE, *, size: int | None = None) -> Array:
         """x · weight; 0 where the weight is 0, whatever x is there.
@@ -331,9 +332,9 @@ class Mask:
         """
         if not isinstance(other, Mask):
             raise TypeError(f"other must be a Mask, got {type(other).__name__}; make one with Mask.from_dense")
-        _check_mode(mode, size)
-        shape = _common_shape(self.shape, other.shape)
-        dtype = _wider(self.dtype, other.dtype)
+        checks.check_mode(mode, size)
+        shape = checks.common_shape(self.shape, other.shape)
+        dtype = checks.wider(self.dtype, other.dtype)
         if "full" in (self.kind, other.kind):
             return type(self).full(shape, dtype)
         if "empty" in (self.kind, other.kind):
@@ -341,25 +342,25 @@ class Mask:
             return only if size is None else only.to_indices(size)
         # What is room enough for the result is enough for each of the two.
         a, b = (mask.astype(dtype)._held(mode, size) for mask in (self, other))
-        overflow = _either(a.overflow, b.overflow)
+        overflow = entries.either(a.overflow, b.overflow)
         if mode == "dense":
-            return type(self)(shape, "dense", dtype, dense=_add_dense(a.dense, b.dense), overflow=overflow)
+            return type(self)(shape, "dense", dtype, dense=weighing.add_dense(a.dense, b.dense), overflow=overflow)
         a, b = a.broadcast_to(shape), b.broadcast_to(shape)
-        check_size("the number of entries of both", a.size + b.size, 'use mode="dense"')
-        return _fit(type(self), shape, _add_sparse(a, b), size, overflow)
+        checks.check_size("the number of entries of both", a.size + b.size, 'use mode="dense"')
+        return entries.fit(type(self), shape, weighing.add_sparse(a, b), size, overflow)
 
     def __repr__(self) -> str:
         room = f", size={self.size}" if self.kind == "sparse" else ""
         return f"Mask({list(self.shape)}, {self.kind}, {self.dtype}{room})"
 
     def _weigh(self, x: Any, mode: Mode, size: int | None, inverse: bool) -> Array:
-        _check_mode(mode, size)
+        checks.check_mode(mode, size)
         if not isinstance(x, Array | np.ndarray):
             raise TypeError(f"x must be an array, got {type(x).__name__}")
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x must be floating, got {x.dtype}; cast it first")
-        fits = x.ndim == 4 and _fits(self.shape, x.shape)
+        fits = x.ndim == 4 and checks.fits(self.shape, x.shape)
         if not fits:
             raise ValueError(f"x must have the mask's shape {self.shape} (any B, H where that is 1), got {x.shape}")
         if self.kind == "full":
@@ -367,7 +368,7 @@ class Mask:
         if self.kind == "empty":
             return jnp.zeros_like(x)
         mask = self._held(mode, size)
-        return _weigh(mask if mask.kind == "dense" else mask.broadcast_to(x.shape), x, inverse=inverse)
+        return weighing.weigh(mask if mask.kind == "dense" else mask.broadcast_to(x.shape), x, inverse=inverse)
 
     def _held(self, mode: Mode, size: int | None) -> "Mask":
         """This mask as the mode needs it."""
@@ -376,11 +377,11 @@ class Mask:
             return mask if mask.kind == "sparse" else mask.to_indices(size)
         if mask.kind == "dense":
             return mask
-        return type(mask)(mask.shape, "dense", mask.dtype, dense=_to_dense(mask), overflow=mask.overflow)
+        return type(mask)(mask.shape, "dense", mask.dtype, dense=weighing.to_dense(mask), overflow=mask.overflow)
 
     def _usable(self) -> Self:
         """This mask, if it is known not to have overflowed, or not known."""
-        if self.overflow is None or not _known(self.overflow):
+        if self.overflow is None or not checks.known(self.overflow):
             return self
         if bool(self.overflow):
             raise ValueError(
@@ -388,338 +389,3 @@ class Mask:
                 f"make it with a larger size="
             )
         return dataclasses.replace(self, overflow=None)
-
-
-# Arguments.
-
-
-def _known(*arrays: Any) -> bool:
-    """Whether values can be looked at."""
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
-
-
-def _shape(shape: Any) -> tuple[int, int, int, int]:
-    if (
-        not isinstance(shape, Sequence)
-        or len(shape) != 4
-        or not all(isinstance(n, int | np.integer) and n >= 0 for n in shape)
-    ):
-        raise ValueError(f"shape must be four lengths (B, H, Sq, Sk), got {shape!r}")
-    b, h, sq, sk = (int(n) for n in shape)
-    return b, h, sq, sk
-
-
-def _dtype(dtype: Any) -> np.dtype:
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    if dtype.name not in _DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype.name}")
-    return dtype
-
-
-def _wider(a: Any, b: Any) -> np.dtype:
-    """The dtype that holds both, also where JAX is set to refuse to choose one."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(a, b)
-
-
-def _size(size: Any) -> int:
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 0 <= size <= _MAX_SIZE:
-        raise ValueError(f"size must be an int from 0 to {_MAX_SIZE}, or None, got {size!r}")
-    return int(size)
-
-
-def _check_mode(mode: Any, size: Any) -> None:
-    if mode not in get_args(Mode):
-        raise ValueError(f'mode must be "sparse" or "dense", got {mode!r}')
-    if mode == "dense" and size is not None:
-        raise ValueError(f'size means nothing to mode="dense", got size={size!r}; leave it out, or use mode="sparse"')
-
-
-def check_size(name: str, n: int, instead: str) -> None:
-    """Raises where the places among n entries do not fit an int32."""
-    if n > _MAX_SIZE:
-        raise ValueError(f"{name} of a sparse mask must be at most {_MAX_SIZE} (int32), got {n}; {instead}")
-
-
-def _check_fits(count: int, size: int | None) -> None:
-    if size is not None and count > size:
-        raise ValueError(f"size must be at least the number of entries, {count}, got {size}; give more, or None")
-
-
-def _weights(name: str, x: Any) -> Array:
-    """x as a JAX array, if its dtype is one of weights and, as far as is known, all are in [0, 1]."""
-    if not isinstance(x, Array | np.ndarray):
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
-    if x.dtype.name not in _DTYPES:
-        raise TypeError(f"{name} must be bool or floating, got {x.dtype.name}; compare with 0, or cast it")
-    if _known(x) and x.dtype != bool:
-        with jax.ensure_compile_time_eval():
-            good = bool(_are_weights(x) if isinstance(x, Array) else ((x >= 0) & (x <= 1)).all())
-        if not good:
-            raise ValueError(f"{name} must have weights in [0, 1], got others (or NaN); clip or divide them")
-    return _converted(x)
-
-
-def _data(data: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """The weights of entries of the given shape."""
-    if data is None:
-        return jnp.ones(shape, jnp.float32 if dtype is None else _dtype(dtype))
-    data = _weights("data", data)
-    if data.shape != shape:
-        raise ValueError(f"data must have the shape of the indices, {shape}, got {data.shape}")
-    return data if dtype is None else data.astype(_dtype(dtype))
-
-
-def _integers(name: str, x: Any) -> Array:
-    if not isinstance(x, Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must be an array of integers, got {getattr(x, 'dtype', type(x).__name__)}; cast it")
-    if _known(x) and x.dtype.itemsize >= 4 and x.dtype != np.int32 and x.size:
-        values = np.asarray(x)
-        largest, least = int(values.max()), int(values.min())
-        if largest > _MAX_SIZE or least < -_MAX_SIZE:
-            raise ValueError(f"{name} must fit int32, got values from {least} to {largest}")
-    return _converted(x, jnp.int32)
-
-
-def _converted(x: Array | np.ndarray, dtype: Any = None) -> Array:
-    """x as a JAX array, of known values if they are known: also under jit, which would make a tracer of them."""
-    if not _known(x):
-        return jnp.asarray(x, dtype)
-    with jax.ensure_compile_time_eval():
-        return jnp.asarray(x, dtype)
-
-
-def _fits(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
-    """Whether a mask of `shape` stands for one of the shape `onto`."""
-    return shape[2:] == onto[2:] and all(m in (1, n) for m, n in zip(shape[:2], onto[:2], strict=True))
-
-
-def _common_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """The shape that masks of both shapes stand for."""
-    batch, heads = (n if m == 1 else m for m, n in zip(a[:2], b[:2], strict=True))
-    shape = (batch, heads, a[2], a[3])
-    if not (_fits(a, shape) and _fits(b, shape)):
-        raise ValueError(f"other must have the shape {a} (B and H may be 1), got {b}")
-    return shape
-
-
-def _times(shape: tuple[int, ...], onto: tuple[int, ...]) -> int:
-    """How many times a mask is repeated when it is broadcast."""
-    return math.prod(n for m, n in zip(shape[:2], onto[:2], strict=True) if m == 1)
-
-
-def _either(a: Array | None, b: Array | None) -> Array | None:
-    """Whether one of two masks overflowed."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a | b
-
-
-# What runs on the device. Under jit of their own, so that a call from outside compiles once and not operation by
-# operation. Rows are always kept apart from keys: B * H * Sq * Sk may not fit an int32.
-
-
-@jax.jit
-def _are_weights(x: Array) -> Array:
-    return ((x >= 0) & (x <= 1)).all()
-
-
-@functools.partial(jax.jit, static_argnames="keys")
-def _inspect(indices: Array, ptr: Array, keys: int) -> tuple[Array, Array]:
-    """Whether all used indices are keys, and whether they ascend within each row."""
-    row = _entry_rows(ptr, indices.size)
-    unused = row == ptr.size - 1
-    first = (row != jnp.roll(row, 1)) | (jnp.arange(indices.size) == 0)
-    inside = unused | ((indices >= 0) & (indices < keys))
-    return inside.all(), (unused | first | (indices > jnp.roll(indices, 1))).all()
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _entry_rows(ptr: Array, size: int) -> Array:
-    """The row of each entry, int32 `[size]`; for unused ones the number of rows."""
-    row = jnp.cumsum(jnp.zeros(size, jnp.int32).at[ptr[1:-1]].add(1, mode="drop"))
-    return jnp.where(jnp.arange(size) < ptr[-1], row, ptr.size - 1)
-
-
-@functools.partial(jax.jit, static_argnames="rows")
-def _combine(row: Array, index: Array, data: Array, rows: int) -> tuple[Array, Array, Array]:
-    """`indices`, `ptr` and `data` of entries `[n]` in any order, the row of unused ones being `rows`.
-
-    Two keys of the sort, since row * Sk + index may not fit an int32. Entries of one key of one row are summed, in
-    their order, and clipped to 1.
-    """
-    row, index, data = lax.sort((row, index, data), num_keys=2)
-    n = row.size
-    first = (row != jnp.roll(row, 1)) | (index != jnp.roll(index, 1)) | (jnp.arange(n) == 0)
-    first &= row < rows
-    at = jnp.where(row < rows, jnp.cumsum(first, dtype=jnp.int32) - 1, n)
-    indices = jnp.zeros(n, jnp.int32).at[at].set(index, mode="drop")
-    sums = jnp.zeros(n, data.dtype).at[at]
-    sums = sums.max(data, mode="drop") if data.dtype == bool else jnp.minimum(sums.add(data, mode="drop"), 1)
-    counts = jnp.zeros(rows, jnp.int32).at[row].add(first.astype(jnp.int32), mode="drop")
-    return indices, _ptr(counts), sums
-
-
-@jax.jit
-def _combine_rows(row_indices: Array, data: Array) -> tuple[Array, Array, Array]:
-    """`_combine` of `[B, H, Sq, n]` keys and weights, negative keys being unused."""
-    rows = math.prod(row_indices.shape[:3])
-    row = jnp.arange(rows, dtype=jnp.int32).reshape(*row_indices.shape[:3], 1)
-    row = jnp.where(row_indices < 0, rows, row)
-    return _combine(row.reshape(-1), row_indices.reshape(-1), data.reshape(-1), rows=rows)
-
-
-def _ptr(counts: Array) -> Array:
-    """`ptr` of the number of entries in each row."""
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _entries(dense: Array, size: int) -> tuple[Array, Array, Array]:
-    """The weights that are not 0: `indices` and `data` with room for `size`, `ptr` as if there were room for all."""
-    dense = dense.reshape(math.prod(dense.shape[:3]), dense.shape[3])
-    shown = dense.astype(bool)
-    ptr = _ptr(shown.sum(1, dtype=jnp.int32))
-    at = jnp.where(shown, ptr[:-1, None] + jnp.cumsum(shown, 1, dtype=jnp.int32) - 1, size)
-    keys = jnp.broadcast_to(jnp.arange(dense.shape[1], dtype=jnp.int32), dense.shape)
-    indices = jnp.zeros(size, jnp.int32).at[at].set(keys, mode="drop")
-    return indices, ptr, jnp.zeros(size, dense.dtype).at[at].set(dense, mode="drop")
-
-
-def _fit(
-    cls: type,
-    shape: tuple[int, int, int, int],
-    entries: tuple[Array, Array, Array],
-    size: int | None,
-    overflow: Array | None = None,
-) -> Any:
-    """The sparse mask of canonical `indices`, `ptr` and `data` with room for `size` of them.
-
-    None is as many as there are or, if that is not known, as there is room for now.
-    """
-    indices, ptr, data = entries
-    room, dtype = indices.size, data.dtype
-    if size is not None:
-        size = _size(size)
-    if _known(ptr, overflow):
-        count = int(np.asarray(ptr)[-1])  # not ptr[-1], which under jit would be a tracer
-        _check_fits(count, size)
-        size = count if size is None else size
-    elif size is None:
-        size = room
-    elif size < room:
-        overflow = _either(overflow, ptr[-1] > size)
-    if size != room:
-        indices, data = _resized(indices, data, size=size)
-    if overflow is not None:
-        ptr = jnp.minimum(ptr, size)
-        data = _poisoned(data, overflow)
-    return cls(shape, "sparse", dtype, indices=indices, ptr=ptr, data=data, overflow=overflow)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _resized(indices: Array, data: Array, size: int) -> tuple[Array, Array]:
-    more = (0, max(size - indices.size, 0))
-    return jnp.pad(indices[:size], more), jnp.pad(data[:size], more)
-
-
-def _poisoned(x: Array, overflow: Array | None) -> Array:
-    """x, or NaN where entries were lost. Bools cannot be, and wait until they meet something that can."""
-    return x if overflow is None or x.dtype == bool else jnp.where(overflow, jnp.nan, x)
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def _broadcast(mask: Mask, shape: tuple[int, int, int, int]) -> Mask:
-    if mask.kind == "dense":
-        return dataclasses.replace(mask, shape=shape, dense=jnp.broadcast_to(mask.dense, shape))
-    if mask.kind != "sparse":
-        return dataclasses.replace(mask, shape=shape)
-    # Each row of the result reads the one row that it stands for.
-    rows = math.prod(mask.shape[:3])
-    source = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32).reshape(mask.shape[:3]), shape[:3]).reshape(-1)
-    ptr = _ptr(jnp.diff(mask.ptr)[source])
-    size = mask.size * _times(mask.shape, shape)
-    row = _entry_rows(ptr, size)
-    at = jnp.arange(size, dtype=jnp.int32)
-    at = at + (mask.ptr[:-1][source] - ptr[:-1]).at[row].get(mode="fill", fill_value=_MAX_SIZE // 2)
-    indices, data = (x.at[at].get(mode="fill", fill_value=0) for x in (mask.indices, mask.data))
-    data = _poisoned(data, mask.overflow)
-    return dataclasses.replace(mask, shape=shape, indices=indices, ptr=ptr, data=data)
-
-
-def _places(mask: Mask) -> tuple[Array, Array]:
-    """Row and key of each entry, int32 `[size]` each: ascending, no two the same, unused ones out of bounds."""
-    row = _entry_rows(mask.ptr, mask.size)
-    unused = row == mask.ptr.size - 1
-    return row, jnp.where(unused, jnp.arange(mask.size, dtype=jnp.int32), mask.indices)
-
-
-def _gather(x: Array, places: tuple[Array, Array]) -> Array:
-    """`x[places]`, 0 for unused ones."""
-    return x.at[places].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
-
-
-def _scatter(entries: Array, places: tuple[Array, Array], shape: tuple[int, ...]) -> Array:
-    """The entries at their places in an array of `shape`, 0 elsewhere."""
-    x = jnp.zeros((math.prod(shape[:3]), shape[3]), entries.dtype)
-    return x.at[places].set(entries, mode="drop", unique_indices=True, indices_are_sorted=True).reshape(shape)
-
-
-@jax.jit
-def _to_dense(mask: Mask) -> Array:
-    if mask.kind in ("full", "empty"):
-        return jnp.full(mask.shape, mask.kind == "full", mask.dtype)
-    if mask.kind == "dense":
-        return _poisoned(mask.dense, mask.overflow)
-    return _poisoned(_scatter(mask.data, _places(mask), mask.shape), mask.overflow)
-
-
-@jax.jit
-def _density(mask: Mask) -> Array:
-    if mask.kind == "dense":
-        count = mask.dense.astype(bool).sum(-1, dtype=jnp.int32)
-    else:
-        count = (mask.data.astype(bool) & (jnp.arange(mask.size) < mask.ptr[-1])).sum(dtype=jnp.int32)
-    total = math.prod(mask.shape)
-    if total > _MAX_SIZE:  # the count of all may not fit an int32
-        count = count.astype(jnp.float32)
-    share = count.sum().astype(jnp.float32) / float(max(total, 1))
-    return _poisoned(share, mask.overflow)
-
-
-@functools.partial(jax.jit, static_argnames="inverse")
-def _weigh(mask: Mask, x: Array, inverse: bool) -> Array:
-    """x · weight or x / weight: all of x under a dense mask, the entries of a sparse one."""
-    if mask.kind == "dense":
-        return _poisoned(_weighed(x, mask.dense, inverse), mask.overflow)
-    flat = x.reshape(math.prod(x.shape[:3]), x.shape[3])
-    places = _places(mask)
-    entries = _weighed(_gather(flat, places), mask.data, inverse)
-    return _poisoned(_scatter(entries, places, x.shape), mask.overflow)
-
-
-def _weighed(x: Array, weight: Array, inverse: bool) -> Array:
-    """x · weight or x / weight, 0 where the weight is 0, without a NaN in any gradient."""
-    if weight.dtype == bool:
-        return jnp.where(weight, x, 0)
-    dtype = _wider(x.dtype, weight.dtype)
-    hidden, y, weight = weight == 0, x.astype(dtype), weight.astype(dtype)
-    if inverse:
-        y = jnp.where(hidden, 0, y / jnp.where(hidden, 1, weight))
-    else:
-        # A finite x stays, for the gradient of a weight that is 0.
-        y = jnp.where(hidden & ~jnp.isfinite(y), 0, y) * weight
-    return y.astype(x.dtype)
-
-
-@jax.jit
-def _add_dense(a: Array, b: Array) -> Array:
-    return a | b if a.dtype == bool else jnp.minimum(a + b, 1)
-
-
-@jax.jit
-def _add_sparse(a: Mask, b: Mask) -> tuple[Array, Array, Array]:
-    """The entries of two masks of one shape as one list."""
-    (row, index), (other_row, other_index) = _places(a), _places(b)
-    join = lambda *parts: jnp.concatenate(parts)
-    return _combine(join(row, other_row), join(index, other_index), join(a.data, b.data), rows=math.prod(a.shape[:3]))

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .mask import Mask, check_size
+from .checks import check_size
+from .mask import Mask
 
 LocalImplementation = Literal["sparse", "broadcast", "triangle"]
 SinkImplementation = Literal["sparse", "dense"]
