@@ -89,6 +89,7 @@ SOME = {
 SOME |= {"head_dim_40", "narrow_v", "float16", "bfloat16_bias", "lengths_qk", "window_both", "everything"}
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("capability", [80, 90], ids=["descriptor_in_kernel", "descriptor_from_host"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in SOME], ids=str)
 def test_descriptors(case, capability):
