@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from . import dropout
+from .known import full, sent
 
 Implementation = Literal["triton", "xla"]
 Alignment = Literal["top_left", "bottom_right"]
@@ -25,22 +26,6 @@ _INT32 = np.iinfo(np.int32)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MAX_HEAD_DIM = 256
 FAR = 2**30  # a bound that no index reaches, and that can be added to one
-
-
-# Outside jit each number that an operation is given is sent to the device, at each call. What is known is a program of
-# its own instead (and under jit a part of the program), what is not is sent in so many words.
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def full(value: float, dtype: Any, shape: tuple[int, ...] = ()) -> Array:
-    """`jnp.full(shape, value, dtype)` of a value that is known."""
-    return jnp.full(shape, value, dtype)
-
-
-def sent(x: np.ndarray | np.generic) -> Any:
-    """A number that the caller gave: an array on the device, or under jit a constant."""
-    traced = isinstance(full(0, jnp.dtype(jnp.int32)), jax.core.Tracer)
-    return np.asarray(x) if traced else jax.device_put(x)
 
 
 def array(name: str, x: Any) -> Array:

@@ -3,6 +3,7 @@ masks, of configurations and of what goes with what.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -13,8 +14,10 @@ from jax import Array
 
 from ..base import arguments
 from ..base.arguments import Implementation
+from ..base.known import is_known
 from ..base.spec import PASSES, Config, Precision, Rules
 from ..gpu import target
+from ..masks import entries, weighing
 from ..masks.block import BlockMask, cached
 from ..masks.mask import Mask
 from ..primitives.call import Call
@@ -78,7 +81,7 @@ def _add_mask(
 ) -> tuple[Call, Array]:
     """Whatever kind of mask, as operands."""
     if isinstance(mask, Mask | BlockMask) and mask.overflow is not None:
-        q = jnp.where(mask.overflow, jnp.nan, q).astype(q.dtype)  # what was found under jit, NaN everywhere tells
+        q = entries.poisoned(q, mask.overflow)  # what was found under jit, NaN everywhere tells
     if isinstance(mask, Mask):
         mask = _of_weights(mask, batch, axes, operands)
     elif callable(mask) and 0 not in (*batch, *axes):
@@ -119,20 +122,24 @@ def _of_weights(mask: Mask, batch: tuple[int, ...], axes: tuple[int, int, int], 
     if mask.kind == "full":
         return None
     if mask.kind == "empty":
-        return jnp.zeros((1, 1, 1), bool)
-    known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
-    if mask.kind == "sparse" and known and math.prod(mask.shape) > _DENSE:
+        return arguments.full(False, jnp.dtype(bool), (1, 1, 1))
+    if mask.kind == "sparse" and is_known(mask) and math.prod(mask.shape) > _DENSE:
         return BlockMask.from_mask(mask)
     weights = mask.to_dense() if mask.overflow is None else mask.to_dense(jnp.float32)  # which has a NaN to tell it by
     weights = weights.reshape(*(batch if mask.shape[0] > 1 else (1,) * len(batch)), *mask.shape[1:])
-    seen = weights if weights.dtype == jnp.bool_ else weights != 0
+    seen = weights if weights.dtype == jnp.bool_ else weighing.seen_of(weights)
     if mask.dtype == jnp.bool_:
         return seen
     dtype = jnp.float64 if weights.dtype == jnp.float64 else jnp.float32
-    correction = arguments.bias_of(-jnp.log(jnp.where(seen, weights, 1).astype(dtype)), batch, axes)
-    with jax.numpy_dtype_promotion("standard"):
-        operands["bias"] = operands.get("bias", 0) + correction
+    correction = arguments.bias_of(weighing.correction_of(weights, jnp.dtype(dtype)), batch, axes)
+    operands["bias"] = _sum(operands["bias"], correction) if "bias" in operands else correction
     return seen
+
+
+@functools.partial(jax.jit, inline=True)
+@jax.numpy_dtype_promotion("standard")
+def _sum(bias: Array, correction: Array) -> Array:
+    return bias + correction
 
 
 # How it runs.

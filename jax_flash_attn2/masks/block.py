@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..base import arguments, errors
+from ..base import arguments, errors, known
 from ..base.lru import Lru
 from ..base.spec import BLOCK_LISTS
 from ..tiles import block_lists
@@ -101,7 +101,7 @@ class BlockMask:
             of_all = predicates.all_of() if mask.kind == "full" else predicates.any_of()
             return cls.from_predicate(of_all, mask.shape, **sizes)
         source: Any
-        if _traced(mask):
+        if not known.is_known(mask):
             source = sources.OfTraced(mask.to_dense())
         elif mask.kind == "sparse":
             listed = mask.to_indices()  # which checks it
@@ -165,17 +165,13 @@ def _density(mask: BlockMask) -> Array:
     return seen.astype(jnp.float32).sum() / np.float32(np.prod(np.asarray(mask.shape, np.float64)))
 
 
-def _traced(x: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
-
-
 def _held(seqlen: int, block: int) -> Array:
     """How many of a sequence each block holds."""
     return jnp.minimum(seqlen - jnp.arange(0, seqlen, block), block)
 
 
 def _of(program: Program, shape: tuple[int, int, int, int]) -> sources.OfPredicate:
-    return sources.OfPredicate(program.on_device() if program.is_known else program, shape[3])
+    return sources.OfPredicate(program.on_device() if known.is_known(program) else program, shape[3])
 
 
 block_mask_cache = Lru(maxsize=256, max_bytes=2**28)
@@ -196,16 +192,16 @@ def cached(predicate: predicates.ElementPredicate, batch: int, heads: int, seqle
     """
     predicate, shape = predicates.as_predicate(predicate), (batch, heads, seqlen_q, seqlen_k)
     predicate.check_shape(shape)
-    fixed = predicate.is_fixed and not _traced(predicate)
+    fixed = predicate.is_fixed and known.is_known(predicate)
     program = None if fixed else evaluation.trace(predicate)
-    if program is not None and not program.is_known:
+    if not known.is_known(program):
         raise errors.traced_mask_error()
 
     def make() -> BlockMask:
-        known = program or evaluation.trace(predicate)
-        uses_b, uses_h, *_ = known.steps.reads()
+        traced = program or evaluation.trace(predicate)
+        uses_b, uses_h, *_ = traced.steps.reads()
         own = batch if uses_b else 1, heads if uses_h else 1, seqlen_q, seqlen_k
-        return BlockMask(*building.build(_of(known, own), own, None, None, None, None))
+        return BlockMask(*building.build(_of(traced, own), own, None, None, None, None))
 
     def nbytes(mask: BlockMask) -> int:
         held = jax.tree.leaves(predicate) if program is None else program.held()

@@ -11,6 +11,8 @@ a NaN in softmaxes that know no empty rows. A row that sees nothing all the same
 sequence padded on the left, gives 0 in this package's attention.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments
-from . import predicates
+from . import evaluation, predicates
 
 
 def make_causal_mask(
@@ -53,30 +55,41 @@ def make_causal_mask(
     if sliding_window is not None:
         left, right = arguments.window_pair("sliding_window", sliding_window)
         seen = seen & predicates.sliding_window(left, right)
-    rows = jnp.arange(length, dtype=jnp.int32)
-    return predicates.evaluate(seen, jnp.arange(batch, dtype=jnp.int32), jnp.arange(1, dtype=jnp.int32), rows, rows)
+    return evaluation.everywhere(seen, (batch, 1, length, length))
 
 
 def causal_mask_tril(x_or_shape: Any, *, padding_mask: Array | np.ndarray | None = None) -> Array:
     """`make_causal_mask` as a lower triangle of ones: bool `[B, 1, T, T]`."""
-    batch, length = _shape(x_or_shape)
-    return _padded(jnp.tril(jnp.ones((length, length), jnp.bool_)), padding_mask, batch)
+    return _built(_tril, x_or_shape, padding_mask)
 
 
 def causal_mask_comparison(x_or_shape: Any, *, padding_mask: Array | np.ndarray | None = None) -> Array:
     """`make_causal_mask` as a comparison of indices: bool `[B, 1, T, T]`."""
-    batch, length = _shape(x_or_shape)
+    return _built(_comparison, x_or_shape, padding_mask)
+
+
+def _tril(length: int) -> Array:
+    return jnp.tril(jnp.ones((length, length), jnp.bool_))
+
+
+def _comparison(length: int) -> Array:
     rows = jnp.arange(length, dtype=jnp.int32)
-    return _padded(rows[:, None] >= rows[None, :], padding_mask, batch)
+    return rows[:, None] >= rows[None, :]
 
 
-def _padded(seen: Array, padding_mask: Any, batch: int) -> Array:
-    """A mask `[T, T]` for all batches, without the keys that are padding: `[B, 1, T, T]`."""
-    length = seen.shape[0]
+def _built(build: Callable[[int], Array], x_or_shape: Any, padding_mask: Any) -> Array:
+    batch, length = _shape(x_or_shape)
     if padding_mask is not None:
-        real = _per_token("padding_mask", padding_mask, batch, length)
-        real = jnp.asarray(real if real.dtype == jnp.bool_ else real != 0)
-        seen = seen[None, None] & real[:, None, None, :]
+        padding_mask = _per_token("padding_mask", padding_mask, batch, length)
+    return _padded(build, batch, length, padding_mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _padded(build: Callable[[int], Array], batch: int, length: int, real: Array | None) -> Array:
+    """A mask `[T, T]` for all batches, without the keys that are padding: `[B, 1, T, T]`."""
+    seen = build(length)[None, None]
+    if real is not None:
+        seen = seen & real.astype(bool)[:, None, None, :]
     return jnp.broadcast_to(seen, (batch, 1, length, length))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..base import arguments
+from ..base import arguments, known
 from ..base.spec import next_power_of_two
 from ..tiles.block_lists import EMPTY, FULL, PARTIAL
 from . import building_under_jit
@@ -33,9 +33,9 @@ def build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> tuple[A
     if 0 in shape:
         raise ValueError(f"a block mask needs at least one batch, head, row and key, got shape {shape}")
     sizes = shape, block_m, block_n, max_tiles, max_parts
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(source)):
+    if not known.is_known(source):
         return *building_under_jit.build(source, *sizes), shape, block_m, block_n
-    with jax.ensure_compile_time_eval():  # known, so that it is built now, whatever is being traced
+    with known.now():
         arrays = [None if x is None else jax.device_put(x) for x in _build(source, *sizes)]
     return *arrays, None, shape, block_m, block_n
 

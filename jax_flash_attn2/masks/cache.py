@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..base import arguments
+from ..base import arguments, known
 from ..base.lru import CacheInfo, Lru
 
 __all__ = ["CacheInfo", "MaskCache", "build_window", "causal_mask", "causal_mask_cache"]
@@ -114,8 +114,8 @@ def _build(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, of
         first = 0 if left is None else max(at - left, 0)
         end = seqlen_k if right is None else max(at + right + 1, 0)
         mask[0, 0, row, first:end] = shown
-    with jax.ensure_compile_time_eval():
-        return jax.block_until_ready(jnp.asarray(mask))  # what cannot be built fails here, and is not kept
+    with known.now():
+        return jax.block_until_ready(jax.device_put(mask))  # what cannot be built fails here, and is not kept
 
 
 def _key(seqlen_q: Any, seqlen_k: Any, window: Any, alignment: Any, dtype: Any) -> _Key:

@@ -8,18 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..base import arguments
+from ..base import arguments, known
 
 Mode = Literal["sparse", "dense"]
 
 _DTYPES = ("bool", "float16", "bfloat16", "float32", "float64")
 MAX_SIZE = 2**31 - 1
 """Places among entries are int32."""
-
-
-def known(*arrays: Any) -> bool:
-    """Whether values can be looked at."""
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
 def dtype_of(dtype: Any) -> np.dtype:
@@ -69,8 +64,8 @@ def weights_of(name: str, x: Any) -> Array:
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
     if x.dtype.name not in _DTYPES:
         raise TypeError(f"{name} must be bool or floating, got {x.dtype.name}; compare with 0, or cast it")
-    if known(x) and x.dtype != bool:
-        with jax.ensure_compile_time_eval():
+    if known.is_known(x) and x.dtype != bool:
+        with known.now():
             good = bool(_are_weights(x) if isinstance(x, Array) else ((x >= 0) & (x <= 1)).all())
         if not good:
             raise ValueError(f"{name} must have weights in [0, 1], got others (or NaN); clip or divide them")
@@ -85,11 +80,11 @@ def _are_weights(x: Array) -> Array:
 def data_of(data: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """The weights of entries of the given shape."""
     if data is None:
-        return jnp.ones(shape, jnp.float32 if dtype is None else dtype_of(dtype))
+        return known.full(1, jnp.dtype(jnp.float32) if dtype is None else dtype_of(dtype), shape)
     data = weights_of("data", data)
     if data.shape != shape:
         raise ValueError(f"data must have the shape of the indices, {shape}, got {data.shape}")
-    return data if dtype is None else data.astype(dtype_of(dtype))
+    return data if dtype is None else cast(data, dtype_of(dtype))
 
 
 def integers(name: str, x: Any) -> Array:
@@ -99,10 +94,23 @@ def integers(name: str, x: Any) -> Array:
 
 def converted(x: Array | np.ndarray, dtype: Any = None) -> Array:
     """x as a JAX array, of known values if they are known: also under jit, which would make a tracer of them."""
-    if not known(x):
+    if not known.is_known(x):
         return jnp.asarray(x, dtype)
-    with jax.ensure_compile_time_eval():
+    with known.now():
         return jnp.asarray(x, dtype)
+
+
+def cast(x: Array, dtype: Any) -> Array:
+    """`x.astype(dtype)`, known if x is."""
+    if x.dtype == dtype:
+        return x
+    if not known.is_known(x):
+        return x.astype(dtype)
+    with known.now():
+        return _cast(x, dtype)
+
+
+_cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
 
 
 def fits(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:

@@ -1,5 +1,6 @@
 """Attention with all of its logits in memory: for looking at weights, for small shapes, and as a baseline."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..base import arguments
-from . import predicates
+from ..base import arguments, known
+from . import evaluation, predicates
 from .cache import MaskCache, build_window, causal_mask_cache
 
 
@@ -42,7 +43,8 @@ def dense_attention(
         are 1 or full ([B, H, Sq, Sk], B all of batch): logits become logit - log(w), and w = 0 hides a key. Or a
         predicate (`predicates.py`).
       softmax_scale: a number or a 0-d array; D**-0.5 by default.
-      cache: where the dense mask of causal and window_size is looked up; None: built anew at each call.
+      cache: where the dense mask of causal and window_size is looked up outside jit; None: built anew at each call.
+        Under jit indices are compared instead.
       return_weights: also return the softmax.
 
     Returns:
@@ -58,7 +60,7 @@ def dense_attention(
         raise TypeError(f"return_weights must be True or False, got {return_weights!r}")
     q, k, v = arguments.array("q", q), arguments.array("k", k), arguments.array("v", v)
     arguments.check_shapes(q, k, v)
-    batch, (seqlen_q, heads), (seqlen_k, kv_heads) = q.shape[:-3], q.shape[-3:-1], k.shape[-3:-1]
+    batch, (seqlen_q, heads), seqlen_k = q.shape[:-3], q.shape[-3:-1], k.shape[-3]
     size, axes = math.prod(batch), (heads, seqlen_q, seqlen_k)
     window = arguments.window(window_size, arguments.boolean("causal", causal))
     arguments.alignment(causal_alignment)
@@ -67,21 +69,40 @@ def dense_attention(
     if isinstance(mask, Array | np.ndarray):
         mask = arguments.mask_of(mask, batch, axes)
     q, k, v = (x.reshape(size, *x.shape[-3:]) for x in (q, k, v))
+    seen, reach = None, None
+    if window != (None, None) and known.under_jit():  # where indices are compared: a dense constant is slow to compile
+        reach = (*window, seqlen_k - seqlen_q if causal_alignment == "bottom_right" else 0)
+    elif window != (None, None):
+        build = build_window if cache is None else cache.window
+        seen = build(seqlen_q, seqlen_k, window=window, causal_alignment=causal_alignment)
+    if mask is not None and not isinstance(mask, Array):
+        mask = _of_any(mask, (size, *axes))
+    o, p = _attend(q, k, v, bias, scale, mask, seen, reach)
+    o = o.reshape(*batch, seqlen_q, heads, v.shape[-1])
+    return (o, p.reshape(*batch, *p.shape[1:])) if return_weights else o
 
+
+@functools.partial(jax.jit, static_argnums=7, inline=True)
+@jax.numpy_dtype_promotion("standard")  # whatever the caller's code is held to
+def _attend(q, k, v, bias, scale, mask, seen, reach: tuple[int | None, int | None, int] | None) -> tuple[Array, Array]:
+    """o and the softmax of `[B, S, H, D]`, under a mask of booleans or weights and a window, seen or as its reach."""
+    (size, seqlen_q, heads, _), (_, seqlen_k, kv_heads, _) = q.shape, k.shape
     real = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     grouped = q.reshape(size, seqlen_q, kv_heads, heads // kv_heads, q.shape[-1])
     s = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, precision="highest", preferred_element_type=real)
     s = s.reshape(size, heads, seqlen_q, seqlen_k) * scale
     if bias is not None:
         s = s + bias.astype(real)
-    if window != (None, None):
-        build = build_window if cache is None else cache.window
-        seen = build(seqlen_q, seqlen_k, window=window, causal_alignment=causal_alignment)
+    if reach is not None:
+        window = predicates.sliding_window(*reach)
+        seen = evaluation.everywhere(window, (1, 1, seqlen_q, seqlen_k))
+    if seen is not None:
         s = jnp.where(seen, s, -jnp.inf)
-    if isinstance(mask, Array):
-        s = jnp.where(mask, s, -jnp.inf)
-    elif mask is not None:
-        s = _under(mask, s)
+    if mask is not None:
+        shown = mask.astype(jnp.bool_)
+        if mask.dtype != jnp.bool_:
+            s = s - jnp.log(jnp.where(shown, mask.astype(s.dtype), 1))
+        s = jnp.where(shown, s, -jnp.inf)
     p = _softmax(s)
     o = jnp.einsum(
         "bhgqk,bkhd->bqhgd",
@@ -90,8 +111,7 @@ def dense_attention(
         precision="highest",
         preferred_element_type=real,
     )
-    o = o.astype(q.dtype).reshape(*batch, seqlen_q, heads, v.shape[-1])
-    return (o, p.reshape(*batch, *p.shape[1:])) if return_weights else o
+    return o.astype(q.dtype).reshape(size, seqlen_q, heads, v.shape[-1]), p
 
 
 def _softmax(s: Array) -> Array:
@@ -102,22 +122,20 @@ def _softmax(s: Array) -> Array:
     return e / jnp.where(l == 0, 1, l)
 
 
-def _under(mask: Any, s: Array) -> Array:
-    """Logits `[B, H, Sq, Sk]` under a mask that is no array: a `Mask`, or a predicate."""
+def _of_any(mask: Any, shape: tuple[int, int, int, int]) -> Array:
+    """Booleans or weights of a mask that is no array: a `Mask`, or a predicate."""
     if hasattr(mask, "to_dense"):
         weights = mask.to_dense()
-        if weights.ndim != 4 or any(n not in (1, m) for n, m in zip(weights.shape, s.shape, strict=True)):
+        if weights.ndim != 4 or any(n not in (1, m) for n, m in zip(weights.shape, shape, strict=True)):
             raise ValueError(
-                f"mask must have the axes [B, H, Sq, Sk] = {s.shape} (each 1 or full), got shape {weights.shape}"
+                f"mask must have the axes [B, H, Sq, Sk] = {shape} (each 1 or full), got shape {weights.shape}"
             )
-    elif callable(mask):
-        weights = predicates.evaluate(mask, *(jnp.arange(n, dtype=jnp.int32) for n in s.shape))
-    else:
-        raise TypeError(
-            f"mask must be an array of booleans, a Mask or a predicate, got {type(mask).__name__}; numbers that mean "
-            f"yes or no are mask != 0"
-        )
-    seen = weights.astype(jnp.bool_)
-    if weights.dtype != jnp.bool_:
-        s = s - jnp.log(jnp.where(seen, weights.astype(s.dtype), 1))
-    return jnp.where(seen, s, -jnp.inf)
+        return weights
+    if callable(mask):
+        predicate = predicates.as_predicate(mask)
+        predicate.check_shape(shape)
+        return evaluation.everywhere(predicate, shape)
+    raise TypeError(
+        f"mask must be an array of booleans, a Mask or a predicate, got {type(mask).__name__}; numbers that mean "
+        f"yes or no are mask != 0"
+    )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
+from ..base import known
 from . import checks
 
 if TYPE_CHECKING:
@@ -88,6 +88,31 @@ def resized(indices: Array, data: Array, size: int) -> tuple[Array, Array]:
     return jnp.pad(indices[:size], more), jnp.pad(data[:size], more)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def every(rows: int, keys: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """The entries of a full mask."""
+    indices = jnp.tile(jnp.arange(keys, dtype=jnp.int32), rows)
+    return indices, jnp.arange(rows + 1, dtype=jnp.int32) * keys, jnp.ones(indices.size, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def none(rows: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """The entries of an empty mask."""
+    return jnp.zeros(0, jnp.int32), jnp.zeros(rows + 1, jnp.int32), jnp.zeros(0, dtype)
+
+
+@jax.jit
+def count(dense: Array) -> Array:
+    """How many weights are not 0."""
+    return jnp.count_nonzero(dense)
+
+
+@jax.jit
+def largest(indices: Array) -> Array:
+    """The largest of integers."""
+    return indices.max()
+
+
 def places_of(mask: "Mask") -> tuple[Array, Array]:
     """Row and key of each entry, int32 `[size]` each: ascending, no two the same, unused ones out of bounds."""
     row = entry_rows(mask.ptr, mask.size)
@@ -115,7 +140,10 @@ def either(a: Array | None, b: Array | None) -> Array | None:
 
 def poisoned(x: Array, overflow: Array | None) -> Array:
     """x, or NaN where entries were lost. Bools cannot be, and wait until they meet something that can."""
-    return x if overflow is None or x.dtype == bool else jnp.where(overflow, jnp.nan, x)
+    return x if overflow is None or x.dtype == bool else _poisoned(x, overflow)
+
+
+_poisoned = jax.jit(lambda x, overflow: jnp.where(overflow, jnp.nan, x), inline=True)
 
 
 def fit(
@@ -133,8 +161,8 @@ def fit(
     room, dtype = indices.size, data.dtype
     if size is not None:
         size = checks.size_of(size)
-    if checks.known(ptr, overflow):
-        count = int(np.asarray(ptr)[-1])  # not ptr[-1], which under jit would be a tracer
+    if known.is_known((ptr, overflow)):
+        count = int(jax.device_get(ptr)[-1])  # not ptr[-1], which under jit would be a tracer
         checks.check_fits(count, size)
         size = count if size is None else size
     elif size is None:

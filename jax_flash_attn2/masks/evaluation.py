@@ -39,6 +39,16 @@ def evaluate(
     return _evaluate(trace(predicate), *indices)
 
 
+def everywhere(predicate: Callable[..., Any], shape: tuple[int, int, int, int]) -> Array:
+    """The predicate of all batches, heads, rows and keys: bool `[B, H, Sq, Sk]`."""
+    return _everywhere(trace(predicate), shape)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _everywhere(program: Program, shape: tuple[int, int, int, int]) -> Array:
+    return _evaluate(program, *(jnp.arange(n, dtype=jnp.int32) for n in shape))
+
+
 def trace(predicate: Callable[..., Any]) -> Program:
     """What the predicate does, as a program of four 0-d int32.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..base import arguments
+from ..base import arguments, known
 from . import checks, entries, weighing
 from .checks import Mode
 
@@ -125,18 +125,18 @@ class Mask:
             raise ValueError(f"ptr must have shape [B * H * Sq + 1] = ({rows + 1},), got {ptr.shape}")
         data = checks.data_of(data, indices.shape, dtype)
         overflow = None
-        if not checks.known(ptr):
+        if not known.is_known(ptr):
             overflow = ptr[-1] > indices.size
         else:
-            counted = np.asarray(ptr)
+            counted = jax.device_get(ptr)
             if counted[0] != 0 or (counted[1:] < counted[:-1]).any():
                 raise ValueError("ptr must rise from 0, got values that do not; it counts the entries before each row")
             if counted[-1] > indices.size:
                 raise ValueError(
                     f"ptr[-1] must be at most the size of indices, {indices.size}, got {counted[-1]}; give more room"
                 )
-        if checks.known(indices, ptr):
-            with jax.ensure_compile_time_eval():
+        if known.is_known((indices, ptr)):
+            with known.now():
                 inside, ascend = map(bool, entries.inspect(indices, ptr, keys=keys))
             if not inside:
                 raise ValueError(f"indices must be in [0, Sk) = [0, {keys}), got others; leave unused ones to ptr")
@@ -178,9 +178,9 @@ class Mask:
             raise ValueError(f"row_indices must have shape [*{shape[:3]}, n], got {row_indices.shape}")
         checks.check_size("B * H * Sq * n", row_indices.size, "give row_indices fewer columns")
         data = checks.data_of(data, row_indices.shape, dtype)
-        if checks.known(row_indices) and row_indices.size:
-            with jax.ensure_compile_time_eval():
-                largest = int(row_indices.max())
+        if known.is_known(row_indices) and row_indices.size:
+            with known.now():
+                largest = int(entries.largest(row_indices))
             if largest >= shape[3]:
                 raise ValueError(f"row_indices must be below Sk = {shape[3]}, got {largest}; negative ones are unused")
         return entries.fit(cls, shape, entries.combine_rows(row_indices, data), size)
@@ -235,17 +235,15 @@ class Mask:
         if mask.kind == "sparse":
             return entries.fit(type(mask), mask.shape, (mask.indices, mask.ptr, mask.data), size, mask.overflow)
         if mask.kind == "empty":
-            nothing = jnp.zeros(0, jnp.int32), jnp.zeros(rows + 1, jnp.int32), jnp.zeros(0, mask.dtype)
+            nothing = entries.none(rows, mask.dtype)
             return entries.fit(type(mask), mask.shape, nothing, size)
         checks.check_size("the number of weights", rows * keys, "make it of indices (from_indices) in the first place")
         if mask.kind == "full":
-            every = jnp.tile(jnp.arange(keys, dtype=jnp.int32), rows)
-            ptr = jnp.arange(rows + 1, dtype=jnp.int32) * keys
             checks.check_fits(rows * keys, size)
-            return entries.fit(type(mask), mask.shape, (every, ptr, jnp.ones(every.size, mask.dtype)), size)
-        if checks.known(mask.dense):
-            with jax.ensure_compile_time_eval():
-                count = int(jnp.count_nonzero(mask.dense))
+            return entries.fit(type(mask), mask.shape, entries.every(rows, keys, mask.dtype), size)
+        if known.is_known(mask.dense):
+            with known.now():
+                count = int(entries.count(mask.dense))
             size = count if size is None else size
             checks.check_fits(count, size)
         elif size is None:
@@ -255,14 +253,14 @@ class Mask:
             )
         indices, ptr, data = entries.entries_of(mask.dense, size=size)
         overflow = mask.overflow
-        if not checks.known(mask.dense) and size < rows * keys:
+        if not known.is_known(mask.dense) and size < rows * keys:
             overflow = entries.either(overflow, ptr[-1] > size)
         return entries.fit(type(mask), mask.shape, (indices, ptr, data), size, overflow)
 
     def astype(self, dtype: Any) -> Self:
         """The same mask with weights of another dtype; bool stands for weights that are not 0."""
         dtype = checks.dtype_of(dtype)
-        cast = lambda x: None if x is None else entries.poisoned(x.astype(dtype), self.overflow)
+        cast = lambda x: None if x is None else entries.poisoned(checks.cast(x, dtype), self.overflow)
         return dataclasses.replace(self, dtype=dtype, dense=cast(self.dense), data=cast(self.data))
 
     def broadcast_to(self, shape: Sequence[int]) -> Self:
@@ -287,7 +285,8 @@ class Mask:
         """The share of the weights that are not 0: float32 `[]`."""
         mask = self._usable()
         if mask.kind in ("full", "empty"):
-            return jnp.float32(mask.kind == "full" and math.prod(mask.shape) > 0)
+            share = float(mask.kind == "full" and math.prod(mask.shape) > 0)
+            return known.full(share, jnp.dtype(jnp.float32))
         return weighing.density(mask)
 
     def apply(self, x: Array | np.ndarray, mode: Mode = DEFAULT_MODE, *, size: int | None = None) -> Array:
@@ -366,7 +365,7 @@ class Mask:
         if self.kind == "full":
             return x
         if self.kind == "empty":
-            return jnp.zeros_like(x)
+            return weighing.zeros_like(x)
         mask = self._held(mode, size)
         return weighing.weigh(mask if mask.kind == "dense" else mask.broadcast_to(x.shape), x, inverse=inverse)
 
@@ -381,7 +380,7 @@ class Mask:
 
     def _usable(self) -> Self:
         """This mask, if it is known not to have overflowed, or not known."""
-        if self.overflow is None or not checks.known(self.overflow):
+        if self.overflow is None or not known.is_known(self.overflow):
             return self
         if bool(self.overflow):
             raise ValueError(

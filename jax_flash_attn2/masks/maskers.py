@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..base import known
 from .checks import check_size
 from .mask import Mask
 
@@ -67,8 +68,7 @@ class LocalMasker:
         if chosen == "triangle":
             shown = Mask.from_dense(_band_by_triangles(rows, keys, window))
         else:
-            end = _positions(rows, keys) + 1
-            shown = _range(end - window, end, keys, chosen)
+            shown = _range(rows, keys, chosen, window=window)
         return _shown(previous, shown, size)
 
 
@@ -110,10 +110,8 @@ class SinkMasker:
         chosen = _chosen(implementation, SinkImplementation, DEFAULT_SINK)
         _check_previous(previous)
         rows, keys = previous.shape[2:]
-        end = np.full(rows, _count(self.size, keys))
-        if self.causal:
-            end = np.minimum(end, _positions(rows, keys) + 1)
-        return _shown(previous, _range(np.zeros_like(end), end, keys, chosen), size)
+        size_shown = _count(self.size, keys)
+        return _shown(previous, _range(rows, keys, chosen, size=size_shown, causal=self.causal), size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +170,8 @@ class TopKMasker:
         shape = _check_queries(previous, q, k)
         q, k = jnp.asarray(q), jnp.asarray(k)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if isinstance(scale, int | float):
+            scale = known.full(float(scale), jnp.dtype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32))
         # Keys [B, H, Sq, n], negative where a row sees fewer.
         top = _top_keys(q, k, scale, _allowed(allowed, shape), count=_count(self.k, shape[3]), causal=self.causal)
         if chosen == "sparse":
@@ -249,7 +249,7 @@ def _allowed(allowed: Any, shape: tuple[int, ...]) -> Array | None:
     if allowed is None:
         return None
     if isinstance(allowed, Mask):
-        allowed = allowed.to_dense(jnp.float32) > 0 if allowed.dtype == bool else allowed.to_dense() > 0
+        allowed = _positive(allowed.to_dense(jnp.float32) if allowed.dtype == bool else allowed.to_dense())
     if not isinstance(allowed, Array | np.ndarray) or allowed.dtype != bool:
         raise TypeError(
             f"allowed must be a Mask or a bool array, got {getattr(allowed, 'dtype', type(allowed).__name__)}; "
@@ -261,7 +261,10 @@ def _allowed(allowed: Any, shape: tuple[int, ...]) -> Array | None:
         fits = False
     if not fits:
         raise ValueError(f"allowed must broadcast to [B, H, Sq, Sk] = {shape}, got shape {allowed.shape}")
-    return jnp.asarray(allowed)
+    return jnp.asarray(allowed).reshape((1,) * (4 - allowed.ndim) + allowed.shape)
+
+
+_positive = jax.jit(lambda weights: weights > 0, inline=True)
 
 
 def _count(value: int | float, keys: int) -> int:
@@ -269,11 +272,6 @@ def _count(value: int | float, keys: int) -> int:
     if isinstance(value, float):
         value = max(1, round(value * keys))
     return min(value, keys)
-
-
-def _positions(rows: int, keys: int) -> np.ndarray:
-    """The position of each row among the keys: `[Sq]`, negative for rows before the first key."""
-    return np.arange(rows) + (keys - rows)
 
 
 # What is shown, as masks of `[1, 1, Sq, Sk]`: bool, so that a merge makes of it what `previous` has.
@@ -284,33 +282,55 @@ def _shown(previous: Mask, shown: Mask, size: int | None) -> Mask:
     return previous.merge(shown, "dense" if shown.kind == "dense" else "sparse", size=size)
 
 
-def _range(start: np.ndarray, end: np.ndarray, keys: int, implementation: str) -> Mask:
-    """Row i shows the keys from `start[i]` up to `end[i]`: integers `[Sq]`, clipped to the keys there are."""
-    start = np.clip(start, 0, keys)
-    counts = np.maximum(np.clip(end, 0, keys) - start, 0)
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """The keys from `start` up to `end` of each row: the last `window` up to its position, or the first `size`."""
+
+    rows: int
+    keys: int
+    window: int | None
+    size: int | None
+    causal: bool
+
+    def ends(self, xp: Any) -> tuple[Any, Any]:
+        """`start` and `end`, int32 `[Sq]`, clipped to the keys there are; in NumPy or in JAX's."""
+        after = xp.arange(self.rows, dtype="int32") + (self.keys - self.rows + 1)  # the position, and one
+        end = after if self.size is None else xp.full_like(after, self.size)
+        end = xp.clip(xp.minimum(end, after) if self.causal else end, 0, self.keys)
+        start = xp.zeros_like(end) if self.window is None else xp.clip(after - self.window, 0, self.keys)
+        return start, xp.maximum(start, end)
+
+
+def _range(
+    rows: int, keys: int, implementation: str, window: int | None = None, size: int | None = None, causal: bool = True
+) -> Mask:
+    shown = _Range(rows, keys, window, size, causal)
     if implementation != "sparse":
-        return Mask.from_dense(_compared(start.astype(np.int32), (start + counts).astype(np.int32), keys=keys))
-    total = int(counts.sum())
+        return Mask.from_dense(_compared(shown))
+    start, end = shown.ends(np)
+    total = int((end - start).sum(dtype=np.int64))
     check_size("the number of entries", total, "use a dense implementation")
-    indices, ptr = _listed(start.astype(np.int32), counts.astype(np.int32), total=total)
+    indices, ptr, ones = _listed(shown, total)
     # Not through `from_indices`, which could not know under jit that ptr fits.
-    ones = jnp.ones(total, bool)
-    return Mask((1, 1, start.size, keys), "sparse", np.dtype(bool), indices=indices, ptr=ptr, data=ones)
+    return Mask((1, 1, rows, keys), "sparse", np.dtype(bool), indices=indices, ptr=ptr, data=ones)
 
 
-@functools.partial(jax.jit, static_argnames="keys")
-def _compared(start: Array, end: Array, keys: int) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _compared(shown: _Range) -> Array:
     """The bool array `[1, 1, Sq, Sk]` that is True from start up to end."""
-    at = jnp.arange(keys, dtype=jnp.int32)
+    at = jnp.arange(shown.keys, dtype=jnp.int32)[None]
+    start, end = shown.ends(jnp)
     return ((at >= start[:, None]) & (at < end[:, None]))[None, None]
 
 
-@functools.partial(jax.jit, static_argnames="total")
-def _listed(start: Array, counts: Array, total: int) -> tuple[Array, Array]:
-    """`indices` and `ptr` of rows that show as many keys as `counts` from `start`. On the device: it may be a lot."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _listed(shown: _Range, total: int) -> tuple[Array, Array, Array]:
+    """`indices`, `ptr` and `data` of what is shown. On the device: it may be a lot."""
+    start, end = shown.ends(jnp)
+    counts = end - start
     ptr = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
     row = jnp.repeat(jnp.arange(counts.size, dtype=jnp.int32), counts, total_repeat_length=total)
-    return jnp.arange(total, dtype=jnp.int32) + (start - ptr[:-1])[row], ptr
+    return jnp.arange(total, dtype=jnp.int32) + (start - ptr[:-1])[row], ptr, jnp.ones(total, bool)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "keys", "window"))
@@ -332,8 +352,8 @@ def _top_keys(q: Array, k: Array, scale: Any, allowed: Array | None, count: int,
     logits = jnp.einsum("bqhgd,bkhd->bhgqk", q, k.astype(dtype), precision=lax.Precision.HIGHEST)
     logits = logits.reshape(batch, heads, rows, keys) * jnp.asarray(scale, dtype)
     if causal:
-        later = jnp.arange(keys) > jnp.arange(rows)[:, None] + (keys - rows)
-        logits = jnp.where(later, -jnp.inf, logits)
+        later = jnp.arange(keys)[None] > jnp.arange(rows)[:, None] + (keys - rows)
+        logits = jnp.where(later[None, None], -jnp.inf, logits)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
     largest, at = lax.top_k(logits, count)

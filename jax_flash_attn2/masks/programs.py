@@ -21,8 +21,10 @@ class Steps:
     """What a program does: a jaxpr, which equals another of the same operations. Static under jit."""
 
     def __init__(self, jaxpr: Any):
-        self.jaxpr = jaxpr
-        self.key = _key(jaxpr)
+        """A jaxpr with constants, which become its first arguments, so that none is kept."""
+        self.args = len(jaxpr.invars)
+        self.jaxpr = jex.ClosedJaxpr(jaxpr, [])
+        self.key = _key(self.jaxpr)
         self._hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:
@@ -34,7 +36,7 @@ class Steps:
     def reads(self) -> tuple[bool, ...]:
         """Of each argument, whether anything is made of it."""
         read = {id(x) for eqn in self.jaxpr.eqns for x in eqn.invars} | {id(x) for x in self.jaxpr.outvars}
-        return tuple(id(x) in read for x in self.jaxpr.invars)
+        return tuple(id(x) in read for x in self.jaxpr.invars[-self.args :])
 
 
 @jax.tree_util.register_dataclass
@@ -50,16 +52,11 @@ class Program:
         """The program of `function(*args)`, which gives one array."""
         closed = jax.make_jaxpr(lambda *args: function(*args))(*args)  # anew: JAX keeps what it traced, by function
         arrays = tuple(x if isinstance(x, Array) else np.asarray(x) for x in closed.consts)
-        return cls(Steps(closed.jaxpr), arrays)
+        return cls(Steps(closed), arrays)
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns."""
-        return jex.jaxpr_as_fun(jex.ClosedJaxpr(self.steps.jaxpr, list(self.arrays)))(*args)[0]
-
-    @property
-    def is_known(self) -> bool:
-        """Whether none of its arrays is being traced."""
-        return not any(isinstance(x, jax.core.Tracer) for x in self.arrays)
+        return jex.jaxpr_as_fun(self.steps.jaxpr)(*self.arrays, *args)[0]
 
     def key(self) -> Hashable:
         """Equal for programs that give the same: JAX's arrays are told apart by which they are, NumPy's, which may be
@@ -110,6 +107,7 @@ def _key(jaxpr: Any) -> Hashable:
             return number[id(x)]
         return str(x.aval), _contents(np.asarray(x.val))
 
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jaxpr
     key: list[Hashable] = [new(jaxpr.constvars), new(jaxpr.invars)]
     for eqn in jaxpr.eqns:
         params = tuple((n, _parameter(x)) for n, x in sorted(eqn.params.items()) if n not in _ONLY_FOR_DERIVATIVES)
@@ -119,10 +117,8 @@ def _key(jaxpr: Any) -> Hashable:
 
 
 def _parameter(x: Any) -> Hashable:
-    if isinstance(x, jex.ClosedJaxpr):
-        return _key(x.jaxpr), tuple(map(_parameter, x.consts))
-    if isinstance(x, jex.Jaxpr):
-        return _key(x)
+    if isinstance(x, jex.ClosedJaxpr | jex.Jaxpr):
+        return _key(x), tuple(map(_parameter, getattr(x, "consts", ())))
     if isinstance(x, jax.core.Tracer):
         return Same(x)
     if isinstance(x, Array | np.ndarray):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -98,3 +98,18 @@ def add_sparse(a: "Mask", b: "Mask") -> tuple[Array, Array, Array]:
     return entries.combine(
         join(row, other_row), join(index, other_index), join(a.data, b.data), rows=math.prod(a.shape[:3])
     )
+
+
+zeros_like = jax.jit(jnp.zeros_like, inline=True)
+
+
+@functools.partial(jax.jit, inline=True)
+def seen_of(weights: Array) -> Array:
+    """Which weights are not 0."""
+    return weights.astype(bool)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def correction_of(weights: Array, dtype: Any) -> Array:
+    """What logits get for their key's weight: -log(w), 0 where it is 0 and the key not seen anyway."""
+    return -jnp.log(jnp.where(weights != 0, weights, 1).astype(dtype))
