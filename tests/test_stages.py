@@ -71,9 +71,11 @@ def item(*names, mark=None):
     )
 
 
-@pytest.mark.parametrize(("name", "mark"), [("pair", None), ("case", "in_thirds")])
-def test_thirds_are_all_together(name, mark):
-    items = [item(f"{name}_{n:02}", mark=mark) for n in range(45)]
+@pytest.mark.parametrize("kind", ["pair", "bias", "marked"])
+def test_thirds_are_all_together(kind):
+    names = {"pair": "pair_{:02}", "bias": "bias_{:b}", "marked": "case{}"}[kind]
+    items = [item(names.format(n).translate({48: "q", 49: "k"} if kind == "bias" else {})) for n in range(45)]
+    items = [item(i.name, mark="in_thirds") for i in items] if kind == "marked" else items
     thirds = [[i for i, x in enumerate(items) if selection.kept(x, third)] for third in selection.THIRDS]
     assert sorted(n for third in thirds for n in third) == list(range(45))
     assert all(10 <= len(third) <= 20 for third in thirds)
@@ -81,7 +83,7 @@ def test_thirds_are_all_together(name, mark):
 
 @pytest.mark.parametrize("third", selection.THIRDS)
 def test_what_is_in_every_third_and_in_none(third):
-    assert selection.kept(item("causal", "bias_k"), third)
+    assert selection.kept(item("causal", "float16_bias"), third)
     assert selection.kept(types.SimpleNamespace(get_closest_marker=lambda name: None), third)
     assert not selection.kept(item("drawn", mark="thorough"), third)
 
