@@ -30,14 +30,11 @@ def kept(item, third: str) -> bool:
     params = item.callspec.params.values() if hasattr(item, "callspec") else ()
     cases = [getattr(x, "name", "") for x in params]
     numbers = [int(found[1]) for name in cases if (found := re.fullmatch(r"pair_(\d+)", name))]
-    numbers += [_number(name) for name in cases if re.fullmatch(r"bias_[bhqk-]+", name)]
+    shapes = [found[1] for name in cases if (found := re.fullmatch(r"bias_([bhqk-]+)", name))]
+    numbers += [sum(1 << i for i, axis in enumerate("bhqk") if axis in shape) for shape in shapes]
     if not numbers and item.get_closest_marker("in_thirds"):
-        numbers = [_number(item.name)]
+        numbers = [zlib.crc32(item.name.encode())]
     return all(number % len(THIRDS) == int(third) for number in numbers)
-
-
-def _number(name: str) -> int:
-    return zlib.crc32(name.encode())
 
 
 def select(config, items):

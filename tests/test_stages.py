@@ -8,6 +8,7 @@ import caching
 import pytest
 import selection
 import stages
+from cases import CASES
 from stages import Stage
 
 MAKEFILE = """
@@ -71,14 +72,18 @@ def item(*names, mark=None):
     )
 
 
-@pytest.mark.parametrize("kind", ["pair", "bias", "marked"])
+ITEMS = {
+    "pair": [item(f"pair_{n:02}") for n in range(45)],
+    "bias": [item(case.name) for case in CASES if case.name.startswith("bias_")],
+    "marked": [item(f"case{n}", mark="in_thirds") for n in range(45)],
+}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
 def test_thirds_are_all_together(kind):
-    names = {"pair": "pair_{:02}", "bias": "bias_{:b}", "marked": "case{}"}[kind]
-    items = [item(names.format(n).translate({48: "q", 49: "k"} if kind == "bias" else {})) for n in range(45)]
-    items = [item(i.name, mark="in_thirds") for i in items] if kind == "marked" else items
-    thirds = [[i for i, x in enumerate(items) if selection.kept(x, third)] for third in selection.THIRDS]
-    assert sorted(n for third in thirds for n in third) == list(range(45))
-    assert all(10 <= len(third) <= 20 for third in thirds)
+    thirds = [[i for i, x in enumerate(ITEMS[kind]) if selection.kept(x, third)] for third in selection.THIRDS]
+    assert sorted(n for third in thirds for n in third) == list(range(len(ITEMS[kind])))
+    assert all(len(ITEMS[kind]) // 4 <= len(third) <= len(ITEMS[kind]) // 2 for third in thirds)
 
 
 @pytest.mark.parametrize("third", selection.THIRDS)
