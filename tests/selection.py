@@ -1,5 +1,5 @@
 """Which tests `make test` leaves to `make test-all`: what is marked `thorough`, and two thirds of the combinations of
-options and of what is marked `in_thirds`.
+options, of the shapes of a bias, and of what is marked `in_thirds`.
 
 Which third is run changes from day to day; the Makefile picks it, and the header of the run names it, so that a run can
 be repeated (`make test THIRD=2`).
@@ -23,15 +23,18 @@ def header(config):
 
 
 def kept(item, third: str) -> bool:
-    """Whether a test is in this third: those with a case called `pair_07` are in third 7 mod 3, and others that are
-    `in_thirds` in one that their name decides."""
+    """Whether a test is in this third: those with the case `pair_07` are in third 7 mod 3, those with `bias_hq`, one of
+    the shapes that a bias may have, and others that are `in_thirds`, in one that the name decides."""
     if item.get_closest_marker("thorough"):
         return False
     params = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    pairs = [int(found[1]) for x in params if (found := re.fullmatch(r"pair_(\d+)", getattr(x, "name", "")))]
-    if not pairs and item.get_closest_marker("in_thirds"):
-        pairs = [zlib.crc32(item.name.encode())]
-    return all(number % len(THIRDS) == int(third) for number in pairs)
+    cases = [getattr(x, "name", "") for x in params]
+    numbers = [int(found[1]) for name in cases if (found := re.fullmatch(r"pair_(\d+)", name))]
+    shapes = [found[1] for name in cases if (found := re.fullmatch(r"bias_([bhqk-]+)", name))]
+    numbers += [sum(1 << i for i, axis in enumerate("bhqk") if axis in shape) for shape in shapes]
+    if not numbers and item.get_closest_marker("in_thirds"):
+        numbers = [zlib.crc32(item.name.encode())]
+    return all(number % len(THIRDS) == int(third) for number in numbers)
 
 
 def select(config, items):

@@ -173,6 +173,17 @@ def test_vmap_of_operands(mapped):
         np.testing.assert_allclose(got[i], over_sinks(outer[i]), rtol=1e-5)
 
 
+def test_gradients_in_a_vmap_of_a_vmap():
+    """Of a bias that the outer one maps and the inner one shares: each call's own, as by itself."""
+    q, k = (jax.random.normal(key, (3, 2, 1, 5, 2, 4)) for key in jax.random.split(jax.random.key(5)))
+    bias = jax.random.normal(jax.random.key(6), (3, 2, 5, 5))
+    grads = jax.jit(jax.grad(lambda b, q, k: (fa.flash_attention(q, k, k, b) ** 2).sum(), (0, 1)))
+    got = jax.vmap(jax.vmap(grads, (None, 0, 0)))(bias, q, k)
+    for i, j in np.ndindex(3, 2):
+        for g, want in zip(got, grads(bias[i], q[i, j], k[i, j]), strict=True):
+            np.testing.assert_allclose(g[i, j], want, rtol=1e-5, atol=1e-6)
+
+
 def test_vmap_does_not_copy_what_is_shared():
     """A bias and a mask that are not mapped reach the call as they are."""
     mask = jnp.ones((2, 4, 40, 40), bool)

@@ -56,7 +56,11 @@ def test_drawn_cases(case):
 INTERPRETED = results(lambda q, k, v, mask: flash_attention(q, k, v, mask=mask, implementation="triton"))
 
 
-@pytest.mark.parametrize("name", PREDICATES)
+ALWAYS = ("causal", "documents", "local_and_sinks", "by_head", "nothing", "random_50")
+THIRDS = [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.in_thirds) for name in PREDICATES]
+
+
+@pytest.mark.parametrize("name", THIRDS)
 def test_block_masks(name):
     """Kernels whose tiles are a part of the mask's, or all of it."""
     sizes = (32, 32) if len(name) % 2 else (64, 128)

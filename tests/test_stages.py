@@ -8,6 +8,7 @@ import caching
 import pytest
 import selection
 import stages
+from cases import CASES
 from stages import Stage
 
 MAKEFILE = """
@@ -71,17 +72,23 @@ def item(*names, mark=None):
     )
 
 
-@pytest.mark.parametrize(("name", "mark"), [("pair", None), ("case", "in_thirds")])
-def test_thirds_are_all_together(name, mark):
-    items = [item(f"{name}_{n:02}", mark=mark) for n in range(45)]
-    thirds = [[i for i, x in enumerate(items) if selection.kept(x, third)] for third in selection.THIRDS]
-    assert sorted(n for third in thirds for n in third) == list(range(45))
-    assert all(10 <= len(third) <= 20 for third in thirds)
+ITEMS = {
+    "pair": [item(f"pair_{n:02}") for n in range(45)],
+    "bias": [item(case.name) for case in CASES if case.name.startswith("bias_")],
+    "marked": [item(f"case{n}", mark="in_thirds") for n in range(45)],
+}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_thirds_are_all_together(kind):
+    thirds = [[i for i, x in enumerate(ITEMS[kind]) if selection.kept(x, third)] for third in selection.THIRDS]
+    assert sorted(n for third in thirds for n in third) == list(range(len(ITEMS[kind])))
+    assert all(len(ITEMS[kind]) // 4 <= len(third) <= len(ITEMS[kind]) // 2 for third in thirds)
 
 
 @pytest.mark.parametrize("third", selection.THIRDS)
 def test_what_is_in_every_third_and_in_none(third):
-    assert selection.kept(item("causal", "bias_k"), third)
+    assert selection.kept(item("causal", "float16_bias"), third)
     assert selection.kept(types.SimpleNamespace(get_closest_marker=lambda name: None), third)
     assert not selection.kept(item("drawn", mark="thorough"), third)
 
