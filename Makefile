@@ -7,13 +7,18 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 CUDA ?= cuda13
 JOBS ?= 2
 LOCK := requirements-dev.lock
+# Python compiles a module when it is first imported, and keeps that: pip would compile all that is never imported too,
+# and where it is not kept, `import jax` takes three times as long in every process.
 PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 CPU := JAX_PLATFORMS=cpu
 PYTEST := .venv/bin/python -m pytest
+WORKERS := -n $(JOBS) --dist worksteal
 MATRIX_TOOLS := jax-triton pytest pytest-xdist hypothesis setuptools
 
-.PHONY: help demo test test-matrix codegen bench lint lock clean
+.PHONY: help demo test test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
+.PHONY: lock clean
 .PRECIOUS: %/bin/pip
 
 help: ## list the targets
@@ -22,23 +27,45 @@ help: ## list the targets
 demo: .venv/demo.stamp ## train a small language model with flash attention and with Flax's own; plot both
 	$(if $(GPU),,$(CPU)) .venv/bin/python examples/train_char_lm.py
 
-test: lint ## lint, types, all tests, and the check of the generated GPU code
-	$(CPU) $(PYTEST) -n $(JOBS) tests --ignore=tests/test_kernels.py
+# Both run the stages below, one after the other, and end with what each took (tests/stages.py).
+STAGED = MAKE="$(MAKE)" .venv/bin/python tests/stages.py
 ifeq ($(shell uname -s),Linux) # there is no Triton elsewhere
-	TRITON_INTERPRET=1 $(CPU) $(PYTEST) -n $(JOBS) tests/test_kernels.py
-	$(CPU) .venv/bin/python -m benchmarks.codegen --check
+TRITON := test-kernels test-codegen
+MATRIX := test-matrix
 endif
-ifneq ($(GPU),)
-	$(PYTEST) tests/test_gpu.py
-endif
+# Of the combinations of options, and of the tuned kernels, `make test` looks at another third each day.
+TODAY := $(shell echo $$(( $$(date -u +%s) / 86400 % 3 )))
+
+test: | .venv/bin/pip ## lint, types, tests (of combinations a third), and the check of the generated GPU code
+	@THIRD=$(or $(THIRD),$(TODAY)) $(STAGED) test environment lint test-xla $(TRITON) $(if $(GPU),test-gpu)
+
+test-all: | .venv/bin/pip ## every test, compiled as for users, every tuned kernel, and test-matrix
+	@THIRD= FULLY=--fully $(STAGED) test-all environment lint test-xla $(TRITON) $(MATRIX) $(if $(GPU),test-gpu)
+
+# The stages. Made by itself, each runs everything; with THIRD=0, 1 or 2 that third of it.
+SOME := $(if $(THIRD),--third $(THIRD))
+
+environment: .venv/dev.stamp
+
+test-xla: .venv/dev.stamp
+	$(CPU) $(PYTEST) $(WORKERS) tests --ignore=tests/test_kernels.py $(SOME) $(FULLY)
+
+test-kernels: .venv/dev.stamp
+	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_kernels.py $(SOME)
+
+test-codegen: .venv/dev.stamp
+	$(CPU) .venv/bin/python -m benchmarks.codegen --check $(SOME)
+
+test-gpu: .venv/dev.stamp
+	$(PYTEST) tests/test_gpu.py $(SOME)
 
 # Each option alone, and all of them; what pairs of options do does not depend on a version.
 ALONE := -k "not pair and not bias_"
 
 test-matrix: .venv-triton38/stamp .venv-jax012/stamp ## tests on the oldest Triton and on the newest JAX
-	TRITON_INTERPRET=1 $(CPU) .venv-triton38/bin/python -m pytest -n $(JOBS) tests/test_kernels.py $(ALONE)
-	$(CPU) .venv-triton38/bin/python -m pytest -n $(JOBS) tests/test_lowering.py $(ALONE)
-	$(CPU) .venv-jax012/bin/python -m pytest -n $(JOBS) tests/test_xla.py tests/test_block_mask.py $(ALONE)
+	TRITON_INTERPRET=1 $(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_kernels.py $(ALONE)
+	$(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_lowering.py $(ALONE)
+	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_xla.py tests/test_block_mask.py $(ALONE)
 	$(CPU) .venv-jax012/bin/python -m pytest tests/test_lowering.py -k smoke
 
 codegen: .venv/dev.stamp ## print registers, spills, shared memory and hot-loop instructions of every tuned kernel
@@ -67,7 +94,7 @@ lock: .venv/bin/pip ## renew the pinned development set: the newest releases tha
 	@mv $(LOCK).new $(LOCK)
 
 clean: ## remove the environments and everything generated
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Environments. A stamp says that one is complete; it is renewed when the lock or the project's settings change.

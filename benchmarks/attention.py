@@ -18,8 +18,8 @@ from jax import Array
 
 from jax_flash_attn2 import Config, flash_attention, get_cached_flash_attention
 
+from .problem import Work
 from .status import Unsupported
-from .worker import Work
 
 TOLERANCE = {"float32": 1e-4, "float16": 6e-3, "bfloat16": 4e-2}
 """Largest error in units of the largest number: some roundings of the dtype, of p and of the sums' terms."""

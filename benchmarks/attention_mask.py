@@ -19,10 +19,10 @@ import numpy as np
 
 from jax_flash_attn2.masks import causal_mask_comparison, causal_mask_tril, make_causal_mask
 
+from .problem import Group, Work
 from .results import Record, parse_case
 from .sweep import Sweep, milliseconds, parser, ratio, table
 from .timing import Effort
-from .worker import Group, Work
 
 HIDDEN = 768
 BUILDERS = {

@@ -22,11 +22,11 @@ from jax_flash_attn2.masks import BlockMask, Predicate, causal, dilated, documen
 from jax_flash_attn2.masks.predicates import as_predicate
 
 from .attention import Attention, Provider, Shape, flash
+from .problem import Group, Work
 from .results import Record, parse_case
 from .status import Unsupported
 from .sweep import Sweep, milliseconds, parser, ratio, table
 from .timing import Effort
-from .worker import Group, Work
 
 WINDOW, SINKS, DOCUMENTS, TILE = 256, 64, 12, 128
 MASKS = ("window", "local", "documents", "dilated", "random")

@@ -4,15 +4,17 @@
     python -m benchmarks.codegen --check            # exit status 1 if a row breaks a rule
     python -m benchmarks.codegen --only arch=90,name=dkdv --json out.json
 
-The kernels are compiled as `jax_flash_attn2` launches them, from the same operands, and assembled by the ptxas that
-Triton carries with the options that JAX uses. A GPU is needed to say how fast a kernel is; that it spills, waits
-for every product or loads without overlap can be read off here.
+What was read off is kept in `.cache/codegen`; a kernel is compiled again when something changes that its code depends
+on, or with `--anew`. The kernels are compiled as `jax_flash_attn2` launches them, from the same operands, and
+assembled by the ptxas that Triton carries with the options that JAX uses. A GPU is needed to say how fast a kernel
+is; that it spills, waits for every product or loads without overlap can be read off here.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -24,8 +26,9 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from jax_flash_attn2 import kernels
 from jax_flash_attn2.base.spec import PASSES, Config, Rules, Spec, Tuned
-from jax_flash_attn2.gpu import passes, tuning
+from jax_flash_attn2.gpu import cache, passes, store, tuning
 from jax_flash_attn2.gpu.passes import Rows
 from jax_flash_attn2.gpu.target import Target
 
@@ -35,6 +38,8 @@ _TYPES = {
 }
 # Shared memory and warps of one multiprocessor (CUDA C Programming Guide, "Technical Specifications").
 _MULTIPROCESSOR = {80: (167936, 64), 86: (102400, 48), 89: (102400, 48), 90: (233472, 64), 100: (233472, 64)}
+KEPT = Path(__file__).parents[1] / ".cache" / "codegen"
+THIRDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +143,9 @@ def launches(point: Point, **options) -> list[tuple]:
     return [launch for launch in seen if point.name in launch[0].__name__]
 
 
-def compile_point(point: Point, **options):
-    """The machine code of one point."""
-    from .sass import compile_kernel
+def compile_point(point: Point, *, anew: bool = False, **options):
+    """The machine code of one point: `sass.Code`, from disk if it is there and not wanted anew."""
+    from . import sass
 
     ((kernel, operands, outputs, spec, config),) = launches(point, **options)
     kinds = [_kind(x, config, Target(point.arch)) for x in (*operands, *outputs)]
@@ -153,7 +158,32 @@ def compile_point(point: Point, **options):
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if config.maxnreg:
         options["maxnreg"] = config.maxnreg
-    return compile_kernel(kernel, signature, constants, point.arch, options)
+    kept, key = store.Store(KEPT, 64 * 2**20), _key(kernel, signature, constants, point.arch, options)
+    found = None if key is None or anew else kept.get(key)
+    if found is not None:
+        return sass.Code(**found[0] | {"loops": tuple(found[0]["loops"])})
+    code = sass.compile_kernel(kernel, signature, constants, point.arch, options)
+    if key is not None:
+        kept.put(key, dataclasses.asdict(code) | {"loops": list(code.loops)}, {})
+    return code
+
+
+def _key(kernel: Any, signature: dict, constants: dict, arch: int, options: dict) -> str | None:
+    """What the code of a kernel is known by: all that Triton and `sass.py` make it from."""
+    import triton
+    from triton._C import libtriton
+
+    return cache.key(
+        kernel=kernel.__name__,
+        target=arch,
+        signature=signature,
+        constants=constants,
+        options=options,
+        environment=cache.environment(),
+        source=cache.sources(kernels.__path__[0]),
+        reader=hashlib.sha256(Path(__file__).with_name("sass.py").read_bytes()).hexdigest(),
+        triton=(triton.__version__, os.path.getsize(libtriton.__file__)),
+    )
 
 
 def _kind(x: Any, config: Tuned, target: Target) -> str | tuple:
@@ -210,11 +240,11 @@ def _converts(point: Point) -> bool:
     return point.name == "fwd" and (point.arch == 90 or (point.arch < 90 and point.head_dim <= 128))
 
 
-def _measure(point: Point) -> dict[str, Any]:
+def _measure(point: Point, anew: bool = False) -> dict[str, Any]:
     """One line of the table, as plain data."""
     line: dict[str, Any] = {"title": point.title, **dataclasses.asdict(point)}
     try:
-        code = compile_point(point)
+        code = compile_point(point, anew=anew)
     except Exception as error:  # one row that does not compile must not lose the others
         return line | {"broken": [f"{type(error).__name__}: {error}"[:500]]}
     line |= dataclasses.asdict(code)
@@ -246,13 +276,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a row breaks a rule")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was read off")
     parser.add_argument("--only", default="", metavar="KEY=VALUE,...", help="arch=90,name=fwd,head_dim=128,causal=True")
+    parser.add_argument("--anew", action="store_true", help="compile what is kept too")
+    parser.add_argument("--third", type=int, choices=range(THIRDS), help="only this third of the kernels")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled side by side")
     options = parser.parse_args(argv)
     wanted = dict(part.split("=") for part in options.only.split(",") if part)
     chosen = [p for p in points() if all(str(getattr(p, key)) == value for key, value in wanted.items())]
+    chosen = chosen if options.third is None else chosen[options.third :: THIRDS]
     if not chosen:
         parser.error(f"no row matches --only {options.only}")
-    lines = list(measure_all(chosen, options.jobs))
+    lines = list(measure_all(chosen, options.jobs, options.anew))
     print(f"{'':58} {_COLUMNS}")
     for line in lines:
         print(_format(line))
@@ -265,10 +298,11 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if options.check and broken else 0
 
 
-def measure_all(chosen: list[Point], jobs: int | None):
+def measure_all(chosen: list[Point], jobs: int | None, anew: bool = False):
     """The lines of `chosen`, in order, with a progress bar."""
+    measure = functools.partial(_measure, anew=anew)
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
-        yield from tqdm(pool.map(_measure, chosen), total=len(chosen), desc="compiling", unit="kernel")
+        yield from tqdm(pool.map(measure, chosen), total=len(chosen), desc="compiling", unit="kernel")
 
 
 @functools.cache

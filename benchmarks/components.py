@@ -25,9 +25,9 @@ from jax_flash_attn2.masks import causal_mask_cache, dense_attention
 from jax_flash_attn2.masks.cache import build_window
 
 from .attention import TOLERANCE, reference
+from .problem import Group, Work
 from .results import Record, parse_case
 from .sweep import Sweep, milliseconds, parser, ratio, table
-from .worker import Group, Work
 
 HIDDEN, HEADS = 4096, 32
 HEAD_DIM = HIDDEN // HEADS

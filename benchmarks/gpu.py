@@ -18,9 +18,9 @@ from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target
 
 from .attention import Attention, Provider, Shape, flash, library, need_gpu
+from .problem import Group
 from .results import Record, parse_case
 from .sweep import Sweep, parser, summary
-from .worker import Group
 
 PROVIDERS = ("flash-tuned", "block-ptr", "ptr-block", "xla", "cudnn")
 TOKENS, WIDTH = 16384, 2048

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from . import timing
-from .status import Status, classify, reason
+from .problem import Problem
+from .status import Status, classify, failure, reason
 from .timing import Effort, Prepared, Times
-from .worker import Problem, failure
 
 Running = Callable[[str], contextlib.AbstractContextManager]
 

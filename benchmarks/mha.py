@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from .attention import Attention, Provider, Shape, flash, library, triton
+from .problem import Group, Work
 from .results import Record, case_name
 from .status import SENTINELS, Status
 from .sweep import Sweep, parser, summary
-from .worker import Group, Work
 
 LINES = {
     "triton-block-ptr": ("Triton-BlockPtr", "green", "-"),

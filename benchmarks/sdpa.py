@@ -35,11 +35,11 @@ from jax_flash_attn2.gpu.target import present
 from jax_flash_attn2.xla import tiling
 
 from .attention import Attention, Provider, Shape, flash, library, naive, need_gpu
+from .problem import Group, Work
 from .results import Record, parse_case
 from .status import Unsupported
 from .sweep import Sweep, milliseconds, parser, ratio, table
 from .timing import Effort
-from .worker import Group, Work
 
 SIZES = {"small": 128, "medium": 512, "large": 1024}
 OTHERS = ("jax", "jax-cudnn", "naive")

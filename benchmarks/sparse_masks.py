@@ -22,9 +22,9 @@ import numpy as np
 from jax_flash_attn2.masks import LocalMasker, Mask, SinkMasker, maskers
 from jax_flash_attn2.masks import mask as mask_module
 
+from .problem import Group, Work
 from .results import Record, parse_case
 from .sweep import Sweep, milliseconds, parser, table
-from .worker import Group, Work
 
 SHAPE = (1, 32, 1, 32768)
 SPARSITIES = (10, 50, 90, 99.5)

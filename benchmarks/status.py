@@ -2,6 +2,7 @@
 
 import enum
 import re
+from typing import Any
 
 from jax.errors import JaxRuntimeError
 
@@ -62,3 +63,8 @@ def reason(error: BaseException) -> str:
     """The first line of what an error says."""
     lines = str(error).strip().splitlines()
     return lines[0] if isinstance(error, Unsupported) and lines else f"{type(error).__name__}: {(lines or [''])[0]}"
+
+
+def failure(error: BaseException, failed: Status) -> dict[str, Any]:
+    """The outcome of an error."""
+    return {"status": classify(error, failed), "reason": reason(error)}

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from . import results
+from .problem import Group
 from .results import Record, Store, case_name, parse_case
 from .status import Status
 from .timing import Effort
-from .worker import Group, Worker
+from .worker import Worker
 
 try:
     from tqdm import tqdm

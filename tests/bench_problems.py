@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.problem import Work
 from benchmarks.status import Unsupported
-from benchmarks.worker import Work
 from jax_flash_attn2 import Config, flash_attention, gpu_target
 
 

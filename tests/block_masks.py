@@ -17,7 +17,7 @@ IDS = np.sort(RNG.integers(0, 4, (2, SK)), -1)
 
 
 def draw(*shape):
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    return jax.device_put(RNG.standard_normal(shape).astype(np.float32))
 
 
 def random(share, *shape):
@@ -64,7 +64,7 @@ def dense(name):
 Q, K, V, DO = draw(2, SQ, 2, 16), draw(2, SK, 1, 16), draw(2, SK, 1, 16), draw(2, SQ, 2, 16)
 
 
-BOUNDS = {"causal": True, "window_size": (60, 0), "kv_lengths": jnp.array([SK - 30, 70])}
+BOUNDS = {"causal": True, "window_size": (60, 0), "kv_lengths": np.array([SK - 30, 70], np.int32)}
 """What cuts the full tiles of a mask."""
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import Case
-from reference import attention, by_query_head, capped, distance, logits, probabilities
+from reference import attention, by_query_head, capped, distance, logits, probabilities, visible
 
 from jax_flash_attn2 import Config, flash_attention
 from jax_flash_attn2.masks import BlockMask, Mask
@@ -232,8 +232,18 @@ SETTINGS = hypothesis.settings(
 """For drawn cases: the same ones each time."""
 
 
+def _seen(case: Case, inputs) -> np.ndarray:
+    """Which keys the rows see; it broadcasts to `[*batch, H, Sq, Sk]`."""
+    sight = ("causal", "causal_alignment", "window_size", "mask", "q_segment_ids", "kv_segment_ids", "kv_lengths")
+    given = {name: x for name, x in (inputs | case.static).items() if name in sight and x is not None}
+    seen = visible(distance(inputs["q"], inputs["k"], case.alignment), **given)
+    if inputs["q_lengths"] is not None:
+        seen &= np.arange(case.seqlen_q)[:, None] < inputs["q_lengths"][..., None, None, None]
+    return np.asarray(seen)
+
+
 def assert_padding_is_not_read(flash, case: Case) -> None:
-    """NaN in the rows and keys that lengths cut off reaches nothing."""
+    """NaN in the rows and keys that lengths cut off reaches nothing, nor does it in a bias where that is hidden."""
     assert case.batch == (4,)
     x = case.inputs()
     x["q_lengths"] = np.array([case.seqlen_q - 3, 16, 0, case.seqlen_q], np.int32)  # within a tile, at its edge, ...
@@ -243,6 +253,14 @@ def assert_padding_is_not_read(flash, case: Case) -> None:
     for b in range(4):
         for name, length in (("q", "q_lengths"), ("do", "q_lengths"), ("k", "kv_lengths"), ("v", "kv_lengths")):
             dirty[name][b, x[length][b] :] = np.nan
+    if case.bias:
+        lacking = tuple(axis for axis, n in enumerate(dirty["bias"].shape) if n == 1)
+        read = np.broadcast_to(_seen(case, x), (4, case.heads, case.seqlen_q, case.seqlen_k)).any(
+            lacking, keepdims=True
+        )
+        assert not read.all()
+        dirty["bias"] = np.where(read, x["bias"], np.where(np.indices(read.shape).sum(0) % 2, np.nan, np.inf))
+        dirty["bias"] = dirty["bias"].astype(x["bias"].dtype)
     dirty = flash(case, dirty)
     assert_near(case, clean, x)
     assert_same_bits(clean, dirty)

@@ -1,19 +1,42 @@
-"""Settings of every test process: CPU, eight devices, and JAX at its strictest about dtypes."""
+"""Settings of every test process: CPU, eight devices, JAX at its strictest about dtypes, and compiling done once.
+
+What XLA makes of a program is kept in `.cache/xla`, and our kernels in `.cache/kernels`: a second run compiles only
+what has changed. Programs are compiled with few optimisations, as a test runs each once, on a few numbers; `--fully`
+compiles them as a user's are.
+"""
 
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_FLASH_ATTN2_CACHE", str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "kernels"))
+os.environ.setdefault("JAX_FLASH_ATTN2_CACHE", str(pathlib.Path(__file__).parents[1] / ".cache" / "kernels"))
 
+import caching
 import jax
 import pytest
+import selection
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+caching.use()
 
 INTERPRETED = ("test_kernels.py",)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fully", action="store_true", help="compile with all optimisations, except where a file says no")
+    selection.add_option(parser)
+
+
+def pytest_configure(config):
+    jax.config.update("jax_disable_most_optimizations", not config.getoption("--fully"))
+    if not hasattr(config, "workerinput"):  # before any worker starts
+        caching.trim()
+
+
+def pytest_report_header(config):
+    return selection.header(config)
 
 
 def pytest_ignore_collect(collection_path):
@@ -24,13 +47,35 @@ def pytest_ignore_collect(collection_path):
     return True if interpreted != (collection_path.name in INTERPRETED) else None
 
 
+def _setting(name, value):
+    before = jax.config.read(name)
+    jax.config.update(name, value)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """For tests that spend nearly all their time compiling what then runs once, on a few numbers."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Even under `--fully`: for files that spend nearly all their time compiling what then runs once."""
+    yield from _setting("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def compiled_fully():
+    """Even without `--fully`: for what looks at, or stands for, the code that users get."""
+    yield from _setting("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def compiled_anew():
+    """Nothing comes from disk: for what times compiling."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    compilation_cache.reset_cache()  # which else remembers that it is on
+    jax.config.update("jax_enable_compilation_cache", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def has_gpu() -> bool:
@@ -40,7 +85,8 @@ def has_gpu() -> bool:
         return False
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    selection.select(config, items)

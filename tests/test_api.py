@@ -293,7 +293,7 @@ def test_eager_calls_compile_once():
     assert define._eager.cache_info().misses == before
 
 
-X = jnp.ones((1, 16, 2, 16))
+X = jax.device_put(np.ones((1, 16, 2, 16), np.float32))
 SENT = {
     "causal": {"causal": True, "return_max_logits": True},
     "offset": {"causal": True, "causal_alignment": "bottom_right", "softmax_scale": -0.3},

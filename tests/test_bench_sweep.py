@@ -15,11 +15,12 @@ import pytest
 
 from benchmarks import mha
 from benchmarks.measure import disagreement
+from benchmarks.problem import Group
 from benchmarks.results import Record, Store, case_name, load, parse_case
 from benchmarks.status import SENTINELS, Status
 from benchmarks.sweep import Sweep, failures, parser
 from benchmarks.timing import Effort
-from benchmarks.worker import Group, Worker
+from benchmarks.worker import Worker
 
 FEW = Effort(seconds=0.0, least=3, warmup=1)
 ROOT = Path(__file__).parents[1]

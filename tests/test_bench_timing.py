@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks.timing import Effort, compare, do_bench, prepare, ratios
 
+pytestmark = pytest.mark.usefixtures("compiled_fully", "compiled_anew")
+
 FEW = Effort(seconds=0.0, least=5, warmup=1)
 
 

@@ -75,7 +75,7 @@ def test_bounds_cut_full_tiles():
 
 def test_mask_is_data():
     """One compiled function serves every mask of the same sizes, and vmap maps masks as it maps arrays."""
-    arrays = jnp.asarray(RNG.random((3, 1, 2, 64, 96)) < 0.1)
+    arrays = jax.device_put(RNG.random((3, 1, 2, 64, 96)) < 0.1)
     make = functools.partial(BlockMask.from_mask, block_m=32, block_n=32, max_tiles=6, max_parts=12)
     q, k = draw(3, 1, 64, 2, 16), draw(3, 1, 96, 2, 16)
 
@@ -94,7 +94,7 @@ def test_mask_is_data():
 
 
 def test_overflow_under_jit_is_heard():
-    mask = jnp.asarray(RNG.random((1, 1, 64, 64)) < 0.5)
+    mask = jax.device_put(RNG.random((1, 1, 64, 64)) < 0.5)
 
     @functools.partial(jax.jit, static_argnums=1)
     def attend(mask, most):

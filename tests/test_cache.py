@@ -213,6 +213,29 @@ def test_key_has_what_code_depends_on(part, tmp_path, monkeypatch):
     assert key() != before
 
 
+def test_key_has_all_that_a_compiler_is_given(monkeypatch):
+    """Any of it, changed by itself, is another key."""
+    pytest.importorskip("jax_triton")
+    from jax_flash_attn2.gpu import launch
+
+    def key(**changes):
+        x = {"name": "kernel", "target": ("cuda", 90), "options": {"num_warps": 4}} | dict.fromkeys(SPEC, ()) | changes
+        fn = types.SimpleNamespace(__module__="kernels", __name__=x["name"])
+        return launch._key(fn, types.SimpleNamespace(**{name: x[name] for name in SPEC}), x["target"], x["options"])
+
+    keys = [key(), key(name="another"), key(target=("cuda", 80)), key(options={"num_warps": 8})]
+    keys += [key(**{name: (1,)}) for name in SPEC]
+    for name in launch._COMPILER:
+        monkeypatch.setitem(launch._COMPILER, name, "another")
+        keys.append(key())
+    assert None not in keys
+    assert len({*keys}) == len(keys)
+
+
+SPEC = ("signature", "specialization", "attrs", "constants")
+"""What jax-triton says of a kernel's arguments."""
+
+
 @pytest.mark.parametrize("cols", [False, True])
 def test_lengths_are_told_apart_where_kernels_do(cols):
     """Of 1000 to 1056, by a kernel of 64 by 64 tiles: 1024, and if an operand has a row of keys, its alignment."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks import codegen, sass
 from jax_flash_attn2.base.spec import Config, Spec, Tuned
-from jax_flash_attn2.gpu import tuning
+from jax_flash_attn2.gpu import cache, tuning
 from jax_flash_attn2.gpu.target import Target
 
 LISTING = """
@@ -77,6 +77,26 @@ def test_compiles_what_is_launched():
     code = codegen.compile_point(point)
     assert code.loops
     assert 0 < code.shared <= Target(80).shared_memory
+
+
+def test_what_was_read_is_kept(tmp_path, monkeypatch):
+    """It comes back equal without a compiler, and not for other sources, nor where it is wanted anew."""
+    monkeypatch.setattr(codegen, "KEPT", tmp_path / "codegen")
+    point, compiled = codegen.Point(90, "fwd", 64, False, Tuned(128, 64, 4, 3)), []
+
+    def compile_kernel(*args):
+        compiled.append(args)
+        return CODE
+
+    monkeypatch.setattr(sass, "compile_kernel", compile_kernel)
+    assert codegen.compile_point(point) == codegen.compile_point(point) == CODE
+    assert len(compiled) == 1
+    codegen.compile_point(point, anew=True)
+    codegen.compile_point(dataclasses.replace(point, arch=80))
+    codegen.compile_point(dataclasses.replace(point, config=Tuned(128, 64, 8, 3)))
+    monkeypatch.setattr(cache, "sources", lambda folder: "other sources")
+    codegen.compile_point(point)
+    assert len(compiled) == 5
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])

@@ -24,11 +24,11 @@ def strict_ranks():
 
 
 def draw(*shape, dtype="float32"):
-    return jnp.asarray(RNG.standard_normal(shape), dtype)
+    return jax.device_put(RNG.standard_normal(shape).astype(jnp.dtype(dtype)))
 
 
 def booleans(*shape):
-    return jnp.asarray(RNG.random(shape) < 0.6)
+    return jax.device_put(RNG.random(shape) < 0.6)
 
 
 def arrays(dtype="float32", heads=N, seqlen_q=T, seqlen_k=S, batch=(B,)):
@@ -46,7 +46,7 @@ def theirs(*args, **kwargs):
 
 
 def integers(*values):
-    return jnp.array(values, jnp.int32)
+    return jax.device_put(np.array(values, np.int32))
 
 
 FEATURES = {
@@ -64,7 +64,7 @@ FEATURES = {
     "bias": {"bias": draw(N, T, S)},
     "bias_one_head": {"bias": draw(B, 1, T, S)},
     "bias_keys": {"bias": draw(S)},
-    "bias_integers": {"bias": jnp.asarray(RNG.integers(-3, 3, (T, S)), jnp.int32)},
+    "bias_integers": {"bias": jax.device_put(RNG.integers(-3, 3, (T, S)).astype(np.int32))},
     "bias_and_mask": {"bias": draw(1, N, 1, S), "mask": booleans(B, 1, T, S)},
     "window": {"local_window_size": 3},
     "window_pair": {"local_window_size": (3, 2)},
@@ -131,7 +131,7 @@ def test_dtypes(name, dtype):
 def test_float64():
     with jax.enable_x64(True):
         qkv = tuple(RNG.standard_normal((B, n, h, H)) for n, h in ((T, 4), (S, 2), (S, 2)))
-        options = {"bias": jnp.asarray(RNG.standard_normal((N, 1, S))), "is_causal": True}
+        options = {"bias": jax.device_put(RNG.standard_normal((N, 1, S))), "is_causal": True}
         want = dense64(*qkv, options["bias"])
         ours = dot_product_attention(*qkv, **options)
         assert ours.dtype == jnp.float64
@@ -289,7 +289,7 @@ def test_forward_mode_needs_higher_order():
 
 # Errors: the same type as jax.nn's, and words that match.
 
-Q, K, V = arrays(heads=2)
+Q, K, V = map(np.asarray, arrays(heads=2))
 ERRORS = {
     "query ndim should be 4, but got 5": (Q[None], K, V),
     "value ndim should be 4, but got 5": (Q, K, V[None]),
@@ -300,10 +300,10 @@ ERRORS = {
     "query dtype should be float32, but got bfloat16": (Q.astype(jnp.bfloat16), K, V),
     "value dtype should be float32, but got float16": (Q, K, V.astype(jnp.float16)),
     "The number of query heads must be a multiple of key/value heads, but got 3 vs 2": (Q[:, :, :3], K, V),
-    "bias ndim should be 4, but got 5": (Q, K, V, jnp.zeros((1, 1, 1, T, S))),
-    "mask ndim should be 4, but got 5": (Q, K, V, None, jnp.ones((1, 1, 1, T, S), bool)),
-    "mask dtype should be bool, but got float32": (Q, K, V, None, jnp.ones((T, S))),
-    "mask dtype should be bool, but got int32": (Q, K, V, None, jnp.ones((T, S), jnp.int32)),
+    "bias ndim should be 4, but got 5": (Q, K, V, np.zeros((1, 1, 1, T, S), np.float32)),
+    "mask ndim should be 4, but got 5": (Q, K, V, None, np.ones((1, 1, 1, T, S), bool)),
+    "mask dtype should be bool, but got float32": (Q, K, V, None, np.ones((T, S), np.float32)),
+    "mask dtype should be bool, but got int32": (Q, K, V, None, np.ones((T, S), np.int32)),
 }
 
 
@@ -319,7 +319,7 @@ def test_errors(message):
     [
         ({"query_seq_lengths": integers(1, 2, 3)}, r"query_seq_lengths shape should be \[2\]: but got \(3,\)"),
         ({"query_seq_lengths": integers(1)[0]}, "query_seq_lengths ndim should be 1, but got 0"),
-        ({"key_value_seq_lengths": jnp.ones(2)}, "key_value_seq_lengths dtype should be int32, but got float32"),
+        ({"key_value_seq_lengths": np.float32([1, 1])}, "key_value_seq_lengths dtype should be int32, but got float32"),
         ({"implementation": "flash"}, "Unsupported implementation option: flash"),
     ],
 )  # fmt: skip
@@ -356,10 +356,10 @@ def test_signature():
 @pytest.mark.parametrize(
     "options",
     [
-        {"q_segment_ids": jnp.arange(T)[None] // 9, "kv_segment_ids": jnp.arange(S)[None] // 9},
+        {"q_segment_ids": np.arange(T)[None] // 9, "kv_segment_ids": np.arange(S)[None] // 9},
         {"logits_soft_cap": 2.0},
         {"sinks": draw(N)},
-        {"alibi_slopes": jnp.array([0.5, 0.25, 0.1, 0.0])},
+        {"alibi_slopes": np.array([0.5, 0.25, 0.1, 0.0], np.float32)},
         {"dropout_rate": 0.3, "dropout_seed": 7},
         {"causal": True, "causal_alignment": "bottom_right", "window_size": (4, 0)},
         {"config": fa.Config(block_m=16, block_n=16), "softmax_scale": 2.0},

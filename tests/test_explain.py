@@ -9,8 +9,8 @@ import jax_flash_attn2 as fa
 from jax_flash_attn2 import explain, flash_attention, gpu_target, supported
 
 T, DOCUMENTS = 8192, 12
-X = jnp.zeros((1, T, 2, 64), jnp.bfloat16)
-SEGMENTS = jnp.asarray(np.arange(T) * DOCUMENTS // T)[None]
+X = jax.device_put(np.zeros((1, T, 2, 64), jnp.bfloat16))
+SEGMENTS = jax.device_put((np.arange(T, dtype=np.int32) * DOCUMENTS // T)[None])
 
 
 def visited(**options):

@@ -11,8 +11,8 @@ import pytest
 
 from jax_flash_attn2 import Config, flash_attention, get_cached_flash_attention, gpu_target
 
-X = jnp.zeros((2, 10, 4, 16))
-KV = jnp.zeros((2, 12, 2, 16))
+X = jax.device_put(np.zeros((2, 10, 4, 16), np.float32))
+KV = jax.device_put(np.zeros((2, 12, 2, 16), np.float32))
 
 
 def call(q=X, k=KV, v=KV, bias=None, **options):

@@ -46,6 +46,7 @@ def test_values_and_gradients(case):
     assert_near(case, interpreted(case, block_ptr=False))
 
 
+@pytest.mark.thorough
 @hypothesis.settings(SETTINGS, max_examples=4)
 @hypothesis.given(drawn())
 def test_drawn_cases(case):
@@ -88,6 +89,7 @@ SOME = {
 SOME |= {"head_dim_40", "narrow_v", "float16", "bfloat16_bias", "lengths_qk", "window_both", "everything"}
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("capability", [80, 90], ids=["descriptor_in_kernel", "descriptor_from_host"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in SOME], ids=str)
 def test_descriptors(case, capability):
@@ -173,7 +175,19 @@ def test_empty():
     [
         Case("padded", 40, 50, (4,), 1, 1, 16, block=(16, 16), bias="bk", causal=True),
         Case(
-            "padded_everything", 40, 40, (4,), 1, 1, 16, block=(16, 32), sinks=True, alibi="bh", dropout=0.2, mask="qk"
+            "padded_everything",
+            40,
+            40,
+            (4,),
+            1,
+            1,
+            16,
+            block=(16, 32),
+            sinks=True,
+            alibi="bh",
+            dropout=0.2,
+            mask="qk",
+            bias="bqk",
         ),
     ],
     ids=str,

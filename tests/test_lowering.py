@@ -36,6 +36,7 @@ def shape(*axes, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(axes, dtype)
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("block_ptr", [False, True], ids=["ptr_block", "block_ptr"])
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
 def test_three_calls_and_no_logits(capability, block_ptr):
@@ -62,6 +63,7 @@ LOWERED = [
 ]
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize(("number", "case"), list(enumerate(LOWERED)), ids=str)
 def test_cases(number, case):
     """The cases compile, on the architectures and memory variants by turns.

@@ -11,6 +11,8 @@ from reference import distance, visible
 
 from jax_flash_attn2 import flash_attention
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")  # the options' numbers in the code that users get
+
 CASE = Case("forms", 30, 30, (2, 3), 4, 2, 16)
 X = {name: CASE.inputs()[name] for name in "qkv"}
 

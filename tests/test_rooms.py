@@ -1,6 +1,7 @@
 """The package is rooms, each above those that it may use. An import upwards would make a reader's map wrong."""
 
 import ast
+import graphlib
 import pathlib
 
 import jax_flash_attn2
@@ -56,3 +57,24 @@ def test_kernels_know_only_triton():
                 assert node.module.split(".")[0] in ("triton", "typing"), path
             elif isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] in ("triton", "typing") for alias in node.names), path
+
+
+def test_benchmarks_import_in_no_circle():
+    graph = {}
+    for path in (PACKAGE.parent / "benchmarks").glob("*.py"):
+        own = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
+        graph[path.stem] = {n.module or alias.name for n in own for alias in n.names}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+LONGEST = 400
+"""Lines of a file, above which it has more than one idea in it."""
+
+
+def test_files_are_short():
+    files = [
+        f for folder in ("jax_flash_attn2", "kernels", "benchmarks") for f in (PACKAGE.parent / folder).rglob("*.py")
+    ]
+    lines = {f.relative_to(PACKAGE.parent): len(f.read_text().splitlines()) for f in files}
+    assert lines
+    assert not {f: n for f, n in lines.items() if n > LONGEST}

@@ -21,11 +21,11 @@ RNG = np.random.default_rng(0)
 
 
 def draw(*shape):
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    return jax.device_put(RNG.standard_normal(shape).astype(np.float32))
 
 
 def ids(length):
-    return jnp.sort(jnp.asarray(RNG.integers(0, 3, (4, length)), jnp.int32), 1)
+    return jax.device_put(np.sort(RNG.integers(0, 3, (4, length)), 1).astype(np.int32))
 
 
 def blocks(batch, heads):
@@ -41,12 +41,12 @@ CASES = {
     "gqa_replicated": (HEADS, BATCH, 2, {}, {"causal": True}),
     "mqa": (HEADS, BATCH, 1, {}, {}),
     "rows": (ROWS, BATCH, 8, {}, {"causal": True}),
-    "rows_window": (ROWS, BATCH, 2, {"alibi_slopes": (abs(draw(8)), P())}, {"window_size": (7, 3)}),
+    "rows_window": (ROWS, BATCH, 2, {"alibi_slopes": (np.abs(draw(8)), P())}, {"window_size": (7, 3)}),
     "rows_bottom_right": (ROWS, BATCH, 8, {}, {"causal": True, "causal_alignment": "bottom_right"}),
     "rows_lengths": (
         ROWS, BATCH, 8,
         {
-            "q_lengths": (jnp.array([64, 20, 0, 33]), P()), "kv_lengths": (jnp.array([48, 5, 17, 1]), BATCH),
+            "q_lengths": (np.int32([64, 20, 0, 33]), P()), "kv_lengths": (np.int32([48, 5, 17, 1]), BATCH),
             "sinks": (draw(8), P()), "bias": (draw(4, 1, 64, 1), BATCH),
         },
         {},
@@ -58,7 +58,7 @@ CASES = {
         HEADS, HEADS, 8,
         {
             "bias": (draw(1, 8, 64, 48), P(None, "model")),
-            "mask": (jnp.asarray(RNG.random((4, 1, 64, 48)) < 0.7), BATCH),
+            "mask": (jax.device_put(RNG.random((4, 1, 64, 48)) < 0.7), BATCH),
             "sinks": (draw(8), P("model")),
             "q_segment_ids": (ids(64), BATCH), "kv_segment_ids": (ids(48), P()),
         },
@@ -147,7 +147,7 @@ def test_explicit_axes(spec, named):
 
 OWN = {
     "q_segment_ids": (ids(64), P("data")), "kv_lengths": (jnp.array([64, 5, 40, 33]), P("data")),
-    "bias": (draw(1, 8, 64, 64), P(None, "model")), "alibi_slopes": (abs(draw(8)), P("model")),
+    "bias": (draw(1, 8, 64, 64), P(None, "model")), "alibi_slopes": (np.abs(draw(8)), P("model")),
     "sinks": (draw(8), P("model")),
 }  # fmt: skip
 """Operands for within `shard_map`, over batch and heads; the bias is the same for all batches."""

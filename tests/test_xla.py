@@ -38,6 +38,7 @@ def test_values_and_gradients(case):
 TUNED = ("thousand", "thousand_keys", "causal", "ragged_causal", "segments_packed_causal", "everything")
 
 
+@pytest.mark.usefixtures("compiled_fully")
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in TUNED], ids=str)
 def test_tuned_blocks(case):
     """The block sizes that callers get who ask for none, compiled as for them."""
@@ -45,6 +46,7 @@ def test_tuned_blocks(case):
     assert_near(tuned, flash(tuned, quick=False))
 
 
+@pytest.mark.thorough
 @hypothesis.settings(SETTINGS, max_examples=6)
 @hypothesis.given(drawn())
 def test_drawn_cases(case):
@@ -177,11 +179,11 @@ def test_nan_stays_where_it_is():
 
 
 PADDED = [
-    Case("padded", 50, 60, (4,), 2, 1, 16, block=(16, 16), bias="hk"),
-    Case("padded_causal", 60, 50, (4,), 2, 1, 16, block=(32, 16), causal=True, alignment="bottom_right"),
+    Case("padded", 50, 60, (4,), 2, 1, 16, block=(16, 16), bias="bk"),
+    Case("padded_causal", 60, 50, (4,), 2, 1, 16, block=(32, 16), causal=True, alignment="bottom_right", bias="bq"),
     Case(
         "padded_everything", 50, 50, (4,), 2, 2, 16, block=(16, 32), window=(20, 5), soft_cap=2.0, sinks=True,
-        alibi="bh", mask="qk", max_logits=True,
+        alibi="bh", bias="bhqk", mask="qk", max_logits=True,
     ),
 ]  # fmt: skip
 

@@ -63,6 +63,14 @@ def flash_attention(
     Everything below combines with everything else, forward and backward. A row i has position i' = i, or
     i + Sk - Sq with causal_alignment="bottom_right". Tiles of keys that no row of a block sees are not visited.
 
+    What is hidden has p = 0, which no finite number behind it changes. Of NaN and inf there, on every backend, forward
+    and backward:
+
+        hidden by                            in q, k, v        in bias
+        q_lengths, kv_lengths                held off          held off
+        mask, segments, window, causality    0 * NaN is NaN    held off
+        a bias of -inf                       0 * NaN is NaN
+
     Args:
       q: `[*batch, Sq, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D from 1 to 256. Any number of
         batch axes, none included.
@@ -79,11 +87,12 @@ def flash_attention(
         (b, h, i, j), which is made into one with tiles of 128 and kept (so write it once, not anew for each call); a
         `masks.Mask` of weights w in [0, 1], whose logits get -log(w): a key that was kept with probability w stands
         for 1 / w of its kind.
-      q_segment_ids: integers `[*batch, Sq]` (each axis 1 or full): row i sees keys of its own segment only. Negative
-        is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be skipped.
+      q_segment_ids: integers of any width, `[*batch, Sq]` (each axis 1 or full): row i sees keys of its own segment
+        only. Negative is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be
+        skipped.
       kv_segment_ids: integers `[*batch, Sk]`; q_segment_ids if left out and Sq == Sk.
-      q_lengths: integers `[*batch]`: rows from there on have o = 0 and lse = -inf, whatever they hold.
-      kv_lengths: integers `[*batch]`: keys from there on are not seen, whatever they hold, NaN included. Positions do
+      q_lengths: integers `[*batch]`: rows from there on have o = 0 and lse = -inf, whatever they and their bias hold.
+      kv_lengths: integers `[*batch]`: keys from there on are not seen, whatever they and their bias hold. Positions do
         not shift.
       logits_soft_cap: c > 0: scaled products become c * tanh(x / c), before the bias (static under jit).
       sinks: floating `[H]`: a logit in the softmax denominator of each row (and in lse) that adds nothing to o.

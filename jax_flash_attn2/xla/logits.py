@@ -39,7 +39,7 @@ class Logits:
         if masked and "tile_weights" in operands:
             s -= self.of_block_mask(block_lists.log_weights, start_m, j).astype(self.dtype)
         if masked:
-            s += jnp.where(self.visible(start_m, j), 0, -jnp.inf).astype(self.dtype)
+            s = jnp.where(self.visible(start_m, j), s, -jnp.inf)  # even where a bias made s NaN
         return s, capped
 
     def visible(self, start_m, j) -> Array:

@@ -1,0 +1,44 @@
+"""Which tests `make test` leaves to `make test-all`: what is marked `thorough`, and two thirds of the combinations of
+options and of what is marked `in_thirds`.
+
+Which third is run changes from day to day; the Makefile picks it, and the header of the run names it, so that a run can
+be repeated (`make test THIRD=2`).
+"""
+
+import re
+import zlib
+
+THIRDS = ("0", "1", "2")
+
+
+def add_option(parser):
+    parser.addoption(
+        "--third", choices=THIRDS, help="run this third of the combinations of options, and nothing marked `thorough`"
+    )
+
+
+def header(config):
+    third = config.getoption("--third")
+    return "every test" if third is None else f"third {third} of the combinations (make test THIRD={third})"
+
+
+def kept(item, third: str) -> bool:
+    """Whether a test is in this third: those with a case called `pair_07` are in third 7 mod 3, and others that are
+    `in_thirds` in one that their name decides."""
+    if item.get_closest_marker("thorough"):
+        return False
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    pairs = [int(found[1]) for x in params if (found := re.fullmatch(r"pair_(\d+)", getattr(x, "name", "")))]
+    if not pairs and item.get_closest_marker("in_thirds"):
+        pairs = [zlib.crc32(item.name.encode())]
+    return all(number % len(THIRDS) == int(third) for number in pairs)
+
+
+def select(config, items):
+    third = config.getoption("--third")
+    if third is None:
+        return
+    left_out = [item for item in items if not kept(item, third)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if kept(item, third)]
