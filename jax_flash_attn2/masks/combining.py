@@ -69,9 +69,12 @@ def pytree(*data: str) -> Callable[[type], type]:
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Function(Predicate):
     function: Callable[[Any, Any, Any, Any], Any]
+
+    def __repr__(self) -> str:
+        return repr(self.function)
 
     def __call__(self, b, h, i, j):
         return self.function(b, h, i, j)
