@@ -1,6 +1,7 @@
 """Maskers: every implementation against a definition in NumPy and so, bit for bit, against the others."""
 
 import functools
+import pathlib
 import re
 
 import jax
@@ -77,6 +78,16 @@ def test_what_a_window_counts(window):
     np.testing.assert_array_equal(evaluate(dilated(window - 1, 1), *index), by_masker)
     np.testing.assert_array_equal(make_causal_mask((1, 8), sliding_window=window - 1), by_masker)
     np.testing.assert_array_equal(causal_mask(8, window=window - 1), by_masker)
+
+
+def test_readme_counts_as_we_do():
+    """The window that the README calls one of so many keys shows so many."""
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    keys, left = re.search(r"A row sees (\d+) keys,.*\n.*sliding_window\((\d+)\)", text).groups()
+    row = [np.arange(n) + first for n, first in ((1, 0), (1, 0), (1, 1000), (2000, 0))]
+    assert int(np.asarray(evaluate(sliding_window(int(left)), *row)).sum()) == int(keys)
+    assert f"a window of {keys} and" in text
+    assert f"`LocalMasker({keys})` shows\nwhat `sliding_window({left})` does" in text
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -35,6 +35,8 @@ DEFAULT_TOP_K: TopKImplementation = "dense"
 class LocalMasker:
     """Shows a row the `window` keys up to and including the one at its position, and never a later key.
 
+    The row's own key counts: `LocalMasker(256)` shows 256 keys, as `sliding_window(255)` does.
+
     Raises:
       ValueError: window is neither an int of at least 0 nor a float in (0, 1].
     """
