@@ -50,8 +50,8 @@ def predicate(mask: str, seqlen: int) -> Predicate:
     kept = jnp.asarray(np.random.default_rng(0).random((-(-seqlen // TILE),) * 2) < 0.1)
     return {
         "causal": causal,
-        "window": lambda: sliding_window(WINDOW),
-        "local": lambda: causal() & (sliding_window(WINDOW) | sinks(SINKS)),
+        "window": lambda: sliding_window(WINDOW - 1),
+        "local": lambda: causal() & (sliding_window(WINDOW - 1) | sinks(SINKS)),
         "documents": lambda: causal() & documents(_ids(seqlen)),
         "dilated": lambda: dilated(window=64, dilation=8),
         "random": lambda: as_predicate(lambda b, h, i, j: kept[i // TILE, j // TILE]),
@@ -83,7 +83,7 @@ class Masked(Attention):
         if name != "option":
             return flash(causal=True) if name == "causal" else flash(mask=self.block)
         if self.mask == "window":
-            return flash(causal=True, window_size=(WINDOW, 0))
+            return flash(causal=True, window_size=(WINDOW - 1, 0))
         if self.mask == "documents":
             return flash(causal=True, q_segment_ids=_ids(self.shape.seqlen)[None])
         raise Unsupported("no option says the same")

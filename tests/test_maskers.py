@@ -1,6 +1,7 @@
 """Maskers: every implementation against a definition in NumPy and so, bit for bit, against the others."""
 
 import functools
+import pathlib
 import re
 
 import jax
@@ -8,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flash_attn2.masks import LocalMasker, Mask, SinkMasker, TopKMasker
+from jax_flash_attn2.masks import (
+    LocalMasker,
+    Mask,
+    SinkMasker,
+    TopKMasker,
+    causal_mask,
+    dilated,
+    evaluate,
+    make_causal_mask,
+    sliding_window,
+)
 from jax_flash_attn2.masks.maskers import DEFAULT_LOCAL, DEFAULT_SINK, DEFAULT_TOP_K
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -54,6 +65,29 @@ def test_local(shape, implementation, window):
     assert (mask.kind == "sparse") == (implementation == "sparse")
     assert mask.dtype == np.float32
     assert_shows(mask, local(shape, window))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_what_a_window_counts(window):
+    """A masker counts the keys that a row sees; left and right of a window do not count the row's own position."""
+    shape = (1, 1, 8, 8)
+    by_masker = np.asarray(LocalMasker(window)(Mask.empty(shape, bool)).to_dense())
+    assert by_masker[0, 0, -1].sum() == window
+    index = [np.arange(n) for n in shape]
+    np.testing.assert_array_equal(evaluate(sliding_window(window - 1), *index), by_masker)
+    np.testing.assert_array_equal(evaluate(dilated(window - 1, 1), *index), by_masker)
+    np.testing.assert_array_equal(make_causal_mask((1, 8), sliding_window=window - 1), by_masker)
+    np.testing.assert_array_equal(causal_mask(8, window=window - 1), by_masker)
+
+
+def test_readme_counts_as_we_do():
+    """The window that the README calls one of so many keys shows so many."""
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    keys, left = re.search(r"A row sees (\d+) keys,.*\n.*sliding_window\((\d+)\)", text).groups()
+    row = [np.arange(n) + first for n, first in ((1, 0), (1, 0), (1, 1000), (2000, 0))]
+    assert int(np.asarray(evaluate(sliding_window(int(left)), *row)).sum()) == int(keys)
+    assert f"a window of {keys} and" in text
+    assert f"`LocalMasker({keys})` shows\nwhat `sliding_window({left})` does" in text
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

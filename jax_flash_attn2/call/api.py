@@ -81,10 +81,11 @@ def flash_attention(
       causal: row i sees keys j <= i'.
       causal_alignment: "top_left" or "bottom_right" (the last row sees the last key): what i' is, for causal,
         window_size, alibi_slopes and dropout.
-      window_size: (left, right) or one integer for both: row i sees keys i' - left <= j <= i' + right; None: no bound.
+      window_size: (left, right) or one integer for both: row i sees keys i' - left <= j <= i' + right, left + 1 + right
+        of them; None: no bound.
       mask: booleans that broadcast to `[*batch, H, Sq, Sk]`, True: attend. Or, over `[B, H, Sq, Sk]` (B is the product
         of the batch axes; B and H may be 1): a `masks.BlockMask`, whose empty tiles are not visited; a function of
-        (b, h, i, j), which is made into one with tiles of 128 and kept (so write it once, not anew for each call); a
+        (b, h, i, j), which is made into one with tiles of 128 and kept (`masks.block_mask_cache`); a
         `masks.Mask` of weights w in [0, 1], whose logits get -log(w): a key that was kept with probability w stands
         for 1 / w of its kind.
       q_segment_ids: integers of any width, `[*batch, Sq]` (each axis 1 or full): row i sees keys of its own segment

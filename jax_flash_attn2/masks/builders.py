@@ -37,8 +37,8 @@ def make_causal_mask(
       x_or_shape: an array `[B, T, ...]`, of which only the shape is read, or (B, T).
       padding_mask: bool or integers `[B, T]` (or `[1, T]`): keys that are False or 0 are not seen.
       segment_ids: integers `[B, T]` (or `[1, T]`): rows see their own segment; negative is padding, which sees nothing.
-      sliding_window: as `flash_attention`'s window_size: row i sees keys j >= i - n, for an integer n or a pair whose
-        first is n; None: no bound. (What the pair says of later keys does not matter here.)
+      sliding_window: as `flash_attention`'s window_size: row i sees keys j >= i - n, so n + 1 of them, for an integer n
+        or a pair whose first is n; None: no bound. (What the pair says of later keys does not matter here.)
 
     Returns:
       bool `[B, 1, T, T]`, True: seen.

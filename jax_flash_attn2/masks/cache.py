@@ -45,7 +45,7 @@ class MaskCache(Lru):
         Args:
           seqlen_q: Sq, at least 0.
           seqlen_k: Sk; Sq if left out.
-          window: as `flash_attention`'s window_size: keys j >= i' - left.
+          window: as `flash_attention`'s window_size: keys j >= i' - left, so left + 1 of them.
           causal_alignment: "top_left" or "bottom_right".
           dtype: bool: True is seen. A floating one: what is added to logits, 0 where seen and -inf elsewhere, so that
             it serves as a bias. (For weights of 1 and 0 cast the bool.)

@@ -12,8 +12,9 @@ from . import evaluation
 class Predicate:
     """A predicate that combines with others, and with plain functions, by `&`, `|` and `~`.
 
-    To write your own with parameters, derive a frozen dataclass from it and define `__call__(self, b, h, i, j)`; a
-    plain function does as well. As an argument of a jitted function it also has to be a pytree
+    To write your own with parameters, derive a dataclass from it and define `__call__(self, b, h, i, j)`; a plain
+    function does as well. Its fields may be anything, arrays and lists too (`jnp.asarray(self.ids)[i]`): what it does
+    is looked at each time, not which object it is. As an argument of a jitted function it also has to be a pytree
     (`jax.tree_util.register_dataclass`).
     """
 
@@ -69,9 +70,12 @@ def pytree(*data: str) -> Callable[[type], type]:
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Function(Predicate):
     function: Callable[[Any, Any, Any, Any], Any]
+
+    def __repr__(self) -> str:
+        return repr(self.function)
 
     def __call__(self, b, h, i, j):
         return self.function(b, h, i, j)

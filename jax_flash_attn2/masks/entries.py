@@ -32,7 +32,8 @@ def inspect(indices: Array, ptr: Array, keys: int) -> tuple[Array, Array]:
 @functools.partial(jax.jit, static_argnames="size")
 def entry_rows(ptr: Array, size: int) -> Array:
     """The row of each entry, int32 `[size]`; for unused ones the number of rows."""
-    row = jnp.cumsum(jnp.zeros(size, jnp.int32).at[ptr[1:-1]].add(1, mode="drop"))
+    # As many places as there are rows, which may be divided among devices: XLA counts uneven shares' padding too.
+    row = jnp.cumsum(jnp.zeros(size, jnp.int32).at[ptr[1:]].add(1, mode="drop"))
     return jnp.where(jnp.arange(size) < ptr[-1], row, ptr.size - 1)
 
 

@@ -80,10 +80,10 @@ def seen(predicate: Callable[..., Any], b: Any, h: Any, i: Any, j: Any) -> Array
             f"{predicate!r} must compute with indices that are traced, got a list or a NumPy array that is indexed by "
             f"one, or NumPy's functions; make jnp.asarray of it, and use jnp's functions"
         ) from error
-    except jax.errors.TracerBoolConversionError as error:
+    except jax.errors.ConcretizationTypeError as error:
         raise TypeError(
-            f"{predicate!r} must compute with indices that are traced, got one whose truth is asked for (if, and, or, "
-            f"not, while, min, max); use jnp.where, &, | and ~"
+            f"{predicate!r} must compute with indices that are traced, got one whose value is asked for (if, and, or, "
+            f"not, while, in, min, max, int, range); use jnp.where, &, | and ~"
         ) from error
     if not isinstance(answer, bool | np.bool_) and (
         not isinstance(answer, Array | np.ndarray) or answer.dtype != jnp.bool_

@@ -8,14 +8,16 @@ to the last query, as decoding needs: query i has position i + Sk - Sq among the
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
-from ..base import known
+from ..base import axes, known
 from .checks import check_size
 from .mask import Mask
 
@@ -32,6 +34,8 @@ DEFAULT_TOP_K: TopKImplementation = "dense"
 @dataclasses.dataclass(frozen=True)
 class LocalMasker:
     """Shows a row the `window` keys up to and including the one at its position, and never a later key.
+
+    The row's own key counts: `LocalMasker(256)` shows 256 keys, as `sliding_window(255)` does.
 
     Raises:
       ValueError: window is neither an int of at least 0 nor a float in (0, 1].
@@ -65,11 +69,13 @@ class LocalMasker:
         _check_previous(previous)
         rows, keys = previous.shape[2:]
         window = _count(self.window, keys)
-        if chosen == "triangle":
-            shown = Mask.from_dense(_band_by_triangles(rows, keys, window))
-        else:
-            shown = _range(rows, keys, chosen, window=window)
-        return _shown(previous, shown, size)
+
+        def shown() -> Mask:
+            if chosen == "triangle":
+                return Mask.from_dense(_band_by_triangles(rows, keys, window))
+            return _range(rows, keys, chosen, window=window)
+
+        return _merged(previous, shown, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +116,8 @@ class SinkMasker:
         chosen = _chosen(implementation, SinkImplementation, DEFAULT_SINK)
         _check_previous(previous)
         rows, keys = previous.shape[2:]
-        size_shown = _count(self.size, keys)
-        return _shown(previous, _range(rows, keys, chosen, size=size_shown, causal=self.causal), size)
+        shown = functools.partial(_range, rows, keys, chosen, size=_count(self.size, keys), causal=self.causal)
+        return _merged(previous, shown, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,15 +178,19 @@ class TopKMasker:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if isinstance(scale, int | float):
             scale = known.full(float(scale), jnp.dtype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32))
-        # Keys [B, H, Sq, n], negative where a row sees fewer.
-        top = _top_keys(q, k, scale, _allowed(allowed, shape), count=_count(self.k, shape[3]), causal=self.causal)
-        if chosen == "sparse":
-            shown = Mask.from_row_indices(shape, top, dtype=bool)
-        else:
-            shown = Mask.from_dense(_scatter_keys(top, keys=shape[3]))
-        if isinstance(allowed, Mask):
-            shown = dataclasses.replace(shown, overflow=allowed.overflow)  # what was lost from one is lost from both
-        return _shown(previous, shown, size)
+        find = functools.partial(_top_keys, count=_count(self.k, shape[3]), causal=self.causal)
+
+        def shown(q: Array, k: Array, scale: Array, allowed: Any) -> Mask:
+            top = find(q, k, scale, _allowed(allowed, shape))  # [B, H, Sq, n], negative where a row sees fewer
+            if chosen == "sparse":
+                found = Mask.from_row_indices(shape, top, dtype=bool)
+            else:
+                found = Mask.from_dense(_scatter_keys(top, keys=shape[3]))
+            if isinstance(allowed, Mask):
+                found = dataclasses.replace(found, overflow=allowed.overflow)  # lost from one, lost from both
+            return found
+
+        return _merged(previous, shown, size, q, k, scale, allowed)
 
 
 # Arguments.
@@ -277,9 +287,26 @@ def _count(value: int | float, keys: int) -> int:
 # What is shown, as masks of `[1, 1, Sq, Sk]`: bool, so that a merge makes of it what `previous` has.
 
 
-def _shown(previous: Mask, shown: Mask, size: int | None) -> Mask:
-    """Both masks merged, as the second one is held."""
-    return previous.merge(shown, "dense" if shown.kind == "dense" else "sparse", size=size)
+def _merged(previous: Mask, shown: Callable[..., Mask], size: int | None, *of: Any) -> Mask:
+    """`previous` and `shown(*of)` merged, as the second one is held.
+
+    On a mesh with explicit axes a dense result is divided as the queries (the first of `of`) are, or as `previous` is.
+    """
+
+    def merge(arrays: Any) -> Mask:
+        previous, *of = arrays
+        mask = shown(*of)
+        return previous.merge(mask, "dense" if mask.kind == "dense" else "sparse", size=size)
+
+    def types(merged: Mask) -> Any:
+        if of:
+            batch, rows, heads, _ = axes.spec_of(of[0])
+            spec = batch, heads, rows, None
+        else:
+            spec = (None,) * 4 if previous.dense is None else axes.spec_of(previous.dense)
+        return jax.tree.map(lambda x: PartitionSpec(*spec) if x.ndim == 4 else PartitionSpec(), merged)
+
+    return axes.on_auto_axes(merge, (previous, *of), types)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 A predicate is any function `predicate(b, h, i, j) -> bool` of four 0-d int32 indices: batch, query head, query row and
 key. The indices are traced, so it branches with `jnp.where` and `&`, `|`, `~`, never with `if`, `and`, `or`, `not`.
-What is built here also combines with `&`, `|` and `~`, hashes, and is a pytree (arrays are its leaves), so that it may
-be closed over by a jitted function, be its argument, or be a cache's key: predicates that hold static values only are
-equal where these are, those that hold arrays where they are the same object.
+Lists and arrays of NumPy that it indexes have to be JAX's: `ids = jnp.asarray(ids)`.
 
-Beyond the end of an array that a predicate holds, nothing is seen; but what `~` makes of that is seen, so whoever
-evaluates more indices than there are rows and keys has to cut off the rest himself.
+What is built here also combines with `&`, `|` and `~` (`and`, `or` and `not` raise), hashes, and is a pytree (arrays
+are its leaves), so that it may be closed over by a jitted function, be its argument, or be a cache's key: predicates
+that hold static values only are equal where these are, those that hold arrays where they are the same object. Arrays of
+NumPy are copied when a predicate is made of them.
+
+Where a mask is made, arrays that a predicate holds must have its lengths (`Predicate.check_shape`). `evaluate` knows
+indices only: beyond the end of an array nothing is seen there; but what `~` makes of that is seen, so whoever evaluates
+more indices than there are rows and keys has to cut off the rest himself.
 """
 
 import dataclasses
@@ -167,7 +171,11 @@ def causal(offset: int = 0) -> Predicate:
 
 
 def sliding_window(left: int | None, right: int | None = 0, offset: int = 0) -> Predicate:
-    """Row i, at i' = i + offset, sees keys i' - left <= j <= i' + right; None: no bound on that side."""
+    """Row i, at i' = i + offset, sees keys i' - left <= j <= i' + right; None: no bound on that side.
+
+    As in `flash_attention`'s window_size, left and right do not count the row's own position: it sees left + 1 + right
+    keys. What is called a window of 256 is `sliding_window(255)`, and `LocalMasker(256)`, which counts keys.
+    """
     return _SlidingWindow(_bound("left", left), _bound("right", right), _offset(offset))
 
 
@@ -198,7 +206,7 @@ def documents(q_ids: Array | np.ndarray, kv_ids: Array | np.ndarray | None = Non
     """Rows see the keys of their own segment: equal ids that are not negative (negative is padding).
 
     Args:
-      q_ids: integers `[Sq]`, or `[B or 1, Sq]`.
+      q_ids: integers `[Sq]`, or `[B or 1, Sq]`, that fit int32.
       kv_ids: integers `[Sk]`, or `[B or 1, Sk]`; q_ids if left out.
     """
     q_ids = integers("q_ids", q_ids, ("B", "Sq"))

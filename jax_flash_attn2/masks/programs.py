@@ -13,6 +13,8 @@ import jax.extend.core as jex
 import numpy as np
 from jax import Array
 
+from ..base import known
+
 _ONLY_FOR_DERIVATIVES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
 """Parameters of equations that do not matter to values, and are other ones at each trace."""
 
@@ -69,7 +71,8 @@ class Program:
 
     def on_device(self) -> "Program":
         """The same with its arrays on the device."""
-        arrays = tuple(x if isinstance(x, Array) else jax.device_put(x) for x in self.arrays)
+        with known.now():
+            arrays = tuple(x if isinstance(x, Array) else jax.device_put(x) for x in self.arrays)
         return dataclasses.replace(self, arrays=arrays)
 
 

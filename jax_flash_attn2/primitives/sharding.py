@@ -23,6 +23,7 @@ from jax._src.sharding_impls import ShardingContext  # and to say which of them 
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..base import axes
 from ..base.spec import BLOCK_LISTS
 from .call import Call
 
@@ -115,33 +116,20 @@ def _plain(aval: Any) -> Any:
 def on_auto_axes(function: Callable, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """function(arrays, options), on a mesh with explicit axes too: results are typed as q is, XLA does the rest."""
     moving = {name: x for name, x in arrays.items() if _is_arrays(x)}
-    mesh = next((m for x in jax.tree.leaves(moving) if (m := _explicit_mesh(x)) is not None), None)
     q = arrays["q"]
-    if mesh is None or not isinstance(q, Array) or q.ndim < 3:
+    if not isinstance(q, Array) or q.ndim < 3:
         return function(arrays, options)
-    spec = jax.typeof(q).sharding.spec if _explicit_mesh(q) is not None else ()
-    *batch, rows, heads, _ = (*spec, *(None,) * (q.ndim - len(spec)))
-    out = [(*batch, rows, heads, None)]
-    out += [(*batch, heads, rows)] if options["return_lse"] else []
-    out += [(*batch, heads)] if options["return_max_logits"] else []
     fixed = {name: x for name, x in arrays.items() if name not in moving}
-    call: Callable[..., Any] = jax.sharding.auto_axes(
-        lambda moving: function(fixed | moving, options),
-        out_sharding=tuple(NamedSharding(mesh, PartitionSpec(*axes)) for axes in out),
-        axes=tuple(mesh.explicit_axes),
-    )
-    return call(moving)
+    *batch, rows, heads, _ = axes.spec_of(q)
+    out = [PartitionSpec(*batch, rows, heads, None)]
+    out += [PartitionSpec(*batch, heads, rows)] if options["return_lse"] else []
+    out += [PartitionSpec(*batch, heads)] if options["return_max_logits"] else []
+    return axes.on_auto_axes(lambda moving: function(fixed | moving, options), moving, lambda results: tuple(out))
 
 
 def _is_arrays(x: Any) -> bool:
     leaves = jax.tree.leaves(x)
     return bool(leaves) and all(isinstance(leaf, Array) for leaf in leaves)
-
-
-def _explicit_mesh(x: Any) -> Any:
-    """The mesh over whose explicit axes x is laid out, by its type; None: there is none."""
-    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-    return None if mesh is None or mesh.empty or not mesh.explicit_axes else mesh
 
 
 def forward(maths: Maths, *args: Array, call: Call, names: tuple[str, ...]) -> list[Array]:

@@ -1,0 +1,42 @@
+"""Arrays on a mesh whose axes are explicit: that is, arrays whose types say how they are divided."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def on_auto_axes(function: Callable[[Any], Any], arrays: Any, types: Callable[[Any], Any]) -> Any:
+    """`function(arrays)`, on a mesh with explicit axes too: XLA divides what is done, results get the types they are
+    told.
+
+    Args:
+      function: of a pytree, to a pytree of arrays.
+      arrays: a pytree.
+      types: the PartitionSpecs of the results, of the results; asked for only where there are explicit axes.
+    """
+    mesh = next((mesh for x in jax.tree.leaves(arrays) if (mesh := explicit_mesh(x)) is not None), None)
+    if mesh is None:
+        return function(arrays)
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
+        free = lambda x: x if explicit_mesh(x) is None else jax.sharding.reshard(x, PartitionSpec())
+        results = function(jax.tree.map(free, arrays))
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    return jax.sharding.reshard(
+        results, jax.tree.map(lambda spec: NamedSharding(mesh, spec), types(results), is_leaf=is_spec)
+    )
+
+
+def explicit_mesh(x: Any) -> Any:
+    """The mesh over whose explicit axes x is laid out, by its type; None: there is none."""
+    if not isinstance(x, jax.Array):
+        return None
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    return None if mesh is None or mesh.empty or not mesh.explicit_axes else mesh
+
+
+def spec_of(x: Any) -> tuple[Any, ...]:
+    """How each axis of x is divided, by its type; None: not at all, or not explicitly."""
+    spec = jax.typeof(x).sharding.spec if explicit_mesh(x) is not None else ()
+    return (*spec, *(None,) * (len(x.shape) - len(spec)))
