@@ -11,6 +11,7 @@ NAMES = {
     "components": "where the time of an attention layer goes, and what the mask cache saves",
     "sdpa": "iterations per second, and what each optimisation brings",
     "xla_path": "the XLA path in the numbers that the README quotes",
+    "cold_start": "what a new process pays: trace, lower and compile of each option, first calls without jit",
     "codegen": "the machine code of every tuned kernel",
     "gpu": "correctness of every tuned row and the most telling points, on a GPU (gpu.sh)",
     "report": "all results as one HTML page",

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import attention_mask, block_masks, components, gpu, results, sdpa, sparse_masks
+from . import attention_mask, block_masks, cold_start, components, gpu, results, sdpa, sparse_masks
 from .results import Record, parse_case
 from .sweep import failures, summary, table
 
@@ -62,6 +62,8 @@ def build(root: Path) -> str:
         sections = [part for path in sorted(folder.glob("*.csv")) if (part := _section(path))]
         if (folder / "xla_path.json").exists():
             sections.append(_xla_path(folder / "xla_path.json"))
+        if (folder / "cold_start.json").exists():
+            sections.append(_cold_start(folder / "cold_start.json"))
         if sections:
             names.append(folder.name)
             parts.append(f'<h2 id="{folder.name}">{folder.name}</h2>\n' + "\n".join(sections))
@@ -350,11 +352,18 @@ def _xla_path(path: Path) -> str:
     rows = [["case", "pass", "ours ms", "jax.nn ms", "x", "p20", "p80"]]
     for r in made["results"]:
         rows.append([r["title"], r["pass"], *(f"{x:.2f}" for x in (*r["ms"], r["times_faster"], r["p20"], r["p80"]))])
-    machine = ", ".join(f"{key} {value}" for key, value in made["machine"].items())
-    return (
-        f'<h3>The XLA path against jax.nn</h3>\n<p class="small">{html.escape(machine)}</p>\n'
-        f"<pre>{html.escape(table(rows, left=2))}</pre>\n"
-    )
+    return _plain("The XLA path against jax.nn", made["machine"], table(rows, left=2))
+
+
+def _cold_start(path: Path) -> str:
+    """CPU-seconds of the stages of a process's start, which `Record`, whose points are times of one call, has not."""
+    made = json.loads(path.read_text())
+    return _plain("cold_start: what a new process pays", made["machine"], cold_start.tables(made["results"]))
+
+
+def _plain(title: str, machine: dict, text: str) -> str:
+    about = ", ".join(f"{key} {value}" for key, value in machine.items())
+    return f'<h3>{html.escape(title)}</h3>\n<p class="small">{html.escape(about)}</p>\n<pre>{html.escape(text)}</pre>\n'
 
 
 SECTIONS = {

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 from reference import attention as definition
 
-from benchmarks import attention, attention_mask, block_masks, components, gpu, mha, report, results, sdpa, sparse_masks
+from benchmarks import (
+    attention,
+    attention_mask,
+    block_masks,
+    cold_start,
+    components,
+    gpu,
+    mha,
+    report,
+    results,
+    sdpa,
+    sparse_masks,
+)
 from benchmarks.__main__ import NAMES
 from benchmarks.__main__ import main as cli
 from benchmarks.measure import disagreement, group
@@ -211,6 +223,52 @@ def test_gpu_points():
     program = f"{absent}; from benchmarks import gpu, sweep; bar = sweep._Bar(1, 0, 'x'); bar.add(1)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "x: 1/1 points" in done.stderr
+
+
+@pytest.mark.parametrize("option", cold_start.OPTIONS)
+def test_cold_start_compares(option):
+    """What is timed is what the definition says, of ours and of jax.nn."""
+    x = cold_start.operands(64, 2, 2, 8)
+    arguments = [x[name] for name in ("q", "k", "v", *cold_start.TAKES.get(option, ()))]
+    want = jax.jit(cold_start.definition(option))(*arguments)
+    for attend in (cold_start.ours, *([cold_start.theirs] if option in cold_start.THEIRS else [])):
+        cold_start._compare(jax.jit(attend(option))(*arguments), want)
+    with pytest.raises(ValueError, match="wrong: off by"):
+        cold_start._compare(want * 1.01, want)
+
+
+def test_cold_start(monkeypatch, capsys, tmp_path):
+    """Tables of compiling, of calls without jit and of the kernels' cache, and the page that shows them."""
+    environments = []
+
+    def here(task, environment=None):
+        environments.append(environment)
+        return {"lower": 4.0 / len(environments)} if task["what"] == "cuda" else cold_start.measure(task)
+
+    monkeypatch.setattr(cold_start, "in_new_process", here)
+    file = tmp_path / "here" / "cold_start.json"
+    assert cold_start.main(["--quick", "--only", "causal", "--seqlen", "32", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    number = r" +[\d.]+"
+    assert re.search(rf"^causal{6 * number}$", out, re.MULTILINE)
+    assert re.search(rf"^causal{4 * (number + ' /' + number)}$", out, re.MULTILINE)
+    if cold_start.run_cuda(1):
+        assert re.search(rf"^second{number}$", out, re.MULTILINE)
+        first, second = environments[-2:]
+        assert first == second  # the folder that the first process fills
+        assert list(first) == ["JAX_FLASH_ATTN2_CACHE"]
+    assert "trace, lower and compile" in report.build(tmp_path)
+
+
+def test_cold_start_in_a_new_process():
+    """A process's measurement comes back; what made it fail does too."""
+    task = {"what": "compile", "option": "causal", "provider": "jax.nn", "calls": 1}
+    shape = {"batch": 1, "seqlen": 8, "heads": 1, "head_dim": 8}
+    measured = cold_start.in_new_process(task | {"shape": shape})
+    assert list(measured) == list(cold_start.STAGES)
+    assert all(x > 0 for x in measured.values())
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        cold_start.in_new_process(task | {"shape": shape, "provider": "nobody"})
 
 
 def test_cli(capsys):

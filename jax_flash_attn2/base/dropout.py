@@ -31,18 +31,27 @@ def keep(key0: Array, key1: Array, rows: Array, cols: Array, threshold: int) -> 
     return word >= _threshold(threshold)
 
 
-def keep_range(key0: Array, key1: Array, rows: Array, start: Any, size: int, threshold: int) -> Array:
+def keep_range(
+    key0: Array, key1: Array, rows: Array, start: Any, size: int, threshold: int, *, aligned: bool = False
+) -> Array:
     """`keep` for keys `[start, start + size)` along the last axis, where `rows` and the key's words have length 1.
 
-    A call of philox serves four keys here, and one in `keep`.
+    A call of philox serves four keys here, and one in `keep`. `aligned`: the start is known to be a multiple of 4.
     """
-    aligned = isinstance(start, int) and start % 4 == 0
-    quads = jnp.asarray(start // 4, jnp.int32) + jnp.arange(-(-size // 4) + (not aligned), dtype=jnp.int32)
+    aligned = aligned or (isinstance(start, int) and start % 4 == 0)
+    if not isinstance(start, int):
+        # What depends on the row and the key's words alone XLA would compute before a loop over starts, in a kernel for
+        # each of the rounds' keys: 20 to compile. Tied to the start it stays in the one that computes the words.
+        start, key0, key1, rows = lax.optimization_barrier((start, key0, key1, rows))
+    quads = jnp.arange(-(-size // 4) + (not aligned), dtype=jnp.int32)
+    quads += lax.div(jnp.asarray(start, jnp.int32), jnp.int32(4))
     kept = [(word >= _threshold(threshold)).astype(jnp.uint32) for word in philox(rows, quads, 0, 0, key0, key1)]
     packed = kept[0] | kept[1] << 8 | kept[2] << 16 | kept[3] << 24  # a byte each
     # Without the barrier XLA would fuse philox into what unpacks the bytes, and run it for each of them.
     unpacked = lax.bitcast_convert_type(lax.optimization_barrier(packed), jnp.uint8)
     unpacked = unpacked.reshape(*packed.shape[:-1], -1)
+    if aligned:
+        return unpacked[..., :size] != 0
     return lax.dynamic_slice_in_dim(unpacked, start % 4, size, unpacked.ndim - 1) != 0
 
 

@@ -187,10 +187,14 @@ def _count(
         return 0, 0, 0
     if spec.listed:
         return tiles, *_count_listed(spec, q, k, operands, block_m, block_n, together)
-    table = spans.query_spans(spec, operands, batch, seqlen_q, seqlen_k, starts, block_m, block_n)
+    look_up = spans.query_tiles if together else spans.query_spans
+    table = look_up(spec, operands, batch, seqlen_q, seqlen_k, starts, block_m, block_n)
     if isinstance(table, jax.core.Tracer):
         return tiles, None, None
-    begin, full, stop, end = np.moveaxis(np.asarray(spans.union(table) if together else table, np.int64), -1, 0)
+    if together:
+        visited, masked = (int(np.sum(x)) for x in (table != spans.EMPTY, table == spans.PARTIAL))
+        return tiles, visited * batch * heads, masked * batch * heads
+    begin, full, stop, end = np.moveaxis(np.asarray(table, np.int64), -1, 0)
     copies = batch * heads * len(starts) // begin.size
     return tiles, int((end - begin).sum()) * copies, int((full - begin + end - stop).sum()) * copies
 

@@ -21,9 +21,7 @@ from jax import Array, lax
 
 from ..base.spec import BLOCK_LISTS, Spec
 from . import spans
-
-EMPTY, FULL, PARTIAL = 0, 1, 2
-"""What a tile is."""
+from .spans import EMPTY, FULL, PARTIAL
 
 
 def lists(status: Array, part: Array, size: int) -> tuple[Array, Array]:

@@ -44,10 +44,40 @@ def query_spans(
       `[begin, full)` and `[stop, end)` through the mask, sees `[full, stop)` whole, and no others at all. No tile of
       `[full, stop)` reaches past Sk. begin <= full <= stop <= end; (0, 0, 0, 0) where the block sees nothing.
     """
-    rows = _side(operands, "q", batch, jnp.asarray(starts_m, jnp.int32), block_m, seqlen_q)
-    cols = _side(operands, "kv", batch, _starts(seqlen_k, block_n), block_n, seqlen_k)
-    masks = _mask_tiles(operands, batch, rows, cols)
-    return _spans(rows, cols, spec.rules.left, spec.rules.right, _offset(operands, batch), masks, whole_past_end=False)
+    rows, cols, bounds, masks = _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n)
+    return _spans(rows, cols, *bounds, masks, whole_past_end=False)
+
+
+EMPTY, FULL, PARTIAL = 0, 1, 2
+"""What a tile is: met by nobody, seen whole by all, or neither."""
+
+
+def query_tiles(
+    spec: Spec,
+    operands: Mapping[str, Array],
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    starts_m: Any,
+    block_m: int,
+    block_n: int,
+) -> Array:
+    """What each tile of keys is to each block of query rows, over all batches and heads: not a span but a table.
+
+    Args: as in `query_spans`.
+
+    Returns:
+      int32 `[blocks, tiles]`: `EMPTY`, `FULL` (no mask is needed; the tile does not reach past Sk) or `PARTIAL`.
+    """
+    rows, cols, bounds, masks = _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n)
+    met, whole = (_in_tiles(x, cols) for x in (_met(rows, cols, *bounds), _whole(rows, cols, *bounds, False)))
+    met, whole = _met_too(met, whole, rows, cols, masks)
+    met, whole = jnp.broadcast_arrays(met, whole)
+    if met.shape[:2] == (1, 1):
+        met, whole = met[0, 0], whole[0, 0]
+    else:
+        met, whole = met.any((0, 1)), whole.all((0, 1))
+    return jnp.where(whole, FULL, jnp.where(met, PARTIAL, EMPTY))
 
 
 def key_spans(
@@ -108,9 +138,16 @@ def _side(operands: Mapping[str, Array], name: str, batch: int, starts: Array, b
     length = per_batch(jnp.clip(length, 0, seqlen).astype(jnp.int32), batch)
     if ids is not None:
         ids = _gather(ids.reshape(ids.shape[0], 1, seqlen), 2, starts, block)
-        lowest = jnp.where(ids < 0, np.iinfo(np.int32).max, ids).min(-1)
-        ids = tuple(per_batch(x, batch) for x in (lowest, ids.max(-1), (ids < 0).any(-1)))
+        lowest = jnp.where(ids < 0, np.iinfo(np.int32).max, ids)
+        inits = np.int32(np.iinfo(np.int32).max), np.int32(np.iinfo(np.int32).min), np.bool_(False)
+        # One reduction: it is a kernel to compile, and three of them would be six more.
+        ids = lax.reduce((lowest, ids, ids < 0), inits, _least_largest_any, (ids.ndim - 1,))
+        ids = tuple(per_batch(x, batch) for x in ids)
     return _Side(starts, block, seqlen, length, ids)
+
+
+def _least_largest_any(x, y):
+    return jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1]), x[2] | y[2]
 
 
 def _offset(operands: Mapping[str, Array], batch: int) -> Array:
@@ -125,6 +162,8 @@ def per_batch(x: Array, batch: int) -> Array:
 
 def _gather(x: Array, axis: int, starts: Array, block: int) -> Array:
     """An axis -> blocks, and what each holds; one that is cut short repeats the last element."""
+    if starts.shape[0] * block == x.shape[axis]:  # none is cut short, nor moved back
+        return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
     index = starts[:, None] + jnp.arange(block, dtype=jnp.int32)
     return jnp.take(x, jnp.minimum(index, x.shape[axis] - 1), axis)
 
@@ -136,15 +175,34 @@ def _spans(x: _Side, y: _Side, back, forth, shift: Array, masks: list[Array], wh
     """
     met, whole = _met(x, y, back, forth, shift), _whole(x, y, back, forth, shift, whole_past_end)
     if x.ids is not None or masks:
-        tile = jnp.arange(y.blocks, dtype=jnp.int32)
-        met, whole = ((start[..., None] <= tile) & (tile < stop[..., None]) for start, stop in (met, whole))
-        for some, every in (*_segment_tiles(x, y), *([masks] if masks else [])):
-            met, whole = met & some, whole & every
+        met, whole = _met_too(*(_in_tiles(span, y) for span in (met, whole)), x, y, masks)
         met, whole = _hull(met), _longest_run(whole)
     (begin, end), (full, stop) = met, whole
     begin, end = (jnp.where(begin < end, n, 0) for n in (begin, end))
     full, stop = (jnp.where(full < stop, n, end) for n in (full, stop))
     return jnp.stack(jnp.broadcast_arrays(begin, full, stop, end), -1).astype(jnp.int32)
+
+
+def _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n):
+    """Rows, keys, what bounds them, and `_mask_tiles`."""
+    rows = _side(operands, "q", batch, jnp.asarray(starts_m, jnp.int32), block_m, seqlen_q)
+    cols = _side(operands, "kv", batch, _starts(seqlen_k, block_n), block_n, seqlen_k)
+    bounds = spec.rules.left, spec.rules.right, _offset(operands, batch)
+    return rows, cols, bounds, _mask_tiles(operands, batch, rows, cols)
+
+
+def _in_tiles(span: tuple[Array, Array], y: _Side) -> Array:
+    """Whether each of y's tiles is in a span."""
+    start, stop = (x[..., None] for x in span)
+    tile = jnp.arange(y.blocks, dtype=jnp.int32)
+    return (start <= tile) & (tile < stop)
+
+
+def _met_too(met: Array, whole: Array, x: _Side, y: _Side, masks: list[Array]) -> tuple[Array, Array]:
+    """What bounds let through, less what segments and masks hide."""
+    for some, every in (*_segment_tiles(x, y), *([masks] if masks else [])):
+        met, whole = met & some, whole & every
+    return met, whole
 
 
 def _met(x: _Side, y: _Side, back, forth, shift: Array) -> tuple[Array, Array]:
@@ -210,15 +268,3 @@ def _longest_run(x: Array) -> tuple[Array, Array]:
     length = index - lax.cummax(jnp.where(x, -1, index), x.ndim - 1)  # of the run that ends here
     stop = length.argmax(-1).astype(jnp.int32) + 1
     return stop - length.max(-1), stop
-
-
-def union(table: Array) -> Array:
-    """[blocks, 4]: the tiles that a block meets in any batch or head, of which those seen whole in all.
-
-    Args:
-      table: `[1|B, 1|H, blocks, 4]`, spans.
-    """
-    begin, full, stop, end = jnp.moveaxis(table, -1, 0)
-    begin = jnp.where(begin < end, begin, jnp.iinfo(table.dtype).max)  # a head that sees nothing has no say
-    begin, full, stop, end = begin.min((0, 1)), full.max((0, 1)), stop.min((0, 1)), end.max((0, 1))
-    return jnp.stack([jnp.minimum(begin, end), full, jnp.maximum(full, stop), end], -1)

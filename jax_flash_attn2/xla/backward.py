@@ -128,7 +128,8 @@ def _add_grad(grad: Array, x: Array, shape: tuple[int, ...], block_m: int, start
     x = x.reshape(b, n, block_m, -1, keys).swapaxes(2, 3).reshape(b, -1, block_m, keys)
     x = _sum_to(x, shape, grad.shape[0] // shape[0]).astype(grad.dtype)
     start = (0, 0, start_m if grad.shape[2] > 1 else 0, start_n if grad.shape[3] > 1 else 0)
-    return lax.dynamic_update_slice(grad, lax.dynamic_slice(grad, start, x.shape) + x, start)
+    own = lax.dynamic_slice(grad, start, x.shape, allow_negative_indices=False)
+    return lax.dynamic_update_slice(grad, own + x, start, allow_negative_indices=False)
 
 
 def _sum_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:

@@ -44,11 +44,16 @@ def join_rows(x: Array, rows: int) -> Array:
     return jnp.concatenate([x[:, :, :before], x[:, :, last:]], 2)
 
 
+def take(x: Array, start, size: int, axis: int) -> Array:
+    """What of x begins at `start`, which is not negative: there is no code for starts that are."""
+    return lax.dynamic_slice_in_dim(x, start, size, axis, allow_negative_indices=False)
+
+
 def put(x: Array, tile: Array, start, axis: int) -> Array:
     """x with the tile in place of what begins at `start`."""
-    return lax.dynamic_update_slice_in_dim(x, tile, start, axis)
+    return lax.dynamic_update_slice_in_dim(x, tile, start, axis, allow_negative_indices=False)
 
 
 def add(x: Array, tile: Array, start, axis: int) -> Array:
     """x with the tile added to what begins at `start`."""
-    return put(x, lax.dynamic_slice_in_dim(x, start, tile.shape[axis], axis) + tile, start, axis)
+    return put(x, take(x, start, tile.shape[axis], axis) + tile, start, axis)

@@ -1,6 +1,8 @@
 """What is in a tile: its logits, what of them is visible, what dropout leaves, what each operand has to do with it."""
 
+import functools
 import math
+import operator
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax import Array, lax
 from ..base import dropout
 from ..tiles import block_lists
 from ..tiles.spans import per_batch
+from . import layout
 from .tiling import Tiling
 
 HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
@@ -38,31 +41,42 @@ class Logits:
             s -= self.tile("slopes", start_m, start_n) * self.distances(start_m, start_n)
         if masked and "tile_weights" in operands:
             s -= self.of_block_mask(block_lists.log_weights, start_m, j).astype(self.dtype)
-        if masked:
-            s = jnp.where(self.visible(start_m, j), s, -jnp.inf)  # even where a bias made s NaN
+        if masked and (visible := self.visible(start_m, j)) is not None:
+            s = jnp.where(visible, s, -jnp.inf)  # even where a bias made s NaN
+            if t.blocks_k > 1:
+                # So that what follows is the code of tiles without a mask, compiled once; fused with the mask, the
+                # exponential is half as fast. One tile in all is left to XLA's fusions (`choose_blocks`).
+                s = lax.optimization_barrier(s)
         return s, capped
 
-    def visible(self, start_m, j) -> Array:
-        """[1|B, 1|Hkv, M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held."""
-        start_n, rules = self.tiling.start_n(j), self.spec.rules
-        cols = self.col_index(start_n)
-        visible = cols >= _int32(j * self.tiling.block_n)
+    def visible(self, start_m, j) -> Array | None:
+        """[1|B, 1|Hkv, M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held.
+
+        None: all. Rows and keys are counted from the tile's first key: so nothing here is the same for all tiles of a
+        row, which XLA would compute ahead, each thing in a kernel of its own.
+        """
+        t, rules, visible = self.tiling, self.spec.rules, []
+        start_n = t.start_n(j)
+        cols, rows = self.col_index(0), self.row_index(start_m - start_n)
+        if t.seqlen_k % t.block_n:
+            visible.append(cols >= _int32(j * t.block_n - start_n))
+        offset = self.per_batch("offset") if "offset" in self.operands else 0
         if rules.left is not None:
-            visible &= self.positions(start_m) - rules.left <= cols
+            visible.append(rows + (offset - rules.left) <= cols)
         if rules.right is not None:
-            visible &= self.positions(start_m) + rules.right >= cols
+            visible.append(rows + (offset + rules.right) >= cols)
         if "q_segments" in self.operands:
             q_ids, kv_ids = (self.tile(f"{side}_segments", start_m, start_n) for side in ("q", "kv"))
-            visible &= (q_ids == kv_ids) & (q_ids >= 0)
+            visible.append((q_ids == kv_ids) & (q_ids >= 0))
         if "q_lengths" in self.operands:
-            visible &= self.row_index(start_m) < self.per_batch("q_lengths")
+            visible.append(rows < self.per_batch("q_lengths") - _int32(start_n))
         if "kv_lengths" in self.operands:
-            visible &= cols < self.per_batch("kv_lengths")
+            visible.append(cols < self.per_batch("kv_lengths") - _int32(start_n))
         if "mask" in self.operands:
-            visible &= self.tile("mask", start_m, start_n)
+            visible.append(self.tile("mask", start_m, start_n))
         if self.spec.listed:
-            visible &= self.of_block_mask(block_lists.element_masks, start_m, j)
-        return visible
+            visible.append(self.of_block_mask(block_lists.element_masks, start_m, j))
+        return functools.reduce(operator.and_, visible) if visible else None
 
     def row_index(self, start_m) -> Array:
         """[M * G, 1]: the rows of a tile."""
@@ -80,14 +94,16 @@ class Logits:
 
     def distances(self, start_m, start_n) -> Array:
         """[1|B, 1, M * G, N]: how far each key is from the row's position."""
-        cols = self.col_index(start_n)
-        return jnp.abs(self.positions(start_m) - cols).astype(self.dtype)
+        rows = self.positions(start_m - start_n)  # counted from the first key, as in `visible`
+        return jnp.abs(rows - self.col_index(0)).astype(self.dtype)
 
     def kept(self, start_m, start_n) -> Array:
         """[B, Hkv, M * G, N]: what dropout leaves of a tile."""
         key0, key1 = (self.tile(f"dropout_key{word}", start_m, start_n) for word in (0, 1))
         rows = self.positions(start_m)
-        return dropout.keep_range(key0, key1, rows, start_n, self.tiling.block_n, self.spec.drop_threshold)
+        t = self.tiling
+        aligned = t.block_n % 4 == 0 and (t.seqlen_k % t.block_n == 0 or t.seqlen_k % 4 == 0)
+        return dropout.keep_range(key0, key1, rows, start_n, t.block_n, self.spec.drop_threshold, aligned=aligned)
 
     def sinks(self, start_m) -> Array:
         """[1|B, 1|Hkv, 1|M * G]: the sinks of a tile's rows; -inf for rows past the length."""
@@ -108,9 +124,9 @@ class Logits:
         """
         block_m, block_n, group = self.tiling.block_m, self.tiling.block_n, self.spec.group
         if x.shape[2] > block_m:
-            x = lax.dynamic_slice_in_dim(x, start_m, block_m, 2)
+            x = layout.take(x, start_m, block_m, 2)
         if x.shape[3] > block_n:
-            x = lax.dynamic_slice_in_dim(x, start_n, block_n, 3)
+            x = layout.take(x, start_n, block_n, 3)
         x = per_batch(x, self.tiling.batch)
         b, h, m, n = x.shape
         if group == 1 or (h == 1 and m == 1):
@@ -123,11 +139,11 @@ class Logits:
         """[1|B, 1|Hkv, M * G, N]: what the block mask says of a tile; anything of rows and keys that another has."""
         t = self.tiling
         i = (start_m + t.block_m - 1) // t.block_m
-        part = lax.dynamic_slice_in_dim(t.parts, i, 1, 2)
+        part = layout.take(t.parts, i, 1, 2)
         if t.blocks_k == 1:  # of the tiling, that is: the block mask may have more
             j = 0
         else:
-            part = lax.dynamic_slice_in_dim(part, j, 1, 3)
+            part = layout.take(part, j, 1, 3)
         x = read(self.operands, part, self.spec.tile_rows, self.spec.tile_keys)
         if t.seqlen_q % t.block_m:  # the last tile was moved back
             x = jnp.roll(x, i * t.block_m - start_m, 2)

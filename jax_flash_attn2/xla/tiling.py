@@ -43,27 +43,26 @@ class Tiling:
             block_m, block_n = (config and config.block_m) or block_m, (config and config.block_n) or block_n
         self.block_m, self.block_n = min(block_m, self.seqlen_q), min(block_n, self.seqlen_k)
         self.blocks_q, self.blocks_k = -(-self.seqlen_q // self.block_m), -(-self.seqlen_k // self.block_n)
-        self.spans = self.look_up_spans(operands) if spec.spans and self.blocks_k > 1 else None
+        self.status = self.look_up_status(operands) if spec.spans and self.blocks_k > 1 else None
         if spec.listed:
             self.parts = block_lists.parts(operands)
         self.list = self.look_up_list(operands) if spec.listed and self.blocks_k > 1 else None
 
     def start_m(self, i):
         """First row of query block i."""
-        return _min(i * self.block_m, self.seqlen_q - self.block_m)
+        return _start(i, self.block_m, self.seqlen_q)
 
     def start_n(self, j):
         """First row of key block j."""
-        return _min(j * self.block_n, self.seqlen_k - self.block_n)
+        return _start(j, self.block_n, self.seqlen_k)
 
     # Which tiles are met.
 
-    def look_up_spans(self, operands):
-        """[blocks_q, 4]: begin, full, stop and end of the key blocks that a query block meets in any batch or head."""
+    def look_up_status(self, operands):
+        """[blocks_q, blocks_k]: what the key blocks are to the query blocks, in any batch or head."""
         starts = jnp.minimum(jnp.arange(self.blocks_q, dtype=jnp.int32) * self.block_m, self.seqlen_q - self.block_m)
         lengths = self.seqlen_q, self.seqlen_k
-        table = spans.query_spans(self.spec, operands, self.batch, *lengths, starts, self.block_m, self.block_n)
-        return spans.union(table).astype(int)  # the type that the loops over query blocks count in
+        return spans.query_tiles(self.spec, operands, self.batch, *lengths, starts, self.block_m, self.block_n)
 
     def look_up_list(self, operands):
         """[blocks_q, 3] and [tiles]: the key blocks that a query block meets in any batch or head, in a list that has
@@ -82,17 +81,21 @@ class Tiling:
             begin, full, end = ends[i]
             carry = lax.fori_loop(full, end, lambda n, carry: key_block(False, tiles[n], carry), carry)
             return lax.fori_loop(begin, full, lambda n, carry: key_block(True, tiles[n], carry), carry)
-        if self.spans is None:
+        if self.status is None:
             stop, end = self.key_span(self.start_m(i))
             carry = loop(0, stop, functools.partial(key_block, False), carry)
             return loop(stop, end, functools.partial(key_block, True), carry)
-        begin, full, stop, end = self.spans[i]
+        row = lax.dynamic_index_in_dim(self.status, i, 0, keepdims=False, allow_negative_indices=False)
 
-        def on_either_side(j, carry):  # one loop for what lies before and behind: half the code to compile
-            return key_block(True, jnp.where(j < full, j, j + stop - full), carry)
+        def tile(j, carry):
+            # Loops of at most one step, which XLA:CPU runs in place; what a conditional returns it would copy.
+            status = lax.dynamic_index_in_dim(row, j, 0, keepdims=False, allow_negative_indices=False)
+            for masked, kind in ((False, spans.FULL), (True, spans.PARTIAL)):
+                met = lax.convert_element_type(status == kind, lax.dtype(j))
+                carry = lax.fori_loop(j, j + met, functools.partial(key_block, masked), carry)
+            return carry
 
-        carry = lax.fori_loop(full, stop, functools.partial(key_block, False), carry)
-        return lax.fori_loop(begin, end - (stop - full), on_either_side, carry)
+        return lax.fori_loop(0, self.blocks_k, tile, carry)
 
     def key_span(self, start_m):
         """Key blocks [0, full) are seen whole by the query block, [full, end) through the mask."""
@@ -102,18 +105,18 @@ class Tiling:
         if not self.spec.causal:
             return full, end
         last = start_m + self.block_m - 1
-        return _min((start_m + 1) // self.block_n, full), _min(last // self.block_n + 1, end)
+        return _min(_div(start_m + 1, self.block_n), full), _min(_div(last, self.block_n) + 1, end)
 
     # What a tile holds of an array, and what is done with it.
 
     def query_tile(self, x: Array, start_m) -> Array:
         """[B, Hkv, Sq * G, ...] -> [B, Hkv, M * G, ...]."""
         group = self.spec.group
-        return lax.dynamic_slice_in_dim(x, start_m * group, self.block_m * group, 2)
+        return layout.take(x, start_m * group, self.block_m * group, 2)
 
     def key_tile(self, x: Array, start_n) -> Array:
         """[B, Hkv, Sk, ...] -> [B, Hkv, N, ...]."""
-        return lax.dynamic_slice_in_dim(x, start_n, self.block_n, 2)
+        return layout.take(x, start_n, self.block_n, 2)
 
     def rows(self, x: Array) -> Array:
         """[B, S, Hkv * G, D] -> [B, Hkv, S * G, D]."""
@@ -125,7 +128,7 @@ class Tiling:
         if self.spec.listed and self.seqlen_q % self.block_m:  # its list is not that of rows that block i - 1 has done
             rows = self.start_m(i) + jnp.arange(tile.shape[2]) // self.spec.group
             own = (rows >= i * self.block_m).reshape(-1, *(1,) * (tile.ndim - 3))
-            tile = jnp.where(own, tile, lax.dynamic_slice_in_dim(x, start, tile.shape[2], 2))
+            tile = jnp.where(own, tile, layout.take(x, start, tile.shape[2], 2))
         return layout.put(x, tile, start, 2)
 
     def hide_repeated_rows(self, m_tile: Array, i) -> Array:
@@ -169,6 +172,16 @@ def _even(seqlen, block):
     """As many blocks as `block` makes of a sequence, but of about equal size."""
     size = -(-seqlen // -(-seqlen // block))
     return min(-(-size // 16) * 16, block)
+
+
+def _start(i, block: int, seqlen: int):
+    """Where block i begins: the last is moved back, to be whole."""
+    return i * block if seqlen % block == 0 else _min(i * block, seqlen - block)
+
+
+def _div(x, y: int):
+    """x // y for an x that is not negative."""
+    return x // y if isinstance(x, int) else lax.div(x, jnp.asarray(y, x.dtype))
 
 
 def _min(x, y):

@@ -1,0 +1,69 @@
+"""The table of tiles that the XLA path follows says what its elements are."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flash_attn2.base.spec import Rules, Spec
+from jax_flash_attn2.tiles import spans
+
+B, H, D = 2, 2, 8
+EVEN, CUT = (96, 128, 32, 32), (90, 117, 32, 48)  # rows, keys, and the sizes of a tile
+
+
+def seen(rules, operands, seqlen_q, seqlen_k):
+    """[B, H, Sq, Sk]: the definition."""
+    rows, cols = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None]
+    x = {name: np.asarray(x) for name, x in operands.items()}
+    rows_at = rows + x.get("offset", np.zeros((1, 1, 1, 1), int))
+    visible = np.ones((B, H, seqlen_q, seqlen_k), bool)
+    if rules.left is not None:
+        visible &= cols >= rows_at - rules.left
+    if rules.right is not None:
+        visible &= cols <= rows_at + rules.right
+    if "q_lengths" in x:
+        visible &= (rows < x["q_lengths"]) & (cols < x["kv_lengths"])
+    if "q_segments" in x:
+        visible &= (x["q_segments"] == x["kv_segments"]) & (x["q_segments"] >= 0)
+    return visible & x.get("mask", True)
+
+
+def drawn(kind, seqlen_q, seqlen_k):
+    rng = np.random.default_rng(0)
+    if kind == "window":
+        return Rules(left=80, right=0), {"offset": np.int32([[[[20]]]])}
+    if kind == "lengths":
+        ends = (np.int32([n, n * 2 // 3])[:, None, None, None] for n in (seqlen_q, seqlen_k))
+        return Rules(), dict(zip(("q_lengths", "kv_lengths"), ends, strict=True))
+    if kind == "mask":  # with holes between tiles that are met
+        tiles = rng.random((1, H, seqlen_q // 16 + 1, seqlen_k // 16 + 1)) < 0.3
+        return Rules(), {"mask": np.repeat(np.repeat(tiles, 16, 2), 16, 3)[:, :, :seqlen_q, :seqlen_k]}
+    q, kv = (np.sort(rng.integers(-1, 4, (B, n)).astype(np.int32)) for n in (seqlen_q, seqlen_k))
+    if kind == "segments in any order":
+        q, kv = rng.permutation(q, axis=1), np.repeat(kv[:, ::-1], 1, 1)
+    return Rules(right=0), {"q_segments": q[:, None, :, None], "kv_segments": kv[:, None, None, :]}
+
+
+@pytest.mark.parametrize("sizes", [EVEN, CUT], ids=["even", "cut"])
+@pytest.mark.parametrize("kind", ["window", "lengths", "mask", "segments", "segments in any order"])
+def test_table(kind, sizes):
+    """A tile that is skipped shows nothing to anybody; one that needs no mask shows everything to all."""
+    seqlen_q, seqlen_k, block_m, block_n = sizes
+    rules, operands = drawn(kind, seqlen_q, seqlen_k)
+    operands = {name: jnp.asarray(x) for name, x in operands.items()}
+    q, k = jnp.zeros((B, seqlen_q, H, D)), jnp.zeros((B, seqlen_k, H, D))
+    spec = Spec.of(rules, q, k, k, operands)
+    starts = np.minimum(np.arange(0, seqlen_q, block_m), seqlen_q - block_m)
+    table = np.asarray(spans.query_tiles(spec, operands, B, seqlen_q, seqlen_k, starts, block_m, block_n))
+    visible = seen(rules, operands, seqlen_q, seqlen_k)
+    tiles = [visible[:, :, i : i + block_m, j : j + block_n] for i in starts for j in range(0, seqlen_k, block_n)]
+    some = np.reshape([tile.any() for tile in tiles], table.shape)
+    whole = [tile.all() and tile.shape[3] == block_n for tile in tiles]
+    whole = np.reshape(whole, table.shape)
+    assert not (some & (table == spans.EMPTY)).any()
+    assert not (~whole & (table == spans.FULL)).any()
+    if "segments" not in kind:  # ids are compared by the least and the largest of a tile
+        assert (some == (table != spans.EMPTY)).all()
+        assert (whole == (table == spans.FULL)).all()
+    if kind == "window":
+        assert len(np.unique(table)) == 3
