@@ -70,8 +70,8 @@ def query_tiles(
       int32 `[blocks, tiles]`: `EMPTY`, `FULL` (no mask is needed; the tile does not reach past Sk) or `PARTIAL`.
     """
     rows, cols, bounds, masks = _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n)
-    met, whole = (_in_tiles(x, cols) for x in (_met(rows, cols, *bounds), _whole(rows, cols, *bounds, False)))
-    met, whole = _met_too(met, whole, rows, cols, masks)
+    met, whole = _met(rows, cols, *bounds), _whole(rows, cols, *bounds, whole_past_end=False)
+    met, whole = _met_too(_in_tiles(met, cols), _in_tiles(whole, cols), rows, cols, masks)
     met, whole = jnp.broadcast_arrays(met, whole)
     if met.shape[:2] == (1, 1):
         met, whole = met[0, 0], whole[0, 0]
@@ -175,7 +175,7 @@ def _spans(x: _Side, y: _Side, back, forth, shift: Array, masks: list[Array], wh
     """
     met, whole = _met(x, y, back, forth, shift), _whole(x, y, back, forth, shift, whole_past_end)
     if x.ids is not None or masks:
-        met, whole = _met_too(*(_in_tiles(span, y) for span in (met, whole)), x, y, masks)
+        met, whole = _met_too(_in_tiles(met, y), _in_tiles(whole, y), x, y, masks)
         met, whole = _hull(met), _longest_run(whole)
     (begin, end), (full, stop) = met, whole
     begin, end = (jnp.where(begin < end, n, 0) for n in (begin, end))
