@@ -175,7 +175,7 @@ def _spans(x: _Side, y: _Side, back, forth, shift: Array, masks: list[Array], wh
     """
     met, whole = _met(x, y, back, forth, shift), _whole(x, y, back, forth, shift, whole_past_end)
     if x.ids is not None or masks:
-        met, whole = _met_too(*(_in_tiles(span, y) for span in (met, whole)), x, y, masks)
+        met, whole = _met_too(_in_tiles(met, y), _in_tiles(whole, y), x, y, masks)
         met, whole = _hull(met), _longest_run(whole)
     (begin, end), (full, stop) = met, whole
     begin, end = (jnp.where(begin < end, n, 0) for n in (begin, end))
