@@ -31,7 +31,7 @@ def seen(rules, operands, seqlen_q, seqlen_k):
 def drawn(kind, seqlen_q, seqlen_k):
     rng = np.random.default_rng(0)
     if kind == "window":
-        return Rules(left=80, right=0), {"offset": np.int32([[[[16]]]])}
+        return Rules(left=100, right=0), {"offset": np.int32([[[[20]]]])}
     if kind == "lengths":
         ends = (np.int32([n, n * 2 // 3])[:, None, None, None] for n in (seqlen_q, seqlen_k))
         return Rules(), dict(zip(("q_lengths", "kv_lengths"), ends, strict=True))

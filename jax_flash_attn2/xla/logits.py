@@ -81,7 +81,7 @@ class Logits:
     def row_index(self, start_m) -> Array:
         """[M * G, 1]: the rows of a tile."""
         rows = _int32(jnp.arange(self.tiling.block_m * self.spec.group))[:, None]
-        return _int32(start_m) + rows // self.spec.group
+        return _int32(start_m) + (rows // self.spec.group if self.spec.group > 1 else rows)
 
     def col_index(self, start_n) -> Array:
         """[1, N]: the keys of a tile."""
