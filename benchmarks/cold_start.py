@@ -122,6 +122,7 @@ def definition(option: str) -> Callable:
 
     from jax_flash_attn2.base import dropout
 
+    @jax.numpy_rank_promotion("allow")
     def attend(q, k, v, *given):
         x = dict(zip(TAKES.get(option, ()), given, strict=True))
         rows, cols = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None]
