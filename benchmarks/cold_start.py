@@ -128,7 +128,7 @@ def definition(option: str) -> Callable:
         rows, cols = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None]
         s = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[3] ** -0.5
         if option == "all options":
-            s = CAP * jnp.tanh(s / CAP) - x["slopes"][:, None, None] * abs(rows - cols)
+            s = CAP * jnp.tanh(s / CAP) - x["slopes"][:, None, None] * abs(rows - cols).astype(s.dtype)
         s = s + x.get("bias", 0)
         seen = x.get("mask", jnp.array(True))
         if option not in ("lengths", "bias", "mask"):
