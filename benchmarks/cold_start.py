@@ -122,12 +122,13 @@ def definition(option: str) -> Callable:
 
     from jax_flash_attn2.base import dropout
 
+    @jax.numpy_rank_promotion("allow")
     def attend(q, k, v, *given):
         x = dict(zip(TAKES.get(option, ()), given, strict=True))
         rows, cols = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None]
         s = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[3] ** -0.5
         if option == "all options":
-            s = CAP * jnp.tanh(s / CAP) - x["slopes"][:, None, None] * abs(rows - cols)
+            s = CAP * jnp.tanh(s / CAP) - x["slopes"][:, None, None] * abs(rows - cols).astype(s.dtype)
         s = s + x.get("bias", 0)
         seen = x.get("mask", jnp.array(True))
         if option not in ("lengths", "bias", "mask"):
