@@ -1,6 +1,7 @@
 """Predicates are told apart by what they do, and the cache of block masks is bounded: no stale mask, no growth."""
 
 import dataclasses
+import functools
 import threading
 
 import jax
@@ -169,6 +170,21 @@ def test_tracers_are_said():
         jax.jit(lambda ids: flash_attention(Q, Q, Q, mask=documents(ids)))(jnp.arange(T))
     np.testing.assert_array_equal(jax.jit(lambda n: make(n, max_tiles=4, max_parts=4))(7)[0, 0], (J < 7) | (I < 0))
     assert block_mask_cache.info().currsize == 0
+
+
+def test_lists_in_numpy_are_those_under_jit():
+    """What is known is built by NumPy, what is traced on the device: lists and tiles are the same."""
+    seen = np.random.default_rng(2).random((2, 2, 150, 210)) < np.array([0, 0.01, 0.9, 1]).reshape(2, 2, 1, 1)
+    make = functools.partial(BlockMask.from_mask, block_m=32, block_n=32, max_tiles=35, max_parts=140)
+    known, traced = make(seen), jax.jit(make)(seen)
+    for name in ("row_ends", "col_ends"):
+        np.testing.assert_array_equal(getattr(known, name), getattr(traced, name))
+    for name in ("row_tiles", "col_tiles"):  # the tiles; bits that are alike are stored once where they are known
+        ours, theirs = (np.asarray(getattr(mask, name)) for mask in (known, traced))
+        np.testing.assert_array_equal(ours[..., 0], theirs[..., 0])
+        np.testing.assert_array_equal(ours[..., 1] >= 0, theirs[..., 1] >= 0)
+    for mask in (known, traced):
+        np.testing.assert_array_equal(mask.to_dense(), seen)
 
 
 def test_block_masks_are_bounded_by_bytes(monkeypatch):
