@@ -83,8 +83,9 @@ def backward(
             dvt = layout.add(dvt, t.dot(dot_tile, p_kept, 3, 2), start_n, 3)
             return dq_tile, dkt, dvt, grads
 
-        dq_tile, *sums = t.over_keys(i, key_block, (jnp.zeros_like(q_tile), *sums))
-        return layout.add(dq, dq_tile, start_m * spec.group, 2), *sums
+        dq_tile, *sums = t.over_keys(i, key_block, (t.new_rows(dq, 0, i), *sums))
+        put = layout.add if t.seqlen_q % t.block_m else layout.put
+        return put(dq, dq_tile, start_m * spec.group, 2), *sums
 
     grads = {name: _grad_zeros(operands[name], n, t) for name, n in apart_of.items() if name in ("bias", "slopes")}
     carry = (jnp.zeros_like(q), *(jnp.zeros_like(x).swapaxes(2, 3) for x in (k, v)), grads)

@@ -60,9 +60,8 @@ def forward(
         if t.blocks_k == 1:
             m, l, acc = key_block(t.masked, 0, None)
         else:
-            m = jnp.full(q_tile.shape[:3], HIDDEN, t.dtype)
-            carry = (m, jnp.zeros_like(m), jnp.zeros((*m.shape, spec.v_dim), t.dtype))
-            m, l, acc = t.over_keys(i, key_block, carry)
+            acc, m, l = (t.new_rows(x, fill, i) for x, fill in zip(out, (0, HIDDEN, 0), strict=False))
+            m, l, acc = t.over_keys(i, key_block, (m, l, acc))
         row_max = [jnp.where(m > HIDDEN, m, -jnp.inf)] if spec.rules.max_logits else []
         if spec.sinks:
             sink = logits.sinks(start_m)
@@ -73,8 +72,8 @@ def forward(
         done = (t.put_rows(x, y, i) for x, y in zip(out, (acc, m, l, *row_max), strict=True))
         return tuple(done)
 
-    m = jnp.zeros(q.shape[:3], t.dtype)
-    out = (jnp.zeros((*m.shape, spec.v_dim), t.dtype), m, m, *([m] if spec.rules.max_logits else []))
+    m = jnp.full(q.shape[:3], HIDDEN if t.blocks_k > 1 else 0, t.dtype)
+    out = (jnp.zeros((*m.shape, spec.v_dim), t.dtype), m, jnp.zeros_like(m), *([m] if spec.rules.max_logits else []))
     o, *stats = loop(0, t.blocks_q, query_block, out)
     m, l, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
     lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)

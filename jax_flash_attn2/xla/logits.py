@@ -67,7 +67,7 @@ class Logits:
             visible.append(rows + (offset + rules.right) >= cols)
         if "q_segments" in self.operands:
             q_ids, kv_ids = (self.tile(f"{side}_segments", start_m, start_n) for side in ("q", "kv"))
-            visible.append((q_ids == kv_ids) & (q_ids >= 0))
+            visible.append((q_ids == kv_ids) & (kv_ids >= 0))  # of q's XLA would compute it ahead, in a kernel
         if "q_lengths" in self.operands:
             visible.append(rows < self.per_batch("q_lengths") - _int32(start_n))
         if "kv_lengths" in self.operands:

@@ -122,6 +122,12 @@ class Tiling:
         """[B, S, Hkv * G, D] -> [B, Hkv, S * G, D]."""
         return layout.rows(x, self.spec.kv_heads, self.dtype)
 
+    def new_rows(self, x: Array, fill: float, i) -> Array:
+        """A tile of `fill` as query block i of x [B, Hkv, Sq * G, ...], which was filled with it, began."""
+        if self.seqlen_q % self.block_m:  # block i - 1 may have put something there
+            return jnp.full((*x.shape[:2], self.block_m * self.spec.group, *x.shape[3:]), fill, x.dtype)
+        return self.query_tile(x, self.start_m(i))  # there is such a kernel already; to fill a tile would be another
+
     def put_rows(self, x: Array, tile: Array, i) -> Array:
         """x [B, Hkv, Sq * G, ...] with query block i."""
         start = self.start_m(i) * self.spec.group
