@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .results import machine
+from .results import machine, write_json
 from .sweep import table
 
 SHAPE = {"batch": 1, "seqlen": 1024, "heads": 4, "head_dim": 64}
@@ -136,7 +136,7 @@ def definition(option: str) -> Callable:
         if option in ("window", "all options"):
             seen = seen & (rows - cols <= WINDOW)
         if option == "predicate":
-            seen = seen & ((rows - cols < WINDOW) | (cols < SINKS))
+            seen = seen & ((rows - cols <= WINDOW) | (cols < SINKS))
         if "ids" in x:
             seen = seen & (x["ids"][:, None, :, None] == x["ids"][:, None, None, :])
         if "lengths" in x:
@@ -343,8 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     records = run(chosen, repeat, 5 if options.quick else 20, SHAPE | {"seqlen": options.seqlen}) + run_cuda(repeat)
     print(tables(records))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine(), "results": records}, indent=1) + "\n")
+        write_json(options.json, machine(), records)
     return 0
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import io
+import json
 import os
 import platform
 import re
@@ -200,6 +201,12 @@ def machine() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def write_json(file: Path, machine: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
+    """What a benchmark measured whose numbers are no `Record`s, and on what."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machine": machine, "results": records}, indent=1) + "\n")
 
 
 def capability() -> int | None:

@@ -11,7 +11,6 @@ of neighbours, with its 20th and 80th percentile. Results are compared before an
 import argparse
 import dataclasses
 import datetime
-import json
 import os
 import platform
 import sys
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from jax_flash_attn2 import flash_attention
 
+from .results import write_json
 from .timing import Effort, compare, ratios
 
 
@@ -133,8 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{r['ms'][0]:20.2f} {r['ms'][1]:9.2f}"
         )
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine(), "results": records}, indent=1) + "\n")
+        write_json(options.json, machine(), records)
     return 0
 
 

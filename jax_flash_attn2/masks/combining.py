@@ -81,9 +81,8 @@ class _Function(Predicate):
         return self.function(b, h, i, j)
 
 
-@pytree("parts")
 @dataclasses.dataclass(frozen=True)
-class _All(Predicate):
+class _OfParts(Predicate):
     parts: tuple[Predicate, ...]
 
     def check_shape(self, shape):
@@ -94,6 +93,10 @@ class _All(Predicate):
     def is_fixed(self):
         return all(part.is_fixed for part in self.parts)
 
+
+@pytree("parts")
+@dataclasses.dataclass(frozen=True)
+class _All(_OfParts):
     def __call__(self, b, h, i, j):
         seen = True
         for part in self.parts:
@@ -103,17 +106,7 @@ class _All(Predicate):
 
 @pytree("parts")
 @dataclasses.dataclass(frozen=True)
-class _Any(Predicate):
-    parts: tuple[Predicate, ...]
-
-    def check_shape(self, shape):
-        for part in self.parts:
-            part.check_shape(shape)
-
-    @property
-    def is_fixed(self):
-        return all(part.is_fixed for part in self.parts)
-
+class _Any(_OfParts):
     def __call__(self, b, h, i, j):
         seen = False
         for part in self.parts:
