@@ -1,8 +1,8 @@
 """Settings of every test process: CPU, eight devices, JAX at its strictest about dtypes, and compiling done once.
 
 What XLA makes of a program is kept in `.cache/xla`, and our kernels in `.cache/kernels`: a second run compiles only
-what has changed. Programs are compiled with few optimisations, as a test runs each once, on a few numbers; `--fully`
-compiles them as a user's are.
+what has changed. Programs are compiled with few optimisations and by XLA's older emitters, in half the time, as a test
+runs each once, on a few numbers; `--fully` compiles them as a user's are.
 """
 
 import os
@@ -22,6 +22,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 caching.use()
 
 INTERPRETED = ("test_kernels.py",)
+OLDER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+"""The newer ones set up MLIR's rewrite patterns anew for each kernel, 15 ms or more. XLA ignores what it does not know
+here."""
 
 
 def pytest_addoption(parser):
@@ -30,7 +33,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    jax.config.update("jax_disable_most_optimizations", not config.getoption("--fully"))
+    fully, flags = config.getoption("--fully"), os.environ.get("XLA_FLAGS", "")
+    jax.config.update("jax_disable_most_optimizations", not fully)
+    if not fully and OLDER_EMITTERS not in flags:  # a worker has them already
+        os.environ["XLA_FLAGS"] = f"{flags} {OLDER_EMITTERS}"  # XLA reads it with its first program
     if not hasattr(config, "workerinput"):  # before any worker starts
         caching.trim()
 
@@ -62,7 +68,7 @@ def compiled_quickly():
 
 @pytest.fixture
 def compiled_fully():
-    """Even without `--fully`: for what looks at, or stands for, the code that users get."""
+    """Even without `--fully`, but for the emitters: for what looks at, or stands for, the code that users get."""
     yield from _setting("jax_disable_most_optimizations", False)
 
 

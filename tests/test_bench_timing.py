@@ -44,10 +44,11 @@ def test_asynchronous_results_are_waited_for():
         unwaited.append(1e3 * (time.perf_counter() - start))
         jax.block_until_ready(result)
         waited.append(1e3 * (time.perf_counter() - start))
-    assert np.median(unwaited) < np.median(waited) / 5  # so it is asynchronous
+    dispatch = min(unwaited)  # whatever else the machine had to do
+    assert dispatch < np.median(waited) / 5  # so it is asynchronous
     times = do_bench(f, x, effort=FEW)
     assert times.median > np.median(waited) / 3
-    assert times.median > 3 * np.median(unwaited)
+    assert times.median > 3 * dispatch
 
 
 def test_compiling_is_apart():
