@@ -4,6 +4,7 @@ Set `TRITON_INTERPRET=1` before the kernels are imported. The interpreter is Num
 times slower than a GPU. Outputs start as NaN, so an element that a kernel fails to write shows.
 """
 
+import contextlib
 import functools
 import os
 import threading
@@ -109,6 +110,27 @@ def _mend_bfloat16() -> None:
     builder.cast_impl, builder.create_dot = cast_rounded, create_dot_widened
 
 
+@contextlib.contextmanager
+def _patched_once():
+    """Triton patches `triton.language` anew with each call of a device function, which takes a third of all its time.
+    Once for each module of functions and each launch is enough."""
+    from triton.runtime import interpreter
+
+    patch, seen = interpreter._patch_lang, {}
+
+    def patch_once(function):
+        module = function.__globals__["__name__"]
+        if module in seen:
+            return interpreter._LangPatchScope()
+        return seen.setdefault(module, patch(function))
+
+    interpreter._patch_lang = patch_once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+
+
 def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
     """An array whose elements are all NaN, True, or the largest integer."""
     if jnp.issubdtype(dtype, jnp.inexact):
@@ -150,7 +172,7 @@ def run(
             return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(x.block_shape))
 
         args = [argument(x) for x in operands] + [None if x is None else next(waiting) for x in outputs]
-        with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
+        with _one_at_a_time, _patched_once(), np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy about NaN, which a GPU does not mention either
             kernel[(programs,)](*args, SPEC=spec, CFG=config)
         return tuple(x.array for x in results)
