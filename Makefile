@@ -33,16 +33,17 @@ ifeq ($(shell uname -s),Linux) # there is no Triton elsewhere
 TRITON := test-kernels test-codegen
 MATRIX := test-matrix
 endif
-# Of the combinations of options, and of the tuned kernels, `make test` looks at another third each day.
-TODAY := $(shell echo $$(( $$(date -u +%s) / 86400 % 3 )))
+# Each day `make test` looks at another third of the combinations of options, and another ninth of the tuned kernels.
+TODAY := $(shell echo $$(( $$(date -u +%s) / 86400 )))
+TODAYS = THIRD=$(or $(THIRD),$(shell echo $$(($(TODAY) % 3)))) NINTH=$(or $(NINTH),$(shell echo $$(($(TODAY) % 9))))
 
 test: | .venv/bin/pip ## lint, types, tests (of combinations a third), and the check of the generated GPU code
-	@THIRD=$(or $(THIRD),$(TODAY)) $(STAGED) test environment lint test-xla $(TRITON) $(if $(GPU),test-gpu)
+	@$(TODAYS) $(STAGED) test environment lint test-xla $(TRITON) $(if $(GPU),test-gpu)
 
 test-all: | .venv/bin/pip ## every test, compiled as for users, every tuned kernel, and test-matrix
-	@THIRD= FULLY=--fully $(STAGED) test-all environment lint test-xla $(TRITON) $(MATRIX) $(if $(GPU),test-gpu)
+	@THIRD= NINTH= FULLY=--fully $(STAGED) test-all environment lint test-xla $(TRITON) $(MATRIX) $(if $(GPU),test-gpu)
 
-# The stages. Made by itself, each runs everything; with THIRD=0, 1 or 2 that third of it.
+# The stages. Made by itself, each runs everything; with THIRD=0, 1 or 2, or NINTH=0 to 8, that part of it.
 SOME := $(if $(THIRD),--third $(THIRD))
 
 environment: .venv/dev.stamp
@@ -54,7 +55,7 @@ test-kernels: .venv/dev.stamp
 	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_kernels.py $(SOME)
 
 test-codegen: .venv/dev.stamp
-	$(CPU) .venv/bin/python -m benchmarks.codegen --check $(SOME)
+	$(CPU) .venv/bin/python -m benchmarks.codegen --check $(if $(NINTH),--ninth $(NINTH))
 
 test-gpu: .venv/dev.stamp
 	$(PYTEST) tests/test_gpu.py $(SOME)

@@ -46,7 +46,12 @@ def state() -> str:
     """A hash of all that the stages run, and which part of it they were asked for."""
     files = sorted(f for name in SOURCES for f in [ROOT / name, *(ROOT / name).rglob("*.py")] if f.is_file())
     text = "".join(f"{f.relative_to(ROOT)} {hashlib.sha256(f.read_bytes()).hexdigest()}\n" for f in files)
-    return hashlib.sha256((text + os.environ.get("THIRD", "")).encode()).hexdigest()
+    return hashlib.sha256((text + parts()).encode()).hexdigest()
+
+
+def parts() -> str:
+    """Which parts of everything the stages were asked for, as they are given to make."""
+    return " ".join(f"{name}={part}" for name in ("THIRD", "NINTH") if (part := os.environ.get(name)))
 
 
 def cpu() -> float:
@@ -111,7 +116,7 @@ def main(group: str, *targets: str) -> int:
     if os.environ.get("STAGES") == "write":
         figures = renewed(figures, group, stages)
         FIGURES.write_text(written(figures))
-    print(f"\n=== make {group}" + (f" THIRD={third}" if (third := os.environ.get("THIRD")) else ""))
+    print(f"\n=== make {group} {parts()}".rstrip())
     print(table(stages, figures.get(group, {})))
     if status := stages[-1].status:
         print(f"=== {stages[-1].name} failed; by itself: make {stages[-1].name}")
