@@ -54,7 +54,7 @@ def test_smoke():
 
 
 # A kernel takes its second to compile: every other case, and of those that combine options or only vary a bias, every
-# eighth.
+# eighth. `make test` has all options at once, what is read through lists of tiles, and the widest; and decoding.
 MASKS = [case.name for case in CASES if case.mask_kind and not case.name.startswith("pair")]
 LOWERED = [
     case
@@ -63,8 +63,13 @@ LOWERED = [
 ]
 
 
-@pytest.mark.in_thirds
-@pytest.mark.parametrize(("number", "case"), list(enumerate(LOWERED)), ids=str)
+QUICKLY = ("everything", "block_mask_weights", "mask_weights", "mla", "decode")
+NUMBERED = [
+    pytest.param(i, case, marks=[] if case.name in QUICKLY else pytest.mark.thorough) for i, case in enumerate(LOWERED)
+]
+
+
+@pytest.mark.parametrize(("number", "case"), NUMBERED, ids=str)
 def test_cases(number, case):
     """The cases compile, on the architectures and memory variants by turns.
 

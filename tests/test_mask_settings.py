@@ -104,6 +104,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("use", USES)
 def test_settings(use, setting):
@@ -126,6 +127,7 @@ MASKERS = {
 }
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize(
     ("name", "named"), [("local", False), ("sink", True), ("top k", False), ("top k", True)], ids=str
 )

@@ -303,6 +303,7 @@ def test_messages(name):
 DECODE = (1, 32, 1, 32768)
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 0.995])
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_decode(sparsity, mode):

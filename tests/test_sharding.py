@@ -217,6 +217,7 @@ def test_vmapped():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("spec", [HEADS, ROWS], ids=str)
 def test_lowers_for_cuda(spec, monkeypatch):
     """What one of eight GPUs would run, divided by the same plan: the Triton kernels, on its share."""

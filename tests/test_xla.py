@@ -53,6 +53,7 @@ def test_drawn_cases(case):
     assert_near(case, flash(case))
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("case", [*OPTIONS[::6], *PAIRS[::6]], ids=str)
 def test_higher_order(case):
     """The path that JAX differentiates by itself."""
