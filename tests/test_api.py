@@ -209,6 +209,7 @@ HIGHER = {
 }
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("name", HIGHER)
 def test_higher_order(name):
     """Forward mode, hessians both ways, gradients of gradients: as of the definition."""

@@ -109,6 +109,7 @@ def test_triton_reads_the_environment(monkeypatch):
     assert os.environ["FLASH_ATTN_BLOCK_PTR"] == "something"
 
 
+@pytest.mark.in_thirds
 def test_attention_mask(run):
     out = run(attention_mask, "--only", "batch=2", "--jit", "--iterations", "2", "--warmup", "0")
     assert re.search(r"^True +2 +128 +[\d.]+ +[\d.]+ +[\d.]+", out, re.MULTILINE)
@@ -116,6 +117,7 @@ def test_attention_mask(run):
     assert attention_mask._effort(attention_mask.argparse.Namespace(warmup=5, iterations=20)) == Effort(0, 20, 20, 5)
 
 
+@pytest.mark.in_thirds
 def test_components_add_up(monkeypatch):
     """All parts agree with their references, at a width that takes no time; the shares printed add to 100%."""
     for name, n in (("HIDDEN", 64), ("HEADS", 2), ("HEAD_DIM", 32), ("LENGTHS", (8,))):
@@ -142,6 +144,7 @@ def test_percentages(parts):
     assert round(sum(float(x[:-1]) for x in components.percentages(parts)), 6) == 100
 
 
+@pytest.mark.in_thirds
 def test_sparse_masks(run):
     out = run(sparse_masks, "--only", "sparsity=99.5")
     assert out.count("99.5% zeros") == 3
@@ -150,6 +153,7 @@ def test_sparse_masks(run):
     assert "small B2 H8 128x512 after empty" in out
 
 
+@pytest.mark.in_thirds
 def test_block_masks():
     """Masks agree with dense attention over their evaluated rows; another mask than the one named is refused."""
 
@@ -186,6 +190,7 @@ def test_a_beaten_default():
     assert sparse_masks.verdicts([record("sparse", 1.0), record("dense", 1.05)])[1]  # a tie
 
 
+@pytest.mark.in_thirds
 def test_sdpa_and_report(run, tmp_path):
     """Each rung changes the program or says that it does not; the page holds it all and fetches nothing."""
     out = run(sdpa, "--only", "size=medium,causal=True,provider=ours|no-skip|one-stage")
@@ -225,6 +230,7 @@ def test_gpu_points():
     assert "x: 1/1 points" in done.stderr
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("option", cold_start.OPTIONS)
 def test_cold_start_compares(option, monkeypatch):
     """What is timed is what the definition says, of ours and of jax.nn, where a window hides something."""
@@ -262,6 +268,7 @@ def test_cold_start(monkeypatch, capsys, tmp_path):
     assert "trace, lower and compile" in report.build(tmp_path)
 
 
+@pytest.mark.thorough
 def test_cold_start_in_a_new_process():
     """A process's measurement comes back; what made it fail does too."""
     task = {"what": "compile", "option": "causal", "provider": "jax.nn", "calls": 1}

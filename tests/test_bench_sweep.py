@@ -64,6 +64,7 @@ def test_statuses(worker):
     assert set(SENTINELS) == {Status.SMEM_OVERFLOW, Status.OOM, Status.COMPILE_FAILED, Status.INIT_FAILED}
 
 
+@pytest.mark.thorough
 def test_hung_points(worker, monkeypatch):
     """A point that hangs, at once or when timed, is given up; the others of its group are measured."""
     monkeypatch.setattr(worker, "timeout", 2.0)
@@ -160,6 +161,7 @@ def test_only_names_what_there_is(tmp_path, worker):
         Sweep(parser("x", "", seconds=0.1, quick_seconds=0.1).parse_args(["--only", "size"]), worker=worker)
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed(tmp_path):
     """`mha --quick`, killed at some point: resumed, every point is there exactly once."""
     providers = ("jax", "jax-cudnn", "flash-xla")

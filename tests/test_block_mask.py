@@ -192,6 +192,7 @@ T, WINDOW, SINKS = 8192, 256, 64
 LOCAL = masks.causal() & (masks.sliding_window(WINDOW - 1) | masks.sinks(SINKS))
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("sizes", [(128, 128), (128, 64), (64, 64)], ids=str)
 def test_no_more_tiles_than_needed(sizes, capsys):
     """At T = 8192 with a window of 256 and 64 sinks, of every pass."""

@@ -255,6 +255,7 @@ def test_vmap(axes):
         np.testing.assert_allclose(our_grads[name], want_grads[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("name", ["bias_and_mask", "all"])
 def test_higher_order(name):
     """With higher_order=True: jvp, the Hessian, and the gradient of a gradient."""

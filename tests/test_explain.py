@@ -33,6 +33,7 @@ def test_packed_documents_on_xla():
     assert all(few <= 0.16 * many for few, many in zip(packed, dense, strict=True)), (packed, dense)
 
 
+@pytest.mark.thorough
 def test_packed_documents_hold_no_logits():
     """Neither on XLA nor on a GPU is anything [T, T] in the module."""
 

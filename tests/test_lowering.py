@@ -38,7 +38,7 @@ def shape(*axes, dtype="bfloat16"):
 
 @pytest.mark.in_thirds
 @pytest.mark.parametrize("block_ptr", [False, True], ids=["ptr_block", "block_ptr"])
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("capability", [80, *(pytest.param(x, marks=pytest.mark.thorough) for x in (86, 89, 100)), 90])
 def test_three_calls_and_no_logits(capability, block_ptr):
     """Odd lengths, so that [.., Sq, Sk] could not hide behind another array of the same shape."""
     q, kv = shape(2, 1016, 8, 64), shape(2, 776, 4, 64)
@@ -100,6 +100,7 @@ def test_cases(number, case):
     assert text.count(TRITON_CALL) == (4 if case.bias or case.mask_kind == "weights" else 3)
 
 
+@pytest.mark.in_thirds
 @pytest.mark.parametrize("bias", ["hqk", "k"])
 def test_bias_gradient_holds_no_logits(bias):
     """A broadcast bias has its gradient reduced on the way: one more call, no [B, H, Sq, Sk] in the module."""
