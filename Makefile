@@ -18,7 +18,7 @@ WORKERS := -n $(JOBS) --dist worksteal
 MATRIX_TOOLS := jax-triton pytest pytest-xdist hypothesis setuptools
 
 .PHONY: help demo test test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
-.PHONY: lock clean
+.PHONY: test-ptxas lock clean
 .PRECIOUS: %/bin/pip
 
 help: ## list the targets
@@ -58,16 +58,27 @@ test-codegen: .venv/dev.stamp
 	$(CPU) .venv/bin/python -m benchmarks.codegen --check $(if $(NINTH),--ninth $(NINTH))
 
 test-gpu: .venv/dev.stamp
-	$(PYTEST) tests/test_gpu.py $(SOME)
+	$(PYTEST) --gpu tests/test_gpu.py $(SOME)
 
 # Each option alone, and all of them; what pairs of options do does not depend on a version.
 ALONE := -k "not pair and not bias_"
 
-test-matrix: .venv-triton38/stamp .venv-jax012/stamp ## tests on the oldest Triton and on the newest JAX
+test-matrix: .venv-triton38/stamp .venv-jax012/stamp test-ptxas ## the oldest Triton, the newest JAX, the oldest CUDA
 	TRITON_INTERPRET=1 $(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_kernels.py $(ALONE)
 	$(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_lowering.py $(ALONE)
 	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_xla.py tests/test_block_mask.py $(ALONE)
 	$(CPU) .venv-jax012/bin/python -m pytest tests/test_lowering.py -k smoke
+
+# CUDA's ptxas, the oldest for each chip: what JAX may assemble with.
+ASSEMBLED := causal=True,head_dim=128,extra=|dropout|blocks
+
+test-ptxas: .venv/dev.stamp .ptxas/12.6.85/stamp .ptxas/12.8.61/stamp .ptxas/12.9.41/stamp
+	$(call ASSEMBLE,12.6.85,80|86|89)
+	$(call ASSEMBLE,12.8.61,90)
+	$(call ASSEMBLE,12.9.41,100|120)
+
+ASSEMBLE = $(CPU) .venv/bin/python -m benchmarks.codegen --only "arch=$(2),$(ASSEMBLED)" \
+  --ptxas .ptxas/$(1)/nvidia/cuda_nvcc/bin/ptxas
 
 codegen: .venv/dev.stamp ## print registers, spills, shared memory and hot-loop instructions of every tuned kernel
 	$(CPU) .venv/bin/python -m benchmarks.codegen
@@ -96,7 +107,7 @@ lock: .venv/bin/pip ## renew the pinned development set: the newest releases tha
 	@mv $(LOCK).new $(LOCK)
 
 clean: ## remove the environments and everything generated
-	rm -rf .venv .venv-* .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .ptxas .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Environments. A stamp says that one is complete; it is renewed when the lock or the project's settings change.
@@ -120,6 +131,11 @@ clean: ## remove the environments and everything generated
 	.venv/$(PIP_INSTALL) --no-deps -r $(LOCK)
 	.venv/$(PIP_INSTALL) -c $(LOCK) --no-build-isolation -e '.$(if $(GPU),[$(CUDA)])'
 	@touch $@ .venv/demo.stamp
+
+.ptxas/%/stamp: | .venv/bin/pip
+	.venv/$(PIP_INSTALL) --upgrade --target $(@D) --no-deps nvidia-cuda-nvcc-cu12==$*
+	chmod +x $(@D)/nvidia/cuda_nvcc/bin/ptxas
+	@touch $@
 
 .venv-triton38/stamp: $(LOCK) pyproject.toml | .venv-triton38/bin/pip
 	sed '/^triton==/d' $(LOCK) > $(@D)/constraints.txt

@@ -12,16 +12,24 @@ from .fwd import distance, load_scale, logits
 from .mask import key_span, phase, place, query_span, tile_at
 from .tile import (
     WHOLE,
+    Rows,
     edge,
-    load_rows,
+    keys,
+    load_constants,
     load_scalar,
     load_vector,
-    open_rows,
+    opened,
     operand_offsets,
     program,
-    store_rows,
+    queries,
+    store_constants,
+    store_tile,
     store_vector,
+    tile,
 )
+
+# What dq tells the other kernels of each row (`row_constants`).
+SHIFT, DELTA, NORM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -39,49 +47,45 @@ def row_constants(m, l, SPEC: tl.constexpr):
 
 @triton.jit
 def attn_bwd_dq_kernel(
-    q, k, v, x, spans, o, m, l, do, dlse, seqlen_q, seqlen_k, dq, delta_out, shift_out, norm_out, dscale, dslopes,
-    SPEC: tl.constexpr, CFG: tl.constexpr,
+    q, k, v, x, sizes, saved, dq, constants, dscale, dslopes, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
     """One block of query rows: dq = scale * ds k, what the other kernels need of each row, and, if wanted, its share
-    of the gradients of the scale and of the ALiBi slopes."""
+    of the gradients of the scale and of the ALiBi slopes.
+
+    saved: do, o, m and l, and dlse if something depends on lse.
+    """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
-    D: tl.constexpr = SPEC.block_d
-    DV: tl.constexpr = SPEC.block_dv
-    H: tl.constexpr = SPEC.heads
-    H_KV: tl.constexpr = SPEC.kv_heads
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1
-    block, b, h = program(tl.cdiv(seqlen_q, M), H, SPEC.causal)
-    start_m, h_kv = block * M, h // SPEC.group
-    here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
-    k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
-    v = open_rows(v, b, seqlen_k, H_KV, SPEC.v_dim, N, DV, CFG)
-    q_tile = load_rows(q, b, h, start_m, seqlen_q, here.end_q, H, SPEC.head_dim, M, D, EDGE_Q)  # [M, D]
-    do_tile = load_rows(do, b, h, start_m, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)  # [M, DV]
-    o_tile = load_rows(o, b, h, start_m, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)
+    block, b, h = program(tl.cdiv(sizes[1], M), SPEC.heads, SPEC.causal)
+    start_m = block * M
+    here = place(x, b, h, sizes, SPEC)
+    k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, SPEC)
+    v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, SPEC)
+    q_tile = tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
+    do_tile = tile(queries(saved[0], here), start_m, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
+    o_tile = tile(queries(saved[1], here), start_m, M, SPEC.o_rows, EDGE_Q)
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
-    l_row = load_vector(l, b, h, start_m, seqlen_q, H, M)
-    if dlse is not None:  # lse is a result too: d lse / d s = p
-        delta -= tl.where(l_row == 0.0, 0.0, load_vector(dlse, b, h, start_m, seqlen_q, H, M))
-    shift, norm = row_constants(load_vector(m, b, h, start_m, seqlen_q, H, M), l_row, SPEC)
-    store_vector(delta_out, delta, b, h, start_m, seqlen_q, H)
-    store_vector(shift_out, shift, b, h, start_m, seqlen_q, H)
-    if norm_out is not None:
-        store_vector(norm_out, norm, b, h, start_m, seqlen_q, H)
+    l_row = load_vector(saved[3], here, start_m, M, SPEC)
+    if SPEC.dlse:  # lse is a result too: d lse / d s = p
+        delta -= tl.where(l_row == 0.0, 0.0, load_vector(saved[4], here, start_m, M, SPEC))
+    shift, norm = row_constants(load_vector(saved[2], here, start_m, M, SPEC), l_row, SPEC)
+    store_constants(constants, shift, float("inf"), here, start_m, SHIFT, SPEC)
+    store_constants(constants, delta, 0.0, here, start_m, DELTA, SPEC)
+    if SPEC.reshapes:
+        store_constants(constants, norm, 1.0, here, start_m, NORM, SPEC)
     scale_log2 = load_scale(x, b, SPEC)
-    acc = tl.zeros([M, D], tl.float32)
+    acc = tl.zeros([M, SPEC.block_d], tl.float32)
     slope_acc = tl.zeros([M], tl.float32)
-    span = key_span(block, here, x, spans, SPEC, CFG)
+    span = key_span(block, here, x, SPEC, CFG)
     for BARE in tl.static_range(FIRST, 2):  # masked, then bare, as in the forward pass
         first, last = phase(span, BARE, False, SPEC)
         for i in range(first, last, 1 if SPEC.listed else N):
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
-            k_tile = load_rows(
-                k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, WHOLE if BARE else EDGE_K
-            )
-            v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, WHOLE if BARE else EDGE_K)
+            k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
+            v_tile = tile(v, n, N, SPEC.v_rows, WHOLE if BARE else EDGE_K)  # [N, Dv]
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
             s, unit, capped = logits(qk, x, here, start_m, n, part, scale_log2, M, N, False, not BARE, SPEC)
             p = tl.exp2(s * unit - shift[:, None])
@@ -97,55 +101,51 @@ def attn_bwd_dq_kernel(
                 ds *= 1.0 - capped * capped
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=CFG.precision)
     scale = load_scalar(x, b, h, SPEC.scale, SPEC).to(tl.float32)
-    store_rows(dq, acc * scale, b, h, start_m, seqlen_q, H, SPEC.head_dim)
+    store_tile(queries(dq, here), acc * scale, start_m, SPEC.q_rows)
     if dscale is not None:  # s = scale * q k, so sum(ds * q k) = sum((ds k) * q)
-        store_vector(dscale, tl.sum(acc * q_tile.to(tl.float32), 1), b, h, start_m, seqlen_q, H)
+        store_vector(dscale, tl.sum(acc * q_tile.to(tl.float32), 1), here, start_m, SPEC)
     if dslopes is not None:
-        store_vector(dslopes, slope_acc, b, h, start_m, seqlen_q, H)
+        store_vector(dslopes, slope_acc, here, start_m, SPEC)
 
 
 @triton.jit
 def attn_bwd_dkdv_kernel(
-    q, k, v, x, spans, do, delta, shift, norm, seqlen_q, seqlen_k, dk, dv, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, x, sizes, do, constants, dk, dv, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
-    """One block of keys and values: dv = p' do and dk = scale * ds' q, summed over the heads that share them.
+    """One block of keys and values: dv = p' do and dk = scale * ds' q, summed over `SPEC.summed` of the heads that
+    share them: all of these, or one, where that makes too few programs.
 
     Everything is transposed (a tile is [N, M]), so that p' and ds' feed the next product as they are.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
-    D: tl.constexpr = SPEC.block_d
-    DV: tl.constexpr = SPEC.block_dv
-    H: tl.constexpr = SPEC.heads
-    H_KV: tl.constexpr = SPEC.kv_heads
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks else 1  # keys past the end are stored nowhere
-    block, b, h_kv = program(tl.cdiv(seqlen_k, N), H_KV, False)  # the first keys are seen most
+    block, b, own = program(tl.cdiv(sizes[2], N), SPEC.heads // SPEC.summed, False)  # the first keys are seen most
     start_n = block * N
-    end_k = place(x, b, h_kv * SPEC.group, seqlen_q, seqlen_k, SPEC).end_k
-    q = open_rows(q, b, seqlen_q, H, SPEC.head_dim, M, D, CFG)
-    do = open_rows(do, b, seqlen_q, H, SPEC.v_dim, M, DV, CFG)
-    k_tile = load_rows(k, b, h_kv, start_n, seqlen_k, end_k, H_KV, SPEC.head_dim, N, D, EDGE_K)  # [N, D]
-    v_tile = load_rows(v, b, h_kv, start_n, seqlen_k, end_k, H_KV, SPEC.v_dim, N, DV, EDGE_K)  # [N, DV]
+    here = place(x, b, own * SPEC.summed, sizes, SPEC)
+    q = opened(q, b, here.seqlen_q, M, SPEC.q_rows, CFG)
+    do = opened(do, b, here.seqlen_q, M, SPEC.o_rows, CFG)
+    k_tile = tile(keys(k, here, SPEC), start_n, N, SPEC.k_rows, EDGE_K)  # [N, D]
+    v_tile = tile(keys(v, here, SPEC), start_n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
     scale_log2 = load_scale(x, b, SPEC)
-    dk_acc = tl.zeros([N, D], tl.float32)
-    dv_acc = tl.zeros([N, DV], tl.float32)
-    for g in range(SPEC.group):
-        h = h_kv * SPEC.group + g
-        here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
-        span = query_span(block, here, x, spans, SPEC, CFG)
+    dk_acc = tl.zeros([N, SPEC.block_d], tl.float32)
+    dv_acc = tl.zeros([N, SPEC.block_dv], tl.float32)
+    for g in range(SPEC.summed):
+        here = place(x, b, own * SPEC.summed + g, sizes, SPEC)
+        span = query_span(block, here, x, SPEC, CFG)
         for BARE in tl.static_range(FIRST, 2):
             first, last = phase(span, BARE, True, SPEC)
             for j in range(first, last, 1 if SPEC.listed else M):
                 i, part = tile_at(j, span, x, SPEC.col_tiles, SPEC.tile_rows, M, BARE, SPEC)
-                q_tile = load_rows(q, b, h, i, seqlen_q, here.end_q, H, SPEC.head_dim, M, D, EDGE_Q)  # [M, D]
-                do_tile = load_rows(do, b, h, i, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)  # [M, DV]
+                q_tile = tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q)  # [M, D]
+                do_tile = tile(queries(do, here), i, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
                 qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=CFG.precision)  # [N, M]
                 s, unit, capped = logits(qk, x, here, i, start_n, part, scale_log2, M, N, True, not BARE, SPEC)
-                p = tl.exp2(s * unit - load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))[None, :])
+                p = tl.exp2(s * unit - load_constants(constants, here, i, M, SHIFT, SPEC)[None, :])
                 if SPEC.reshapes:
-                    p *= load_vector(norm, b, h, i, seqlen_q, H, M)[None, :]
+                    p *= load_constants(constants, here, i, M, NORM, SPEC)[None, :]
                 kept = p  # what v was multiplied by
                 if SPEC.drops:
                     keeps = keep(x, here, i, start_n, M, N, True, SPEC)
@@ -154,18 +154,18 @@ def attn_bwd_dkdv_kernel(
                 dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=CFG.precision)  # [N, M]
                 if SPEC.drops:
                     dp = drop(dp, keeps, SPEC)
-                ds = p * (dp - load_vector(delta, b, h, i, seqlen_q, H, M)[None, :])
+                ds = p * (dp - load_constants(constants, here, i, M, DELTA, SPEC)[None, :])
                 if SPEC.rules.soft_cap is not None:
                     ds *= 1.0 - capped * capped
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=CFG.precision)
     scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32)
-    store_rows(dk, dk_acc * scale, b, h_kv, start_n, seqlen_k, H_KV, SPEC.head_dim)
-    store_rows(dv, dv_acc, b, h_kv, start_n, seqlen_k, H_KV, SPEC.v_dim)
+    store_tile(Rows(dk, b, own, here.seqlen_k, here.end_k), dk_acc * scale, start_n, SPEC.dk_rows)
+    store_tile(Rows(dv, b, own, here.seqlen_k, here.end_k), dv_acc, start_n, SPEC.dv_rows)
 
 
 @triton.jit
 def attn_bwd_dbias_kernel(
-    q, k, v, x, spans, do, delta, shift, norm, batch, seqlen_q, seqlen_k, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, x, sizes, do, constants, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
     """One tile of the bias gradient: ds summed over the axes that `SPEC.dbias` lacks.
 
@@ -174,13 +174,10 @@ def attn_bwd_dbias_kernel(
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
-    D: tl.constexpr = SPEC.block_d
-    DV: tl.constexpr = SPEC.block_dv
-    H: tl.constexpr = SPEC.heads
-    H_KV: tl.constexpr = SPEC.kv_heads
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     OUT: tl.constexpr = SPEC.dbias
+    batch, seqlen_q, seqlen_k = sizes
     pid = tl.program_id(0)
     m_begin, m_end, n_begin, n_end = 0, seqlen_q, 0, seqlen_k
     if OUT.cols:
@@ -193,11 +190,11 @@ def attn_bwd_dbias_kernel(
         m_begin = pid % blocks * M
         m_end = tl.minimum(m_begin + M, seqlen_q)
         pid = pid // blocks
-    h_begin, h_end, b_begin, b_end = 0, H, 0, batch
+    h_begin, h_end, b_begin, b_end = 0, SPEC.heads, 0, batch
     if OUT.heads:
-        h_begin = pid % H
+        h_begin = pid % SPEC.heads
         h_end = h_begin + 1
-        pid = pid // H
+        pid = pid // SPEC.heads
     if OUT.batch == 0:
         b_begin = pid
         b_end = pid + 1
@@ -205,30 +202,29 @@ def attn_bwd_dbias_kernel(
     for b in range(b_begin, b_end):
         scale_log2 = load_scale(x, b, SPEC)
         for h in range(h_begin, h_end):
-            h_kv = h // SPEC.group
-            here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
+            here = place(x, b, h, sizes, SPEC)
             for i in range(m_begin, m_end, M):
-                q_tile = load_rows(q, b, h, i, seqlen_q, here.end_q, H, SPEC.head_dim, M, D, EDGE_Q)
-                do_tile = load_rows(do, b, h, i, seqlen_q, here.end_q, H, SPEC.v_dim, M, DV, EDGE_Q)
-                delta_row = load_vector(delta, b, h, i, seqlen_q, H, M)
-                shift_row = load_vector(shift, b, h, i, seqlen_q, H, M, float("inf"))
-                norm_row = load_vector(norm, b, h, i, seqlen_q, H, M)
-                span = key_span(i // M, here, x, spans, SPEC, CFG)
+                q_tile = tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q)  # [M, D]
+                do_tile = tile(queries(do, here), i, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
+                shift = load_constants(constants, here, i, M, SHIFT, SPEC)
+                delta = load_constants(constants, here, i, M, DELTA, SPEC)
+                norm = load_constants(constants, here, i, M, NORM, SPEC)
+                span = key_span(i // M, here, x, SPEC, CFG)
                 first, last = span.begin, span.end
                 if not SPEC.listed:
                     first, last = tl.maximum(n_begin, first), tl.minimum(n_end, last)
                 for j in range(first, last, 1 if SPEC.listed else N):
                     n, part = tile_at(j, span, x, SPEC.row_tiles, SPEC.tile_keys, N, not SPEC.listed, SPEC)
                     if not SPEC.listed or (n >= n_begin and n < n_end):  # a list has all of the row's tiles
-                        k_tile = load_rows(k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, EDGE_K)
-                        v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, EDGE_K)
+                        k_tile = tile(keys(k, here, SPEC), n, N, SPEC.k_rows, EDGE_K)  # [N, D]
+                        v_tile = tile(keys(v, here, SPEC), n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
                         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
                         s, unit, _ = logits(qk, x, here, i, n, part, scale_log2, M, N, False, True, SPEC)
-                        p = tl.exp2(s * unit - shift_row[:, None]) * norm_row[:, None]
+                        p = tl.exp2(s * unit - shift[:, None]) * norm[:, None]
                         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)
                         if SPEC.drops:
                             dp = drop(dp, keep(x, here, i, n, M, N, False, SPEC), SPEC)
-                        acc += p * (dp - delta_row[:, None])
+                        acc += p * (dp - delta[:, None])
     rows, cols = m_begin + tl.arange(0, M)[:, None], n_begin + tl.arange(0, N)[None, :]
     if not OUT.rows:
         acc = tl.sum(acc, 0)[None, :]

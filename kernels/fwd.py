@@ -9,13 +9,15 @@ from .tile import (
     LOG2E,
     WHOLE,
     edge,
+    keys,
     load_operand,
-    load_rows,
     load_scalar,
-    open_rows,
+    opened,
     program,
-    store_rows,
+    queries,
+    store_tile,
     store_vector,
+    tile,
     tile_indices,
 )
 
@@ -76,42 +78,37 @@ def logits(
 
 @triton.jit
 def attn_fwd_kernel(
-    q, k, v, x, spans, seqlen_q, seqlen_k, o, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, x, sizes, o, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
     """One block of query rows against every key it sees: o, and each row's maximum m (base 2) and sum l.
 
-    x: the operands of `SPEC.operands`, in order. spans: which keys each block meets, where that is looked up. max_out,
-    if wanted: each row's largest logit, without the sink.
+    x: the operands of `SPEC.operands`, in order, and, where that is looked up, which keys each block meets. sizes: B,
+    Sq and Sk. max_out, if wanted: each row's largest logit, without the sink.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
-    D: tl.constexpr = SPEC.block_d
-    DV: tl.constexpr = SPEC.block_dv
-    H_KV: tl.constexpr = SPEC.kv_heads
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1  # else no tile needs the mask
-    block, b, h = program(tl.cdiv(seqlen_q, M), SPEC.heads, SPEC.causal)  # the last rows see most: they go first
-    start_m, h_kv = block * M, h // SPEC.group
-    here = place(x, b, h, seqlen_q, seqlen_k, SPEC)
-    k = open_rows(k, b, seqlen_k, H_KV, SPEC.head_dim, N, D, CFG)
-    v = open_rows(v, b, seqlen_k, H_KV, SPEC.v_dim, N, DV, CFG)
-    q_tile = load_rows(q, b, h, start_m, seqlen_q, here.end_q, SPEC.heads, SPEC.head_dim, M, D, EDGE_Q)  # [M, D]
+    block, b, h = program(tl.cdiv(sizes[1], M), SPEC.heads, SPEC.causal)  # the last rows see most: they go first
+    start_m = block * M
+    here = place(x, b, h, sizes, SPEC)
+    k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, SPEC)
+    v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, SPEC)
+    q_tile = tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
     scale_log2 = load_scale(x, b, SPEC)
     rows = start_m + tl.arange(0, M)
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, DV], tl.float32)
-    span = key_span(block, here, x, spans, SPEC, CFG)
+    acc = tl.zeros([M, SPEC.block_dv], tl.float32)
+    span = key_span(block, here, x, SPEC, CFG)
     # One loop body, compiled masked and then bare: the other way round, ptxas serialises wgmma where tiles come
     # through pointers.
     for BARE in tl.static_range(FIRST, 2):
         first, last = phase(span, BARE, False, SPEC)
         for i in range(first, last, 1 if SPEC.listed else N):
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
-            k_tile = load_rows(
-                k, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.head_dim, N, D, WHOLE if BARE else EDGE_K
-            )
+            k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
             s, unit, _ = logits(s, x, here, start_m, n, part, scale_log2, M, N, False, not BARE, SPEC)
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
@@ -123,11 +120,11 @@ def attn_fwd_kernel(
             l = l * alpha + tl.sum(p, 1)
             if SPEC.drops:
                 p = drop(p, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
-            v_tile = load_rows(v, b, h_kv, n, seqlen_k, here.end_k, H_KV, SPEC.v_dim, N, DV, WHOLE if BARE else EDGE_K)
+            v_tile = tile(v, n, N, SPEC.v_rows, WHOLE if BARE else EDGE_K)  # [N, Dv]
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
             m = m_new
     if max_out is not None:
-        store_vector(max_out, tl.where(rows < here.end_q, m, float("-inf")), b, h, start_m, seqlen_q, SPEC.heads)
+        store_vector(max_out, tl.where(rows < here.end_q, m, float("-inf")), here, start_m, SPEC)
     if SPEC.sinks is not None:  # one more logit, with nothing to add to o
         sink = load_scalar(x, b, h, SPEC.sinks, SPEC) * LOG2E
         m_new = tl.maximum(m, sink)
@@ -141,6 +138,6 @@ def attn_fwd_kernel(
         l = tl.where(rows < here.end_q, l, 0.0)
         acc = tl.where((rows < here.end_q)[:, None], acc, 0.0)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a row that sees nothing: o = 0
-    store_rows(o, acc, b, h, start_m, seqlen_q, SPEC.heads, SPEC.v_dim)
-    store_vector(m_out, m, b, h, start_m, seqlen_q, SPEC.heads)
-    store_vector(l_out, l, b, h, start_m, seqlen_q, SPEC.heads)
+    store_tile(queries(o, here), acc, start_m, SPEC.o_rows)
+    store_vector(m_out, m, here, start_m, SPEC)
+    store_vector(l_out, l, here, start_m, SPEC)

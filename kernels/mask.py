@@ -36,8 +36,9 @@ class Span(NamedTuple):
 
 
 @triton.jit
-def place(x, b, h, seqlen_q, seqlen_k, SPEC: tl.constexpr):
-    """The plane of batch b and query head h."""
+def place(x, b, h, sizes, SPEC: tl.constexpr):
+    """The plane of batch b and query head h. sizes: B, Sq and Sk."""
+    _, seqlen_q, seqlen_k = sizes
     end_q, end_k, offset = seqlen_q, seqlen_k, 0
     if SPEC.q_lengths is not None:
         end_q = tl.minimum(seqlen_q, load_scalar(x, b, h, SPEC.q_lengths, SPEC))
@@ -49,12 +50,12 @@ def place(x, b, h, seqlen_q, seqlen_k, SPEC: tl.constexpr):
 
 
 @triton.jit
-def look_up(spans, here, block, blocks, SIZE: tl.constexpr, SPEC: tl.constexpr):
-    """The span of a block, from the table [B, 1|H, blocks, 4] that `spans.py` made in numbers of tiles."""
+def look_up(x, here, block, blocks, SIZE: tl.constexpr, SPEC: tl.constexpr):
+    """The span of a block, from the table [B, 1|H, blocks, 4] in numbers of tiles of `spans.py`, the last of x."""
     plane = here.b
     if SPEC.span_heads:
         plane = here.b * SPEC.heads + here.h
-    at = spans + (plane.to(tl.int64) * blocks + block) * 4
+    at = x[SPEC.spans_at] + (plane.to(tl.int64) * blocks + block) * 4
     return Span(tl.load(at) * SIZE, tl.load(at + 1) * SIZE, tl.load(at + 2) * SIZE, tl.load(at + 3) * SIZE)
 
 
@@ -68,7 +69,7 @@ def look_up_list(x, here, block, blocks, ENDS: tl.constexpr, PIECES: tl.constexp
 
 
 @triton.jit
-def key_span(block, here, x, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
+def key_span(block, here, x, SPEC: tl.constexpr, CFG: tl.constexpr):
     """The keys that a block of query rows meets."""
     start_m = block * CFG.block_m
     if SPEC.listed:
@@ -77,7 +78,7 @@ def key_span(block, here, x, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
             x, here, start_m // SPEC.tile_rows, blocks, SPEC.row_ends, SPEC.tile_keys // CFG.block_n, SPEC
         )
     elif SPEC.spans:
-        return look_up(spans, here, block, tl.cdiv(here.seqlen_q, CFG.block_m), CFG.block_n, SPEC)
+        return look_up(x, here, block, tl.cdiv(here.seqlen_q, CFG.block_m), CFG.block_n, SPEC)
     else:
         stop, end = here.seqlen_k, here.seqlen_k
         if SPEC.causal:
@@ -87,7 +88,7 @@ def key_span(block, here, x, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
 
 
 @triton.jit
-def query_span(block, here, x, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
+def query_span(block, here, x, SPEC: tl.constexpr, CFG: tl.constexpr):
     """The query rows that a block of keys meets."""
     start_n = block * CFG.block_n
     if SPEC.listed:
@@ -96,7 +97,7 @@ def query_span(block, here, x, spans, SPEC: tl.constexpr, CFG: tl.constexpr):
             x, here, start_n // SPEC.tile_keys, blocks, SPEC.col_ends, SPEC.tile_rows // CFG.block_m, SPEC
         )
     elif SPEC.spans:
-        return look_up(spans, here, block, tl.cdiv(here.seqlen_k, CFG.block_n), CFG.block_m, SPEC)
+        return look_up(x, here, block, tl.cdiv(here.seqlen_k, CFG.block_n), CFG.block_m, SPEC)
     elif SPEC.causal:
         begin = start_n // CFG.block_m * CFG.block_m
         full = tl.cdiv(start_n + CFG.block_n - 1, CFG.block_m) * CFG.block_m
@@ -179,7 +180,9 @@ def visible(
     position = start_m + here.offset - start_n  # of row 0, counted from key 0 of the tile
     # The tile's first axis gets one bound that says all, so that each element takes one comparison with a constant.
     end = here.end_k - start_n
-    if SPEC.rules.right is None:
+    if TRANSPOSED and SPEC.kv_lengths is None:  # what keys past the end get is stored nowhere
+        seen = i >= (-(1 << 30) if SPEC.rules.right is None else j - (position + SPEC.rules.right))
+    elif SPEC.rules.right is None:
         seen = j < end
     elif TRANSPOSED:
         seen = i >= tl.where(j < end, j - (position + SPEC.rules.right), 1 << 30)

@@ -4,12 +4,14 @@ Arrays are dense and row-major, as JAX hands them over, so strides follow from t
 Offsets are computed from a 64-bit base, so no array is too long for them.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# How a tile of rows may end (`load_rows`).
+# How a tile of rows may end (`tile`).
 WHOLE, RAGGED, CUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -38,75 +40,126 @@ def tile_indices(M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
         return tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
 
 
+class Rows(NamedTuple):
+    """The rows of one batch and head of an array [B, seqlen, H, D], whose H and D a `base.spec.Layout` has (`tile`)."""
+
+    x: tl.tensor
+    b: tl.tensor
+    h: tl.tensor
+    seqlen: tl.tensor
+    limit: tl.tensor
+    """Rows from here on are to read 0; seqlen but for lengths."""
+
+
 @triton.jit
-def open_rows(
-    x, b, seqlen, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CFG: tl.constexpr
-):
-    """x of shape [B, seqlen, H, D] as `load_rows` wants it: block-ptr makes a descriptor unless the host has."""
+def queries(x, here):
+    """The rows of x, which are as many as q's, that belong to a `mask.Place`."""
+    return Rows(x, here.b, here.h, here.seqlen_q, here.end_q)
+
+
+@triton.jit
+def keys(x, here, SPEC: tl.constexpr):
+    """The rows of x, which are as many as k's, that a `mask.Place` looks at."""
+    return Rows(x, here.b, here.h // SPEC.group, here.seqlen_k, here.end_k)
+
+
+@triton.jit
+def opened(x, b, seqlen, ROWS: tl.constexpr, LAYOUT: tl.constexpr, CFG: tl.constexpr):
+    """x of shape [B, seqlen, H, D], to be read in tiles of ROWS: block-ptr makes a descriptor unless the host has."""
     if CFG.block_ptr and not isinstance(x, tl.tensor_descriptor):
-        width: tl.constexpr = H * D
+        width: tl.constexpr = LAYOUT.stride
         # Batches before b and b itself: the bound matters, batches after b are not looked at.
         return tl.make_tensor_descriptor(
-            x, [b + 1, seqlen, H, D], [tl.cast(seqlen, tl.int64) * width, width, D, 1], [1, ROWS, 1, COLS]
+            x,
+            [b + 1, seqlen, LAYOUT.heads, LAYOUT.width],
+            [tl.cast(seqlen, tl.int64) * width, width, LAYOUT.width, 1],
+            [1, ROWS, 1, LAYOUT.cols],
         )
     else:
         return x
 
 
 @triton.jit
-def row_offsets(b, h, start, seqlen, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where the tile [b, start:start+ROWS, h, :] starts, its [ROWS, COLS] offsets from there, and the indices."""
-    rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
-    base = (tl.cast(b, tl.int64) * seqlen + start) * (H * D) + h * D
-    return base, rows * (H * D) + cols, rows, cols
+def row_offsets(rows, start, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where the tile from row `start` on begins, its [ROWS, cols] offsets from there, and the indices."""
+    i, j = tile_indices(ROWS, LAYOUT.cols, False)
+    base = (tl.cast(rows.b, tl.int64) * rows.seqlen + start) * LAYOUT.stride + rows.h * LAYOUT.width
+    return base, i * LAYOUT.stride + j, i, j
 
 
 @triton.jit
-def load_rows(
-    x, b, h, start, seqlen, limit,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """x[b, start:start+ROWS, h, :COLS] of an array [B, seqlen, H, D]; past D reads 0.
+def tile(rows, start, ROWS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constexpr):
+    """The tile [ROWS, cols] from row `start` on; past the width reads 0.
 
     EDGE: no row of the tile is past the end (`WHOLE`); rows past seqlen read 0 (`RAGGED`: limit is seqlen); rows past
     limit, which is any less, read 0 whatever is there (`CUT`).
     """
-    if isinstance(x, tl.tensor_descriptor):  # strides and the array's own bounds live in the descriptor
-        tile = x.load([b, start, h, 0]).reshape(ROWS, COLS)
+    if isinstance(rows.x, tl.tensor_descriptor):  # strides and the array's own bounds live in the descriptor
+        loaded = rows.x.load([rows.b, start, rows.h, 0]).reshape(ROWS, LAYOUT.cols)
         if EDGE == CUT:
-            tile = tl.where(start + tl.arange(0, ROWS)[:, None] < limit, tile, 0.0)
-        return tile
+            loaded = tl.where(start + tl.arange(0, ROWS)[:, None] < rows.limit, loaded, 0.0)
+        return loaded
     else:
-        base, offsets, rows, cols = row_offsets(b, h, start, seqlen, H, D, ROWS, COLS)
-        if EDGE != WHOLE and COLS > D:
-            return tl.load(x + base + offsets, mask=(start + rows < limit) & (cols < D), other=0.0)
+        base, offsets, i, j = row_offsets(rows, start, ROWS, LAYOUT)
+        if EDGE != WHOLE and LAYOUT.cols > LAYOUT.width:
+            return tl.load(rows.x + base + offsets, mask=(start + i < rows.limit) & (j < LAYOUT.width), other=0.0)
         elif EDGE != WHOLE:
-            return tl.load(x + base + offsets, mask=start + rows < limit, other=0.0)
-        elif COLS > D:
-            return tl.load(x + base + offsets, mask=cols < D, other=0.0)
+            return tl.load(rows.x + base + offsets, mask=start + i < rows.limit, other=0.0)
+        elif LAYOUT.cols > LAYOUT.width:
+            return tl.load(rows.x + base + offsets, mask=j < LAYOUT.width, other=0.0)
         else:
-            return tl.load(x + base + offsets)
+            return tl.load(rows.x + base + offsets)
 
 
 @triton.jit
-def store_rows(x, tile, b, h, start, seqlen, H: tl.constexpr, D: tl.constexpr):
-    """The inverse of `load_rows`; rows past seqlen and columns past D are dropped."""
-    base, offsets, rows, cols = row_offsets(b, h, start, seqlen, H, D, tile.shape[0], tile.shape[1])
-    tl.store(x + base + offsets, tile.to(x.dtype.element_ty), mask=(start + rows < seqlen) & (cols < D))
+def store_tile(rows, values, start, LAYOUT: tl.constexpr):
+    """The inverse of `tile`; rows past seqlen and columns past the width are dropped."""
+    base, offsets, i, j = row_offsets(rows, start, values.shape[0], LAYOUT)
+    values = values.to(rows.x.dtype.element_ty)
+    tl.store(rows.x + base + offsets, values, mask=(start + i < rows.seqlen) & (j < LAYOUT.width))
 
 
 @triton.jit
-def load_vector(x, b, h, start, seqlen, H: tl.constexpr, ROWS: tl.constexpr, PAST: tl.constexpr = 0.0):
-    """x[b, h, start:start+ROWS] of an array [B, H, seqlen]; reads PAST past seqlen."""
-    rows = tl.arange(0, ROWS)
-    return tl.load(x + (tl.cast(b, tl.int64) * H + h) * seqlen + start + rows, mask=start + rows < seqlen, other=PAST)
+def load_vector(x, here, start, ROWS: tl.constexpr, SPEC: tl.constexpr):
+    """x[b, h, start:start+ROWS] of an array [B, H, seqlen_q]; reads 0 past the end."""
+    i = start + tl.arange(0, ROWS)
+    at = (tl.cast(here.b, tl.int64) * SPEC.heads + here.h) * here.seqlen_q
+    return tl.load(x + at + i, mask=i < here.seqlen_q, other=0.0)
 
 
 @triton.jit
-def store_vector(x, vector, b, h, start, seqlen, H: tl.constexpr):
+def store_vector(x, vector, here, start, SPEC: tl.constexpr):
     """The inverse of `load_vector`."""
-    rows = tl.arange(0, vector.shape[0])
-    tl.store(x + (tl.cast(b, tl.int64) * H + h) * seqlen + start + rows, vector, mask=start + rows < seqlen)
+    i = start + tl.arange(0, vector.shape[0])
+    at = (tl.cast(here.b, tl.int64) * SPEC.heads + here.h) * here.seqlen_q
+    tl.store(x + at + i, vector, mask=i < here.seqlen_q)
+
+
+@triton.jit
+def constants_at(x, here, WHICH: tl.constexpr, SPEC: tl.constexpr):
+    """Where the constants of b and h's rows begin in an array [B, H, constants, rows]: `SPEC.padded` rows at a time, so
+    that every tile is whole, and aligned."""
+    plane = (tl.cast(here.b, tl.int64) * SPEC.heads + here.h) * SPEC.constants + WHICH
+    return x + plane * (tl.cdiv(here.seqlen_q, SPEC.padded) * SPEC.padded)
+
+
+@triton.jit
+def load_constants(x, here, start, ROWS: tl.constexpr, WHICH: tl.constexpr, SPEC: tl.constexpr):
+    """One of the constants of rows start to start+ROWS."""
+    return tl.load(constants_at(x, here, WHICH, SPEC) + start + tl.arange(0, ROWS))
+
+
+@triton.jit
+def store_constants(x, values, past, here, start, WHICH: tl.constexpr, SPEC: tl.constexpr):
+    """The inverse of `load_constants`, by the program that has these rows. The last one of a head goes on with `past`
+    up to where the array ends."""
+    ROWS: tl.constexpr = values.shape[0]
+    at = constants_at(x, here, WHICH, SPEC)
+    tl.store(at + start + tl.arange(0, ROWS), values)
+    if SPEC.padded > ROWS:
+        end = tl.cdiv(here.seqlen_q, SPEC.padded) * SPEC.padded
+        for i in range(start + ROWS, tl.where(start + ROWS >= here.seqlen_q, end, 0), ROWS):
+            tl.store(at + i + tl.arange(0, ROWS), tl.full([ROWS], past, tl.float32))
 
 
 @triton.jit

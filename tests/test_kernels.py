@@ -25,7 +25,7 @@ from checks import (
 )
 
 from jax_flash_attn2 import flash_attention, gpu_target
-from jax_flash_attn2.gpu import interpret
+from jax_flash_attn2.gpu import interpret, tuning
 
 
 def interpreted(case: Case, inputs=None, **options):
@@ -43,6 +43,17 @@ def test_interpreter_is_on():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case):
+    assert_near(case, interpreted(case, block_ptr=False))
+
+
+GROUPED = ("gqa_6_2", "gqa_8_1", "decode", "gpt_oss", "block_mask_by_head")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in GROUPED], ids=str)
+def test_one_program_for_a_group(case, monkeypatch):
+    """So few programs as there are in a case have a query head each; here they sum dk and dv over those of a group."""
+    assert case.kv_heads < case.heads
+    monkeypatch.setattr(tuning, "PROGRAMS_EACH", 0)
     assert_near(case, interpreted(case, block_ptr=False))
 
 

@@ -92,6 +92,24 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the rows of an array `[B, S, heads, width]` lie in memory, and how wide a tile of them is."""
+
+    heads: int
+    width: int
+
+    @property
+    def cols(self) -> int:
+        """The width of a tile: a power of two, at least 16 (`tl.dot`)."""
+        return max(16, next_power_of_two(self.width))
+
+    @property
+    def stride(self) -> int:
+        """Elements from one row to the next."""
+        return self.heads * self.width
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """What is computed: all that is static about one attention call.
 
@@ -116,6 +134,13 @@ class Spec:
     """The same for Sk; also the alignment of a bias row."""
     dbias: Operand | None = None
     """The axes of what the bias-gradient kernel writes; None for the other kernels."""
+    dlse: bool = False
+    """Whether something depends on lse."""
+    padded: int = 1
+    """What the backward kernels tell each other of rows is as long as a multiple of this: of a tile of each kernel, and
+    of a block mask's."""
+    one_head: bool = False
+    """Whether dk and dv are of one query head each, to be summed over those of a group afterwards."""
 
     @classmethod
     def of(cls, rules: Rules, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> "Spec":
@@ -248,14 +273,36 @@ class Spec:
         return 1 / (1 - self.rules.dropout_rate)
 
     @property
+    def spans_at(self) -> int:
+        """Where the kernels find the table of spans, behind the operands."""
+        return len(self.operands)
+
+    @property
+    def constants(self) -> int:
+        """How many numbers the backward kernels tell each other of a row."""
+        return 3 if self.reshapes else 2
+
+    @property
+    def summed(self) -> int:
+        """How many query heads one program sums dk and dv of."""
+        return 1 if self.one_head else self.group
+
+    @property
     def block_d(self) -> int:
-        """`head_dim` as a tile width: a power of two, at least 16 (`tl.dot`)."""
-        return max(16, next_power_of_two(self.head_dim))
+        """`head_dim` as a tile width."""
+        return self.q_rows.cols
 
     @property
     def block_dv(self) -> int:
         """`v_dim` as a tile width."""
-        return max(16, next_power_of_two(self.v_dim))
+        return self.v_rows.cols
+
+    q_rows = property(lambda self: Layout(self.heads, self.head_dim))
+    k_rows = property(lambda self: Layout(self.kv_heads, self.head_dim))
+    v_rows = property(lambda self: Layout(self.kv_heads, self.v_dim))
+    o_rows = property(lambda self: Layout(self.heads, self.v_dim))
+    dk_rows = property(lambda self: Layout(self.heads // self.summed, self.head_dim))
+    dv_rows = property(lambda self: Layout(self.heads // self.summed, self.v_dim))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,10 @@ from .. import kernels
 from ..base.errors import shared_memory_error
 from ..base.spec import Spec, Tuned
 from ..kernels import bwd, fwd  # noqa: F401  loaded now, so that what is hashed is what is compiled
-from . import cache
+from . import cache, tuning
 from .passes import Rows
 from .target import Target
 
-# Triton 3.9 warns when this is left unset and 3.10 turns it off, at 13% more instructions in the hot loop.
-_OPTIONS = {"enable_fp_fusion": True}
 # The SHA-256 of jax-triton's `_compile_kernel` (0.4.1). `_rebuilt` does what the end of that function does; where it
 # is another, nothing is kept.
 _KNOWN = ("e19dbe877090a5c0c16b1c6620be5aaf799316f1f021e832dbbcf89c379440c5",)
@@ -39,7 +37,6 @@ def run(
         raise ValueError(
             f"the arrays are too large: {kernel.__name__} would need {programs} programs, at most 2**31 - 1"
         )
-    options = _OPTIONS | ({} if config.maxnreg is None else {"maxnreg": config.maxnreg})
     absent = {name: None for name, x in zip(_output_names(kernel, outputs), outputs, strict=True) if x is None}
     results = jt.triton_call(
         *(_operand(x, target, config) for x in operands),
@@ -50,7 +47,7 @@ def run(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         compute_capability=target.capability or None,
-        backend_options=options,
+        backend_options=tuning.compiler_options(config, target),
         SPEC=spec,
         CFG=config,
         **absent,

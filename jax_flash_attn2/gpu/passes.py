@@ -57,7 +57,6 @@ def forward(
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
-    seqlen_k = k.shape[1]
     row = _struct((batch, heads, seqlen_q), jnp.float32)
     o, m, l, row_max = run(
         attn_fwd_kernel,
@@ -66,9 +65,8 @@ def forward(
             q,
             Rows(k, config.block_n, spec.block_d),
             Rows(v, config.block_n, spec.block_dv),
-            _ordered(spec, operands),
-            _query_spans(spec, config, q, k, operands),
-            *(seqlen_q, seqlen_k),
+            (*_ordered(spec, operands), *_query_spans(spec, config, q, k, operands)),
+            (batch, seqlen_q, k.shape[1]),
         ),
         (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, row, row if spec.rules.max_logits else None),
         spec.told_apart(config),
@@ -86,8 +84,11 @@ def backward(
     *,
     wanted: tuple[str, ...],
     apart: tuple[int, ...],
+    one_head: bool = False,
 ):  # fmt: skip
     """Two launches, and a third for the gradient of a bias: dq, dk, dv and the gradients of the `wanted` operands.
+
+    one_head: dk and dv are computed for each query head by itself (`tuning.one_head`).
 
     The gradient of an operand `[n, ...]` is `[apart * n, ...]`: the batch, seen as (apart, rest, n), is summed over
     its middle.
@@ -95,46 +96,57 @@ def backward(
     from ..kernels import bwd
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
-    spec = dataclasses.replace(
-        spec, rules=dataclasses.replace(spec.rules, max_logits=False)
-    )  # the forward pass's alone
+    rules = dataclasses.replace(spec.rules, max_logits=False)  # the forward pass's alone
+    # A list of tiles has all pieces of its last one. All are powers of two.
+    padded = max(spec.tile_rows, *(config.block_m for config in configs.values()))
+    spec = dataclasses.replace(spec, rules=rules, padded=padded)
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k = k.shape[1]
+    sizes = batch, seqlen_q, seqlen_k
     row = _struct((batch, heads, seqlen_q), jnp.float32)
     ordered = _ordered(spec, operands)
 
     config = configs["dq"]
-    dq, delta, shift, norm, dscale, dslopes = run(
+    dq, constants, dscale, dslopes = run(
         bwd.attn_bwd_dq_kernel,
         _cdiv(seqlen_q, config.block_m) * heads * batch,
         (
             q,
             Rows(k, config.block_n, spec.block_d),
             Rows(v, config.block_n, spec.block_dv),
-            *(ordered, _query_spans(spec, config, q, k, operands), o, m, l, do, dlse, seqlen_q, seqlen_k),
+            (*ordered, *_query_spans(spec, config, q, k, operands)),
+            sizes,
+            (do, o, m, l, *([] if dlse is None else [dlse])),
         ),
         (
-            *(_struct(q.shape, q.dtype), row, row, row if spec.reshapes else None),
+            _struct(q.shape, q.dtype),
+            _struct((batch, heads, spec.constants, _cdiv(seqlen_q, padded) * padded), jnp.float32),
             *(row if name in wanted else None for name in ("scale", "slopes")),
         ),
-        spec.told_apart(config),
+        dataclasses.replace(spec, dlse=dlse is not None).told_apart(config),
         config,
     )
 
     config = configs["dkdv"]
+    of_dkdv = dataclasses.replace(spec, one_head=one_head)
     dk, dv = run(
         bwd.attn_bwd_dkdv_kernel,
-        _cdiv(seqlen_k, config.block_n) * spec.kv_heads * batch,
+        _cdiv(seqlen_k, config.block_n) * (heads // of_dkdv.summed) * batch,
         (
             Rows(q, config.block_m, spec.block_d),
-            *(k, v, ordered, _key_spans(spec, config, q, k, operands)),
+            *(k, v, (*ordered, *_key_spans(spec, config, q, k, operands)), sizes),
             Rows(do, config.block_m, spec.block_dv),
-            *(delta, shift, norm, seqlen_q, seqlen_k),
+            constants,
         ),
-        (_struct(k.shape, k.dtype), _struct(v.shape, v.dtype)),
-        spec.told_apart(config),
+        tuple(
+            _struct((*x.shape[:2], heads, x.shape[3]), jnp.float32) if one_head else _struct(x.shape, x.dtype)
+            for x in (k, v)
+        ),
+        of_dkdv.told_apart(config),
         config,
     )
+    if one_head:
+        dk, dv = (y.reshape(*x.shape[:3], spec.group, x.shape[3]).sum(3).astype(x.dtype) for x, y in ((k, dk), (v, dv)))
 
     def bias(groups: int) -> Array:
         config = configs["dbias"]
@@ -149,10 +161,7 @@ def backward(
         (partial,) = run(
             bwd.attn_bwd_dbias_kernel,
             math.prod((*shape[:2], _cdiv(shape[2], config.block_m), _cdiv(shape[3], config.block_n))),
-            (
-                *(q, k, v, ordered, _query_spans(spec, config, q, k, operands), do, delta, shift, norm),
-                *(batch, seqlen_q, seqlen_k),
-            ),
+            (q, k, v, (*ordered, *_query_spans(spec, config, q, k, operands)), sizes, do, constants),
             (_struct(shape, operands["bias"].dtype if whole else jnp.float32),),
             dataclasses.replace(spec, dbias=out).told_apart(config),
             config,
@@ -160,8 +169,9 @@ def backward(
         return partial
 
     def sinks() -> Array:  # a logit like any other, with nothing that it multiplies
+        shift, delta, *norm = jnp.moveaxis(constants[..., :seqlen_q], 2, 0)
         p = jnp.exp2(operands["sinks"][:, :, 0] / LN2 - shift)
-        return -(p * delta * (1 if norm is None else norm)).sum(-1)[..., None, None]
+        return -(p * delta * (norm[0] if norm else 1)).sum(-1)[..., None, None]
 
     partials = {
         "scale": lambda _: dscale.sum((1, 2))[:, None, None, None],
@@ -187,21 +197,21 @@ def _ordered(spec: Spec, operands: Mapping[str, Array]) -> tuple[Array, ...]:
     return tuple(operands[name] for name, _ in spec.operands)
 
 
-def _query_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> Array | None:
+def _query_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> tuple[Array, ...]:
     if not spec.spans:
-        return None
+        return ()
     starts = jnp.arange(0, q.shape[1], config.block_m, dtype=jnp.int32)  # no constant, which cannot be divided
     table = spans.query_spans(
         spec, operands, q.shape[0], q.shape[1], k.shape[1], starts, config.block_m, config.block_n
     )
-    return _every_batch(spec, table, q.shape[0])
+    return (_every_batch(spec, table, q.shape[0]),)
 
 
-def _key_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> Array | None:
+def _key_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> tuple[Array, ...]:
     if not spec.spans:
-        return None
+        return ()
     table = spans.key_spans(spec, operands, q.shape[0], q.shape[1], k.shape[1], config.block_m, config.block_n)
-    return _every_batch(spec, table, q.shape[0])
+    return (_every_batch(spec, table, q.shape[0]),)
 
 
 def _every_batch(spec: Spec, table: Array, batch: int) -> Array:

@@ -14,6 +14,13 @@ _SHARED_MEMORY = {
     **{100: 232448, 103: 232448, 120: 101376, 121: 101376},
 }
 
+# Multiprocessors of the chips that are met most: A100, RTX 3090, Orin, L40S, H100, B200, RTX 5090, GB10; MI300X.
+_MULTIPROCESSORS = {0: 304, 80: 108, 86: 82, 87: 16, 89: 142, 90: 132, 100: 148, 120: 170, 121: 48}
+
+# The oldest PTX, times ten, with the instructions that Triton uses (PTX ISA, "Release Notes"): CUDA 12.5's, and from
+# Hopper on 12.8's, for copies through tensor descriptors; from Blackwell on 12.9's, for the maximum of three numbers.
+_PTX = {80: 85, 90: 86, 100: 88}
+
 _capability = jax.make_user_context(None)  # part of jit's cache key, so a new target retraces
 
 
@@ -40,6 +47,17 @@ class Target:
         if not self.capability:
             return 65536
         return _SHARED_MEMORY[max(c for c in _SHARED_MEMORY if c <= self.capability)]
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many programs run at the same time, at the least."""
+        return _MULTIPROCESSORS[max(c for c in _MULTIPROCESSORS if c <= self.capability)]
+
+    @property
+    def ptx_version(self) -> int | None:
+        """The version of PTX, times ten, to write for it. JAX assembles it with its own ptxas, which may be older than
+        Triton's, whose newest would be Triton's choice. None for AMD."""
+        return _PTX[max(c for c in _PTX if c <= self.capability)] if self.capability else None
 
     @property
     def has_tma(self) -> bool:

@@ -1,7 +1,7 @@
 """Which `Config` a kernel runs with. The rows are data; `python -m benchmarks.codegen` compiles every one.
 
-A row is chosen by architecture, pass, tile width (`Spec.block_d` or `block_dv`, the wider) and size of the operands'
-dtype. Where a caller fixes some fields, the rest follow from the row.
+A row is chosen by architecture, pass, tile width (`Spec.block_d` or `block_dv`, the wider, or both where a row has
+both) and size of the operands' dtype. Where a caller fixes some fields, the rest follow from the row.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ class Row:
     arch: int
     name: str
     width: int
+    """Of q and k, and of v unless that is another."""
     config: Tuned
-    bits: int = 16
+    v_width: int | None = None
 
 
-def _row(arch, name, width, m, n, warps, stages, *, block_ptr=False, maxnreg=None, bits=16) -> Row:
-    return Row(arch, name, width, Tuned(m, n, warps, stages, maxnreg, block_ptr), bits)
+def _row(arch, name, width, m, n, warps, stages, *, v_width=None, block_ptr=False) -> Row:
+    return Row(arch, name, width, Tuned(m, n, warps, stages, None, block_ptr), v_width)
 
 
 # None of these has been timed on a GPU yet. They are the largest tiles that `benchmarks.codegen --check` passes (no
@@ -41,6 +42,10 @@ ROWS = (
     _row(80, "dkdv", 64, 64, 64, 4, 2),
     _row(80, "dkdv", 128, 64, 64, 8, 2),
     _row(80, "dkdv", 256, 32, 32, 4, 2),
+    _row(80, "fwd", 256, 128, 32, 8, 2, v_width=128),
+    _row(80, "dbias", 64, 64, 32, 4, 2),
+    _row(80, "dbias", 128, 64, 32, 4, 2),
+    _row(80, "dbias", 256, 64, 32, 4, 2),
     _row(86, "fwd", 64, 128, 64, 4, 2),
     _row(89, "fwd", 64, 128, 64, 4, 2),
     _row(86, "fwd", 128, 128, 64, 8, 2),
@@ -59,6 +64,12 @@ ROWS = (
     _row(89, "dkdv", 128, 64, 64, 8, 2),
     _row(86, "dkdv", 256, 32, 32, 4, 2),
     _row(89, "dkdv", 256, 32, 32, 4, 2),
+    _row(86, "dbias", 64, 64, 32, 4, 2),
+    _row(89, "dbias", 64, 64, 32, 4, 2),
+    _row(86, "dbias", 128, 64, 32, 4, 2),
+    _row(89, "dbias", 128, 64, 32, 4, 2),
+    _row(86, "dbias", 256, 32, 32, 4, 2),
+    _row(89, "dbias", 256, 32, 32, 4, 2),
     _row(90, "fwd", 64, 128, 64, 4, 3, block_ptr=True),
     _row(90, "fwd", 64, 128, 64, 4, 3),
     _row(90, "fwd", 128, 128, 128, 8, 2, block_ptr=True),
@@ -69,14 +80,19 @@ ROWS = (
     _row(90, "dq", 64, 128, 64, 4, 3),
     _row(90, "dq", 128, 128, 64, 8, 2, block_ptr=True),
     _row(90, "dq", 128, 128, 64, 8, 2),
-    _row(90, "dq", 256, 128, 32, 8, 2, block_ptr=True),
+    _row(90, "dq", 256, 64, 64, 4, 2, block_ptr=True),
     _row(90, "dq", 256, 128, 32, 8, 2),
     _row(90, "dkdv", 64, 64, 64, 4, 3),
     _row(90, "dkdv", 64, 64, 64, 4, 3, block_ptr=True),
+    _row(90, "dkdv", 128, 64, 128, 8, 2, block_ptr=True),
     _row(90, "dkdv", 128, 64, 128, 8, 3),
-    _row(90, "dkdv", 128, 64, 128, 8, 3, block_ptr=True),
+    _row(90, "dkdv", 256, 32, 64, 8, 2, block_ptr=True),
     _row(90, "dkdv", 256, 32, 32, 4, 2),
-    _row(90, "dkdv", 256, 64, 32, 8, 2, block_ptr=True),
+    _row(90, "dq", 256, 128, 64, 8, 2, v_width=128, block_ptr=True),
+    _row(90, "dkdv", 256, 32, 64, 4, 2, v_width=128, block_ptr=True),
+    _row(90, "dbias", 64, 64, 64, 4, 2),
+    _row(90, "dbias", 128, 64, 64, 4, 2),
+    _row(90, "dbias", 256, 64, 64, 8, 2),
     _row(100, "fwd", 64, 128, 64, 4, 3, block_ptr=True),
     _row(100, "fwd", 64, 128, 64, 4, 3),
     _row(100, "fwd", 128, 128, 128, 8, 2, block_ptr=True),
@@ -87,7 +103,7 @@ ROWS = (
     _row(100, "dq", 64, 128, 64, 4, 3),
     _row(100, "dq", 128, 128, 64, 8, 2, block_ptr=True),
     _row(100, "dq", 128, 128, 64, 8, 2),
-    _row(100, "dq", 256, 128, 32, 8, 2, block_ptr=True),
+    _row(100, "dq", 256, 64, 64, 4, 2, block_ptr=True),
     _row(100, "dq", 256, 128, 32, 8, 2),
     _row(100, "dkdv", 64, 64, 128, 4, 2),
     _row(100, "dkdv", 64, 64, 128, 4, 2, block_ptr=True),
@@ -95,6 +111,11 @@ ROWS = (
     _row(100, "dkdv", 128, 64, 128, 8, 2, block_ptr=True),
     _row(100, "dkdv", 256, 32, 64, 8, 2),
     _row(100, "dkdv", 256, 32, 64, 8, 2, block_ptr=True),
+    _row(100, "dq", 256, 64, 64, 4, 2, v_width=128, block_ptr=True),
+    _row(100, "dkdv", 256, 64, 64, 4, 2, v_width=128, block_ptr=True),
+    _row(100, "dbias", 64, 64, 64, 4, 2),
+    _row(100, "dbias", 128, 64, 64, 4, 2),
+    _row(100, "dbias", 256, 64, 64, 8, 2),
 )
 
 
@@ -120,8 +141,7 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
       wanted: what the caller fixed.
     """
     bits = np.dtype(dtype).itemsize * 8
-    width = max(spec.block_d, spec.block_dv, 64)
-    row = _find(name, architecture(target), width, 32 if bits > 16 else 16, wanted.block_ptr)
+    row = _find(name, architecture(target), spec, 32 if bits > 16 else 16, wanted.block_ptr)
     if wanted.block_ptr is None and row.block_ptr and any(n * bits // 8 % 16 for n in (spec.head_dim, spec.v_dim)):
         row = dataclasses.replace(row, block_ptr=False)  # a descriptor's rows are multiples of 16 bytes
     if name != "dbias" and (spec.bias is not None or spec.mask is not None or spec.rules.soft_cap or spec.drops):
@@ -139,10 +159,34 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
     return config
 
 
-def _find(name: str, arch: int, width: int, bits: int, block_ptr: bool | None) -> Tuned:
-    if name == "dbias" or bits == 32 or not arch:
+def one_head(spec: Spec, config: Tuned, batch: int, seqlen_k: int, target: Target) -> bool:
+    """Whether a program of the dk and dv kernel takes one query head, not all that share its keys: these one after the
+    other would leave most of the chip with nothing to do, which costs more than summing their results afterwards."""
+    blocks = -(-seqlen_k // config.block_n)
+    return spec.group > 1 and blocks * spec.kv_heads * batch < PROGRAMS_EACH * target.multiprocessors
+
+
+PROGRAMS_EACH = 2
+"""Programs for each multiprocessor that keep it busy."""
+
+
+def compiler_options(config: Tuned, target: Target) -> dict[str, Any]:
+    """What Triton's backend is given besides warps and stages."""
+    # Triton 3.9 warns when the first is left unset and 3.10 turns it off, at 13% more instructions in the hot loop.
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if target.ptx_version is not None:
+        options["ptx_version"] = target.ptx_version
+    if config.maxnreg is not None:
+        options["maxnreg"] = config.maxnreg
+    return options
+
+
+def _find(name: str, arch: int, spec: Spec, bits: int, block_ptr: bool | None) -> Tuned:
+    width, widths = max(spec.block_d, spec.block_dv, 64), (spec.block_d, spec.block_dv)
+    if bits == 32 or not arch:
         return _modest(width, bits, bool(block_ptr))
-    rows = [row.config for row in ROWS if (row.arch, row.name, row.width) == (arch, name, width)]
+    found = [row for row in ROWS if (row.arch, row.name, row.width) == (arch, name, width)]
+    rows = [r.config for r in found if (r.width, r.v_width) == widths] or [r.config for r in found if not r.v_width]
     config = next((c for c in rows if block_ptr in (None, c.block_ptr)), rows[0])
     return config if block_ptr is None else dataclasses.replace(config, block_ptr=block_ptr)
 
@@ -157,7 +201,7 @@ def _halved(name: str, row: Tuned) -> Tuned:
 
 
 def _modest(width: int, bits: int, block_ptr: bool) -> Tuned:
-    """Small tiles that fit every chip: for fp32, whose IEEE products fill registers, for dbias, and for AMD."""
+    """Small tiles that fit every chip: for fp32, whose IEEE products fill registers, and for AMD."""
     if bits == 32:
         return Tuned(32, 32, 8, 1, None, block_ptr) if width <= 128 else Tuned(16, 16, 4, 1, None, block_ptr)
     size = 64 if width <= 64 else 32

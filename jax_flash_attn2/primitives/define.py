@@ -97,6 +97,7 @@ def _backward(run, target, q, k, v, o, m, l, do, *rest, call: Call, names, wante
     if run is None:
         return list(xla.backward(spec, call.config("dkdv"), *args, **options))
     configs = {p: tuning.choose(p, spec, q.dtype, target, call.config(p)) for p in PASSES[1:]}
+    options["one_head"] = tuning.one_head(spec, configs["dkdv"], q.shape[0], k.shape[1], target)
     return list(passes.backward(functools.partial(run, target), spec, configs, *args, **options))
 
 

@@ -16,16 +16,23 @@ from triton.compiler import ASTSource, make_backend
 
 _BIN = Path(nvidia.__file__).parent / "bin"
 _MMA = re.compile(r"HMMA|IMMA|QMMA|HGMMA|QGMMA|UTC[A-Z]*MMA|FFMA")
+# Shared memory and warps of one multiprocessor (CUDA C Programming Guide, "Technical Specifications").
+_MULTIPROCESSOR = {
+    **{80: (167936, 64), 86: (102400, 48), 89: (102400, 48), 90: (233472, 64)},
+    **{100: (233472, 64), 120: (102400, 48)},
+}
 _CLASSES = {
     "mma": r"[HQI]MMA|[HQI]GMMA|UTC[A-Z]*MMA",
     "wgmma": r"[HQI]GMMA",
     "ex2": r"MUFU\.EX2",
+    "mufu": r"MUFU",
     "ffma": r"FFMA",
     "cp.async": r"LDGSTS",
     "tma": r"UTMALDG",
     "ldg": r"LDG(\.|$)",
     "wide ldg": r"LDG\.\S*(64|128)",
     "sts": r"STS(\.|$)|STSM",
+    "lds": r"LDS(M|\.|$)",
     "local": r"LDL|STL",
     "bar": r"BAR",
     "depbar": r"WARPGROUP\.DEPBAR",
@@ -46,10 +53,14 @@ class Code:
     serialized: bool
     """ptxas says that it made wgmma synchronous."""
     loops: tuple[dict[str, int], ...]
-    """Instructions by class, and in all ("total"), of each innermost loop that multiplies matrices."""
+    """Of each innermost loop that multiplies matrices: instructions by class and in all ("total"), and what a thread
+    reads and writes ("global bytes", not through TMA; "shared bytes", not through wgmma)."""
+    tensor_memory: int = 0
+    """Columns of 512 (sm_100)."""
 
-    def ctas_per_sm(self, shared_per_sm: int, warps_per_sm: int) -> int:
+    def ctas_per_sm(self, arch: int) -> int:
         """How many blocks run side by side on one multiprocessor."""
+        shared_per_sm, warps_per_sm = _MULTIPROCESSOR[arch]
         by_registers = 65536 // (-(-32 * self.registers // 256) * 256 * self.warps)
         return min(by_registers, shared_per_sm // (self.shared + 1024), warps_per_sm // self.warps)
 
@@ -60,7 +71,14 @@ def _leaves(kinds: Iterable, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple
         yield from _leaves(kind, (*path, i)) if isinstance(kind, tuple) else [((*path, i), kind)]
 
 
-def compile_kernel(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], arch: int, options: dict) -> Code:
+def compile_kernel(
+    kernel: Any,
+    signature: dict[str, Any],
+    constants: dict[str, Any],
+    arch: int,
+    options: dict,
+    ptxas: str | None = None,
+) -> Code:
     """Compiles with Triton down to PTX, and assembles as JAX does.
 
     Args:
@@ -69,6 +87,10 @@ def compile_kernel(kernel: Any, signature: dict[str, Any], constants: dict[str, 
       constants: values of the compile-time arguments.
       arch: 80, 90 ...
       options: num_warps, num_stages, maxnreg ...
+      ptxas: assembles; the one that Triton carries by default.
+
+    Raises:
+      ValueError: ptxas refuses what Triton wrote.
     """
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
@@ -86,16 +108,19 @@ def compile_kernel(kernel: Any, signature: dict[str, Any], constants: dict[str, 
     backend.add_stages(stages, parsed, source.language)
     for name in ("ttir", "ttgir", "llir", "ptx"):
         module = stages[name](module, metadata)
-    return _assemble(module, arch, metadata["shared"], options["num_warps"])
+    code = _assemble(module, ptxas or nvidia.get_ptxas(arch).path, metadata["shared"], options["num_warps"])
+    return dataclasses.replace(code, tensor_memory=metadata.get("tmem_size") or 0)
 
 
-def _assemble(ptx: str, arch: int, shared: int, warps: int) -> Code:
+def _assemble(ptx: str, ptxas: str, shared: int, warps: int) -> Code:
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         source.write_text(ptx)
         name = re.search(r"^\.target (sm_\w+)", ptx, re.M)[1]
-        ptxas = [nvidia.get_ptxas(arch).path, "-v", f"--gpu-name={name}", source, "-o", cubin]
-        log = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
+        done = subprocess.run([ptxas, "-v", f"--gpu-name={name}", source, "-o", cubin], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{ptxas}: {done.stderr.strip()}")
+        log = done.stderr
         disassemble = [_BIN / "nvdisasm", "-c", cubin]
         sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     return Code(
@@ -106,6 +131,21 @@ def _assemble(ptx: str, arch: int, shared: int, warps: int) -> Code:
         serialized="serialized" in log,
         loops=tuple(_loops(sass)),
     )
+
+
+def _bytes(opcodes: list[str]) -> dict[str, int]:
+    """What one thread reads and writes by these instructions."""
+    found = {"global bytes": 0, "shared bytes": 0}
+    for op in opcodes:
+        name, *modifiers = op.split(".")
+        if name in ("LDSM", "STSM"):
+            found["shared bytes"] += 4 * int(modifiers[-1]) if modifiers[-1].isdigit() else 4
+        elif name in ("LDG", "LDGSTS", "LDS", "STS"):
+            sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+            size = next((sizes[m] for m in modifiers if m in sizes), 4)
+            found["global bytes"] += size if name.startswith("LDG") else 0
+            found["shared bytes"] += size if name != "LDG" else 0
+    return found
 
 
 def _loops(sass: str):
@@ -129,4 +169,4 @@ def _loops(sass: str):
             counts = collections.Counter(
                 {name: sum(bool(re.match(p, op)) for op in body) for name, p in _CLASSES.items()}
             )
-            yield {"total": len(body), **counts}
+            yield {"total": len(body), **counts, **_bytes(body)}

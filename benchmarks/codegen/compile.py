@@ -1,0 +1,112 @@
+"""Compiles one kernel as it is launched, from the same operands, and keeps what was read off its code."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash_attn2 import kernels
+from jax_flash_attn2.base.spec import PASSES, Spec, Tuned
+from jax_flash_attn2.gpu import cache, passes, store, tuning
+from jax_flash_attn2.gpu.passes import Rows
+from jax_flash_attn2.gpu.target import Target
+
+from .points import EXTRAS, Point, arrays
+
+KEPT = Path(__file__).parents[2] / ".cache" / "codegen"
+_TYPES = {
+    **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+    **{"int32": "i32", "uint32": "u32", "bool": "i1"},
+}
+
+
+def launches(point: Point) -> list[tuple]:
+    """What `passes` would launch: (kernel, operands, outputs, spec, config) of each kernel of the point's pass."""
+    seen = []
+
+    def run(kernel, programs, operands, outputs, spec, config):
+        seen.append((kernel, operands, outputs, spec, config))
+        return tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in outputs)
+
+    rules, q, k, v, operands = arrays(point)
+    spec, extra = Spec.of(rules, q, k, v, operands), EXTRAS[point.extra]
+    if point.name == "fwd":
+        jax.eval_shape(lambda *a: passes.forward(run, spec, point.config, *a), q, k, v, operands)
+        return seen
+    configs = dict.fromkeys(PASSES, point.config)
+    row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+    o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
+
+    def backward(q, k, v, operands, o, m, l, do, dlse):
+        given = {"wanted": extra.wanted, "apart": (1,) * len(extra.wanted)}
+        return passes.backward(run, spec, configs, q, k, v, operands, o, m, l, do, dlse, **given)
+
+    jax.eval_shape(backward, q, k, v, operands, o, row, row, o, row if extra.dlse else None)
+    return [launch for launch in seen if point.name in launch[0].__name__]
+
+
+def compile_point(point: Point, *, anew: bool = False, ptxas: str | None = None):
+    """The machine code of one point: `sass.Code`, from disk if it is there and not wanted anew.
+
+    ptxas: assembles with this one, and keeps nothing.
+    """
+    from . import sass
+
+    ((kernel, operands, outputs, spec, config),) = launches(point)
+    kinds = [_kind(x, config, Target(point.arch)) for x in (*operands, *outputs)]
+    names = [*kernel.arg_names]
+    signature = dict(zip(names, [*kinds, "constexpr", "constexpr"], strict=True))
+    constants = {name: None for name, kind in signature.items() if kind == "constexpr"} | {
+        "SPEC": spec,
+        "CFG": config,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options |= tuning.compiler_options(config, Target(point.arch))
+    if ptxas is not None:
+        return sass.compile_kernel(kernel, signature, constants, point.arch, options, ptxas)
+    kept, key = store.Store(KEPT, 64 * 2**20), _key(kernel, signature, constants, point.arch, options)
+    found = None if key is None or anew else kept.get(key)
+    if found is not None:
+        return sass.Code(**found[0] | {"loops": tuple(found[0]["loops"])})
+    code = sass.compile_kernel(kernel, signature, constants, point.arch, options)
+    if key is not None:
+        kept.put(key, dataclasses.asdict(code) | {"loops": list(code.loops)}, {})
+    return code
+
+
+def _key(kernel: Any, signature: dict, constants: dict, arch: int, options: dict) -> str | None:
+    """What the code of a kernel is known by: all that Triton and `sass.py` make it from."""
+    import triton
+    from triton._C import libtriton
+
+    return cache.key(
+        kernel=kernel.__name__,
+        target=arch,
+        signature=signature,
+        constants=constants,
+        options=options,
+        environment=cache.environment(),
+        source=cache.sources(kernels.__path__[0]),
+        reader=hashlib.sha256(Path(__file__).with_name("sass.py").read_bytes()).hexdigest(),
+        triton=(triton.__version__, os.path.getsize(libtriton.__file__)),
+    )
+
+
+def _kind(x: Any, config: Tuned, target: Target) -> str | tuple:
+    """The type of a kernel's argument, as Triton writes it."""
+    if isinstance(x, tuple):
+        return tuple(_kind(y, config, target) for y in x)
+    if x is None:
+        return "constexpr"
+    if isinstance(x, int):
+        return "i32"
+    if isinstance(x, Rows):
+        element = _TYPES[x.array.dtype.name]
+        if config.block_ptr and target.has_tma:
+            return f"tensordesc<{element}[{','.join(map(str, x.block_shape))}]>"
+        return f"*{element}"
+    return f"*{_TYPES[x.dtype.name]}"

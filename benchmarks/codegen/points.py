@@ -1,0 +1,169 @@
+"""Which kernels are compiled: the rows of the tuning table, and what is chosen where a call has more, or odd shapes."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_flash_attn2.base.spec import Config, Rules, Spec, Tuned
+from jax_flash_attn2.gpu import tuning
+from jax_flash_attn2.gpu.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """What a call may have besides: how it is compiled here."""
+
+    rules: dict[str, Any] = dataclasses.field(default_factory=dict)
+    operands: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    """By name: the four axes ("b", "h", "q", "k" or a length) and the dtype (None: that of q)."""
+    seqlen: int = 1024
+    kv_heads: int = 8
+    widths: tuple[int, int] | None = None
+    """Of q and k, and of v; else both are the row's."""
+    dtype: str = "bfloat16"
+    dlse: bool = False
+    wanted: tuple[str, ...] = ()
+    """The operands whose gradients are wanted."""
+    mixes: bool = False
+    """Whether more is loaded, drawn or computed in a loop than without."""
+
+
+_BLOCKS = {
+    **{f"{side}_ends": (1, 1, 8, 3, "int32") for side in ("row", "col")},
+    **{f"{side}_tiles": (1, 1, 64, 2, "int32") for side in ("row", "col")},
+    "tile_bits": (1, 1, 64, 128 * 128 // 32, "int32"),
+}
+_BIAS = {"bias": ("b", "h", "q", "k", None)}
+EXTRAS = {
+    "": Extra(),
+    "bias": Extra(operands=_BIAS, mixes=True),
+    "mask": Extra(operands={"mask": ("b", 1, "q", "k", "bool")}, mixes=True),
+    "segments": Extra(
+        operands={"q_segments": ("b", 1, "q", 1, "int32"), "kv_segments": ("b", 1, 1, "k", "int32")}, mixes=True
+    ),
+    "lengths": Extra(operands={name: ("b", 1, 1, 1, "int32") for name in ("q_lengths", "kv_lengths")}, mixes=True),
+    "window": Extra({"left": 256}, mixes=True),
+    "softcap": Extra({"soft_cap": 30.0}, mixes=True),
+    "alibi": Extra(operands={"slopes": (1, "h", 1, 1, "float32")}, mixes=True),
+    "dropout": Extra(
+        {"dropout_rate": 0.1},
+        {name: ("b", "h", 1, 1, "uint32") for name in ("dropout_key0", "dropout_key1")},
+        mixes=True,
+    ),
+    "blocks": Extra({"tiles": (128, 128), "right": None}, _BLOCKS, mixes=True),
+    "weights": Extra(
+        {"tiles": (128, 128), "right": None}, {**_BLOCKS, "tile_weights": (1, 1, 64, 128 * 128, "float32")}, mixes=True
+    ),
+    "odd": Extra(seqlen=1000),
+    "grouped": Extra(kv_heads=2),
+    "odd-grouped": Extra(seqlen=1000, kv_heads=2),
+    "dlse": Extra(dlse=True),
+    "dbias": Extra(operands=_BIAS, wanted=("bias",), mixes=True),
+    "fp32": Extra(dtype="float32", mixes=True),
+    "mla": Extra(widths=(192, 128)),
+}
+"""By the name that a point has it by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One kernel to compile."""
+
+    arch: int
+    name: str
+    head_dim: int
+    causal: bool
+    config: Tuned
+    extra: str = ""
+    """One of `EXTRAS`."""
+
+    @property
+    def title(self) -> str:
+        """What is computed, for which chip, and how."""
+        extra = f" {self.extra}" if self.extra else ""
+        what = f"sm_{self.arch} {self.name:5} hd{self.head_dim:<3} {'causal' if self.causal else 'full  '}{extra}"
+        return f"{what} {written(self.config)}"
+
+
+def written(config: Tuned) -> str:
+    """A config in one word: 128x64-w8-s2-ptr, or 128x64-w8-s2-r168-block with a bound on registers."""
+    registers = f"-r{config.maxnreg}" if config.maxnreg else ""
+    how = "block" if config.block_ptr else "ptr"
+    return f"{config.block_m}x{config.block_n}-w{config.num_warps}-s{config.num_stages}{registers}-{how}"
+
+
+def read(text: str) -> Tuned:
+    """The inverse of `written`.
+
+    Raises:
+      ValueError: the text is none.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)-w(\d+)-s(\d+)(?:-r(\d+))?-(block|ptr)", text)
+    if found is None:
+        raise ValueError(f"a config is written like 128x64-w8-s2-ptr or 128x64-w8-s2-r168-block, got {text!r}")
+    m, n, warps, stages = map(int, found.groups()[:4])
+    return Tuned(m, n, warps, stages, int(found[5]) if found[5] else None, found[6] == "block")
+
+
+def points() -> list[Point]:
+    """Every row of the table, causal and not, and what is chosen for each extra on some chips."""
+    plain = [
+        Point(r.arch, r.name, r.width, causal, r.config, _extra(r))
+        for r in tuning.ROWS
+        for causal in ((True,) if r.name == "dbias" else (False, True))
+    ]
+    tuned = list(dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain if not p.extra))
+    chips = {"bias": (80, 86, 89, 90, 100), "blocks": (80, 86, 90, 100)}  # sm_89 gets the code of sm_86
+    options = [name for name, extra in EXTRAS.items() if extra.mixes and name not in ("fp32", "dbias")]
+    chosen = [
+        (*key, True, extra)
+        for key in tuned
+        for extra in options
+        if key[0] in chips.get(extra, (80, 90)) and (extra in chips or key[2] == 128)
+    ]
+    for arch, name, width in tuned:
+        if arch not in (80, 90) or width == 256:
+            continue
+        chosen += [(arch, name, width, causal, "odd") for causal in (False, True)]
+        if name == "dkdv":  # the others have one query head each, whatever its keys are shared with
+            chosen += [(arch, name, width, causal, e) for causal in (False, True) for e in ("grouped", "odd-grouped")]
+        if name == "dq":
+            chosen.append((arch, name, width, True, "dlse"))
+    chosen += [(arch, name, 64, True, "fp32") for arch in (80, 90) for name in ("fwd", "dq", "dkdv")]
+    chosen += [(arch, name, 256, True, "mla") for arch in (80, 90, 100) for name in ("fwd", "dq", "dkdv")]
+    chosen += [(120, name, width, True, "") for width in (64, 128) for name in ("fwd", "dq", "dkdv")]
+    return list(dict.fromkeys(plain + [_tuned(*key) for key in chosen]))
+
+
+def _extra(row: tuning.Row) -> str:
+    """With what a row is compiled, as a point of the table."""
+    if row.name == "dbias":
+        return "dbias"
+    return "mla" if row.v_width else ""
+
+
+def _tuned(arch: int, name: str, head_dim: int, causal: bool, extra: str) -> Point:
+    made = Point(arch, name, head_dim, causal, Tuned(0, 0, 0, 0), extra)
+    rules, q, *rest = arrays(made)
+    spec = Spec.of(rules, q, *rest)
+    config = tuning.choose(name, spec, q.dtype, Target(arch), Config())
+    return dataclasses.replace(made, causal=spec.causal, config=config)
+
+
+def arrays(point: Point) -> tuple:
+    """Rules, q, k, v and operands to compile for."""
+    extra = EXTRAS[point.extra]
+    width, v_width = extra.widths or (point.head_dim, point.head_dim)
+    sizes = {"b": 2, "h": 8, "q": extra.seqlen, "k": extra.seqlen}
+    dtype = jnp.dtype(extra.dtype)
+    q, k, v = (
+        jax.ShapeDtypeStruct((2, extra.seqlen, heads, d), dtype)
+        for heads, d in ((8, width), (extra.kv_heads, width), (extra.kv_heads, v_width))
+    )
+    operands = {"scale": jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)}
+    for name, (*axes, kind) in extra.operands.items():
+        operands[name] = jax.ShapeDtypeStruct([sizes.get(axis, axis) for axis in axes], kind or dtype)
+    return Rules(**{"right": 0 if point.causal else None} | extra.rules), q, k, v, operands
