@@ -29,7 +29,7 @@ _LOGITS_AT_ONCE = 2**26  # of the reference: 256 MiB
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is attended to: q, k and v `[batch, seqlen, heads, head_dim]`."""
+    """What is attended to: q `[batch, rows, heads, head_dim]`, k and v `[batch, seqlen, kv_heads, head_dim]`."""
 
     batch: int
     seqlen: int
@@ -38,11 +38,15 @@ class Shape:
     causal: bool = False
     bias: bool = False
     dtype: str = "float32"
+    kv_heads: int = 0
+    """0: as many as heads."""
+    rows: int = 0
+    """0: as many as keys; fewer have no causal mask here."""
 
     def flops(self, mode: str) -> float:
         """Of "fwd" or "bwd" (which is forward and backward)."""
         t = self.seqlen
-        pairs = self.batch * self.heads * (t * (t + 1) // 2 if self.causal else t * t)
+        pairs = self.batch * self.heads * (t * (t + 1) // 2 if self.causal else t * (self.rows or t))
         return {"fwd": 4, "bwd": 14}[mode] * pairs * self.head_dim
 
 
@@ -60,6 +64,7 @@ class Attention:
             raise ValueError(f'mode must be "fwd" or "bwd", got {mode!r}')
         self.shape, self.mode, self.providers = shape, mode, providers
         self.dtype, self.tolerance, self.flops = shape.dtype, TOLERANCE[shape.dtype], shape.flops(mode)
+        self.row_axis = 1  # the axis of q, k and v along which some may be far smaller than others
         self.arrays = inputs(shape)
         self._expected: Any = None
 
@@ -104,12 +109,15 @@ def _gradients(attend: Callable) -> Callable:
 
 def inputs(shape: Shape) -> tuple[Array, Array, Array, Array | None, Array]:
     """q, k, v, bias and do, standard normal; the bias hides a quarter of the pairs by its lowest number."""
-    size, dtype = (shape.batch, shape.seqlen, shape.heads, shape.head_dim), jnp.dtype(shape.dtype)
+    dtype, rows = jnp.dtype(shape.dtype), shape.rows or shape.seqlen
+    of_rows = (shape.batch, rows, shape.heads, shape.head_dim)
+    of_keys = (shape.batch, shape.seqlen, shape.kv_heads or shape.heads, shape.head_dim)
     *keys, bias_key = jax.random.split(jax.random.key(8), 5)
-    q, k, v, do = (jax.random.normal(key, size, dtype) for key in keys)
+    sizes = (of_rows, of_keys, of_keys, of_rows)
+    q, k, v, do = (jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True))
     bias = None
     if shape.bias:
-        hidden = jax.random.randint(bias_key, (shape.batch, 1, shape.seqlen, shape.seqlen), 0, 4) > 2
+        hidden = jax.random.randint(bias_key, (shape.batch, 1, rows, shape.seqlen), 0, 4) > 2
         lowest = max(float(jnp.finfo(dtype).min), -1e9)  # in fp32 the lowest number overflows as soon as one subtracts
         bias = jnp.where(hidden, lowest, 0).astype(dtype)
     return q, k, v, bias, do
@@ -118,17 +126,18 @@ def inputs(shape: Shape) -> tuple[Array, Array, Array, Array | None, Array]:
 def reference(q: Array, k: Array, v: Array, bias: Array | None = None, *, causal: bool = False) -> Array:
     """The definition, in fp32, some rows of the logits at a time."""
     batch, seqlen, heads, head_dim = q.shape
-    rows = max(1, min(seqlen, _LOGITS_AT_ONCE // (batch * heads * seqlen)))
+    k, v = (jnp.repeat(x, heads // x.shape[2], 2) for x in (k, v))
+    rows = max(1, min(seqlen, _LOGITS_AT_ONCE // (batch * heads * k.shape[1])))
     while seqlen % rows:
         rows -= 1
-    index = jnp.arange(seqlen, dtype=jnp.int32)
+    index, keys = (jnp.arange(x.shape[1], dtype=jnp.int32) for x in (q, k))
 
     @jax.checkpoint
     def block(start):
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=rows)
         s = jnp.einsum("bqhd,bkhd->bhqk", cut(q, axis=1), k, precision="highest") * head_dim**-0.5
         s = s if bias is None else s + cut(bias, axis=2)
-        s = jnp.where(cut(index, axis=0)[:, None] >= index, s, -jnp.inf) if causal else s
+        s = jnp.where(cut(index, axis=0)[:, None] >= keys, s, -jnp.inf) if causal else s
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(s, -1), v, precision="highest")
 
     blocks = jax.lax.map(block, jnp.arange(0, seqlen, rows))
@@ -148,11 +157,16 @@ def library(implementation: str, *, causal: bool = False) -> Provider:
     """`jax.nn.dot_product_attention` with "xla" or "cudnn"."""
     if implementation == "cudnn":
         need_gpu("cuDNN")
-    return Provider(
-        lambda q, k, v, bias=None: jax.nn.dot_product_attention(
-            q, k, v, bias, is_causal=causal, implementation=implementation
-        )
-    )
+
+    def attend(q, k, v, bias=None):
+        try:
+            return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, implementation=implementation)
+        except (NotImplementedError, RuntimeError, ValueError) as error:  # while it is traced
+            if implementation == "cudnn":
+                raise Unsupported(f"cuDNN: {error}") from error
+            raise
+
+    return Provider(attend)
 
 
 def flash(*, causal: bool = False, config: Config | None = None, **options: Any) -> Provider:

@@ -92,6 +92,7 @@ class Blocks:
     def __init__(self, attention: Attention, blocksize_q: int, blocksize_k: int):
         self.attention, self.blocks = attention, (blocksize_q, blocksize_k)
         self.tolerance, self.flops, self.dtype = attention.tolerance, attention.flops, attention.dtype
+        self.row_axis = attention.row_axis
 
     def work(self, provider: str) -> Work:
         if provider not in BY_BLOCKS:

@@ -29,6 +29,7 @@ class Problem(Protocol):
     flops: float | None
     dtype: str
     """Whose `timing.matmul_peak` the FLOPs are compared with."""
+    # A problem may have a row_axis, too, whose blocks are judged by their own sizes (`measure.disagreement`).
 
     def work(self, provider: str) -> Work:
         """What a provider runs; raises `status.Unsupported` if it cannot here."""

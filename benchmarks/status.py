@@ -32,12 +32,12 @@ SENTINELS = {
 
 
 class Unsupported(Exception):
-    """A contender that cannot run here; the message says why."""
+    """A contender that cannot run here; the message says why. No other error makes a point `UNSUPPORTED`: ptxas says
+    "unsupported", too, of what it should have been able to assemble."""
 
 
 _OOM = re.compile(r"RESOURCE_EXHAUSTED|out of memory|unable to allocate|bad_alloc", re.IGNORECASE)
 _SMEM = re.compile(r"shared memory", re.IGNORECASE)
-_UNSUPPORTED = re.compile(r"not supported|unsupported|does not support|not implemented", re.IGNORECASE)
 
 
 def classify(error: BaseException, failed: Status) -> Status:
@@ -54,8 +54,6 @@ def classify(error: BaseException, failed: Status) -> Status:
         return Status.SMEM_OVERFLOW
     if isinstance(error, MemoryError) or _OOM.search(text):
         return Status.OOM
-    if failed is Status.COMPILE_FAILED and (isinstance(error, NotImplementedError) or _UNSUPPORTED.search(text)):
-        return Status.UNSUPPORTED
     return failed
 
 

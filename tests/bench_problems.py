@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from benchmarks.problem import Work
 from benchmarks.status import Unsupported
@@ -56,6 +57,12 @@ class Doubling:
 
     def untraceable(self):
         return Work(jax.jit(lambda x: x @ x[:3]), (self.x,))
+
+    def refused_by_ptxas(self):
+        def call(x):
+            raise JaxRuntimeError("INTERNAL: ptxas fatal: Unsupported .version 9.4; current version is '8.8'")
+
+        return Work(jax.jit(call), (self.x,))
 
     def too_large(self):
         """Tiles that no sm_86 has room for, compiled by Triton without a GPU."""

@@ -1,4 +1,4 @@
-"""Settings of every test process: CPU, eight devices, JAX at its strictest about dtypes, and compiling done once.
+"""Settings of every test process: CPU unless `--gpu`, eight devices, JAX at its strictest about dtypes, compiling once.
 
 What XLA makes of a program is kept in `.cache/xla`, and our kernels in `.cache/kernels`: a second run compiles only
 what has changed. Programs are compiled with few optimisations and by XLA's older emitters, in half the time, as a test
@@ -8,16 +8,14 @@ runs each once, on a few numbers; `--fully` compiles them as a user's are.
 import os
 import pathlib
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_FLASH_ATTN2_CACHE", str(pathlib.Path(__file__).parents[1] / ".cache" / "kernels"))
 
 import caching
+import gpu_runs
 import jax
 import pytest
 import selection
 
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 caching.use()
 
@@ -30,9 +28,11 @@ here."""
 def pytest_addoption(parser):
     parser.addoption("--fully", action="store_true", help="compile with all optimisations, except where a file says no")
     selection.add_option(parser)
+    gpu_runs.add_options(parser)
 
 
 def pytest_configure(config):
+    gpu_runs.configure(config)
     fully, flags = config.getoption("--fully"), os.environ.get("XLA_FLAGS", "")
     jax.config.update("jax_disable_most_optimizations", not fully)
     if not fully and OLDER_EMITTERS not in flags:  # a worker has them already
@@ -84,15 +84,6 @@ def compiled_anew():
     compilation_cache.reset_cache()
 
 
-def has_gpu() -> bool:
-    try:
-        return bool(jax.devices("gpu"))
-    except RuntimeError:
-        return False
-
-
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not has_gpu():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    gpu_runs.select(config, items)
     selection.select(config, items)
