@@ -43,12 +43,15 @@ def row_problem(row: str, name: str, headdim: int, **shape: Any) -> Attention:
 
     def provider(_: str) -> Provider:
         need_gpu("the Triton kernels")
-        return flash(
-            causal=shape["causal"], implementation="triton", config={name: Config(**dataclasses.asdict(read(row)))}
-        )
+        return flash(causal=shape["causal"], implementation="triton", config={name: _as_asked(read(row))})
 
     made = Shape(head_dim=headdim, dtype="bfloat16", **shape)
     return Attention(made, "fwd" if name == "fwd" else "bwd", provider)
+
+
+def _as_asked(tuned: Tuned) -> Config:
+    """What a caller would ask for to get it."""
+    return Config(**{f.name: getattr(tuned, f.name) for f in dataclasses.fields(Config)})
 
 
 def point_problem(mode: str, causal: bool, headdim: int, **shape: Any) -> Attention:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .fwd import distance, load_scale, logits
+from .fwd import distance, load_scale, logits, scaled
 from .mask import key_span, phase, place, query_span, tile_at
 from .tile import (
     WHOLE,
@@ -65,6 +65,7 @@ def attn_bwd_dq_kernel(
     k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, SPEC)
     v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, SPEC)
     q_tile = tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
+    own = scaled(q_tile, x, b, SPEC, CFG)
     do_tile = tile(queries(saved[0], here), start_m, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
     o_tile = tile(queries(saved[1], here), start_m, M, SPEC.o_rows, EDGE_Q)
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
@@ -76,7 +77,7 @@ def attn_bwd_dq_kernel(
     store_constants(constants, delta, 0.0, here, start_m, DELTA, SPEC)
     if SPEC.reshapes:
         store_constants(constants, norm, 1.0, here, start_m, NORM, SPEC)
-    scale_log2 = load_scale(x, b, SPEC)
+    scale_log2 = load_scale(x, b, SPEC, CFG)
     acc = tl.zeros([M, SPEC.block_d], tl.float32)
     slope_acc = tl.zeros([M], tl.float32)
     span = key_span(block, here, x, SPEC, CFG)
@@ -86,8 +87,9 @@ def attn_bwd_dq_kernel(
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             v_tile = tile(v, n, N, SPEC.v_rows, WHOLE if BARE else EDGE_K)  # [N, Dv]
-            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-            s, unit, capped = logits(qk, x, here, start_m, n, part, scale_log2, M, N, False, not BARE, SPEC)
+            s, unit, capped = logits(
+                own, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
+            )  # [M, N]
             p = tl.exp2(s * unit - shift[:, None])
             if SPEC.reshapes:
                 p *= norm[:, None]
@@ -122,18 +124,18 @@ def attn_bwd_dkdv_kernel(
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks else 1  # keys past the end are stored nowhere
-    block, b, own = program(tl.cdiv(sizes[2], N), SPEC.heads // SPEC.summed, False)  # the first keys are seen most
+    block, b, group = program(tl.cdiv(sizes[2], N), SPEC.heads // SPEC.summed, False)  # the first keys are seen most
     start_n = block * N
-    here = place(x, b, own * SPEC.summed, sizes, SPEC)
+    here = place(x, b, group * SPEC.summed, sizes, SPEC)
     q = opened(q, b, here.seqlen_q, M, SPEC.q_rows, CFG)
     do = opened(do, b, here.seqlen_q, M, SPEC.o_rows, CFG)
-    k_tile = tile(keys(k, here, SPEC), start_n, N, SPEC.k_rows, EDGE_K)  # [N, D]
+    own = scaled(tile(keys(k, here, SPEC), start_n, N, SPEC.k_rows, EDGE_K), x, b, SPEC, CFG)  # [N, D]
     v_tile = tile(keys(v, here, SPEC), start_n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
-    scale_log2 = load_scale(x, b, SPEC)
+    scale_log2 = load_scale(x, b, SPEC, CFG)
     dk_acc = tl.zeros([N, SPEC.block_d], tl.float32)
     dv_acc = tl.zeros([N, SPEC.block_dv], tl.float32)
     for g in range(SPEC.summed):
-        here = place(x, b, own * SPEC.summed + g, sizes, SPEC)
+        here = place(x, b, group * SPEC.summed + g, sizes, SPEC)
         span = query_span(block, here, x, SPEC, CFG)
         for BARE in tl.static_range(FIRST, 2):
             first, last = phase(span, BARE, True, SPEC)
@@ -141,8 +143,9 @@ def attn_bwd_dkdv_kernel(
                 i, part = tile_at(j, span, x, SPEC.col_tiles, SPEC.tile_rows, M, BARE, SPEC)
                 q_tile = tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q)  # [M, D]
                 do_tile = tile(queries(do, here), i, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
-                qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=CFG.precision)  # [N, M]
-                s, unit, capped = logits(qk, x, here, i, start_n, part, scale_log2, M, N, True, not BARE, SPEC)
+                s, unit, capped = logits(
+                    own, tl.trans(q_tile), x, here, i, start_n, part, scale_log2, True, not BARE, SPEC, CFG
+                )  # [N, M]
                 p = tl.exp2(s * unit - load_constants(constants, here, i, M, SHIFT, SPEC)[None, :])
                 if SPEC.reshapes:
                     p *= load_constants(constants, here, i, M, NORM, SPEC)[None, :]
@@ -159,8 +162,8 @@ def attn_bwd_dkdv_kernel(
                     ds *= 1.0 - capped * capped
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=CFG.precision)
     scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32)
-    store_tile(Rows(dk, b, own, here.seqlen_k, here.end_k), dk_acc * scale, start_n, SPEC.dk_rows)
-    store_tile(Rows(dv, b, own, here.seqlen_k, here.end_k), dv_acc, start_n, SPEC.dv_rows)
+    store_tile(Rows(dk, b, group, here.seqlen_k, here.end_k), dk_acc * scale, start_n, SPEC.dk_rows)
+    store_tile(Rows(dv, b, group, here.seqlen_k, here.end_k), dv_acc, start_n, SPEC.dv_rows)
 
 
 @triton.jit
@@ -200,11 +203,11 @@ def attn_bwd_dbias_kernel(
         b_end = pid + 1
     acc = tl.zeros([M, N], tl.float32)
     for b in range(b_begin, b_end):
-        scale_log2 = load_scale(x, b, SPEC)
+        scale_log2 = load_scale(x, b, SPEC, CFG)
         for h in range(h_begin, h_end):
             here = place(x, b, h, sizes, SPEC)
             for i in range(m_begin, m_end, M):
-                q_tile = tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q)  # [M, D]
+                q_tile = scaled(tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q), x, b, SPEC, CFG)  # [M, D]
                 do_tile = tile(queries(do, here), i, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
                 shift = load_constants(constants, here, i, M, SHIFT, SPEC)
                 delta = load_constants(constants, here, i, M, DELTA, SPEC)
@@ -218,8 +221,9 @@ def attn_bwd_dbias_kernel(
                     if not SPEC.listed or (n >= n_begin and n < n_end):  # a list has all of the row's tiles
                         k_tile = tile(keys(k, here, SPEC), n, N, SPEC.k_rows, EDGE_K)  # [N, D]
                         v_tile = tile(keys(v, here, SPEC), n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
-                        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-                        s, unit, _ = logits(qk, x, here, i, n, part, scale_log2, M, N, False, True, SPEC)
+                        s, unit, _ = logits(
+                            q_tile, tl.trans(k_tile), x, here, i, n, part, scale_log2, False, True, SPEC, CFG
+                        )  # [M, N]
                         p = tl.exp2(s * unit - shift[:, None]) * norm[:, None]
                         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)
                         if SPEC.drops:

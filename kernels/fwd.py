@@ -21,11 +21,35 @@ from .tile import (
     tile_indices,
 )
 
+TINY = tl.constexpr(1e-20)
+"""A scale below this counts as 0: what it leaves of a product is lost in the rounding of any logit."""
+
+
+@triton.constexpr_function
+def divides(spec, config):
+    """Whether products start from a bias, which is then divided by the scale."""
+    return config.starts and spec.bias is not None and spec.rules.soft_cap is None
+
 
 @triton.jit
-def load_scale(x, b, SPEC: tl.constexpr):
-    """The softmax scale times log2(e). Callers make it non-negative; a zero must not turn -inf into NaN."""
-    return tl.maximum(load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32) * LOG2E, 1e-37)
+def load_scale(x, b, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """The softmax scale times log2(e). Callers make it non-negative; a zero must not turn -inf into NaN, and what is
+    added to logits is divided by it: it becomes 1, and `scaled` makes the products 0."""
+    scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32) * LOG2E
+    if divides(SPEC, CFG):
+        return tl.where(scale < TINY, 1.0, scale)
+    else:
+        return tl.maximum(scale, 1e-37)
+
+
+@triton.jit
+def scaled(operand, x, b, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """One operand of q kᵀ: as it is, unless the scale is 0."""
+    if divides(SPEC, CFG):
+        scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32) * LOG2E
+        return (operand.to(tl.float32) * tl.where(scale < TINY, 0.0, 1.0)).to(operand.dtype)
+    else:
+        return operand
 
 
 @triton.jit
@@ -46,34 +70,63 @@ def distance(here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSE
 
 
 @triton.jit
+def start(
+    x, here, start_m, start_n, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, SPEC: tl.constexpr, CFG: tl.constexpr
+):  # fmt: skip
+    """What a tile of base-2 logits starts from: the bias, and -inf where the mask hides."""
+    i, j = tile_indices(CFG.block_m, CFG.block_n, TRANSPOSED)
+    s = 0.0
+    if SPEC.bias is not None:
+        s = load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * LOG2E
+    if MASKED and SPEC.mask is not None:
+        s = tl.where(load_operand(x, here, start_m + i, start_n + j, SPEC.mask, SPEC) != 0, s, float("-inf"))
+    return s
+
+
+@triton.jit
 def logits(
-    qk, x, here, start_m, start_n, part, scale_log2, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
-    MASKED: tl.constexpr, SPEC: tl.constexpr,
+    first, second, x, here, start_m, start_n, part, scale_log2, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr,
+    SPEC: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits, the unit that makes them base-2 logits, and the tanh of the soft cap.
 
-    exp2(s * unit - m) is one FMA and one EX2; what is added to the logits needs the unit to be 1. A tile is [M, N], or
-    [N, M] if TRANSPOSED. part: its element mask (`tile_at`).
+    exp2(s * unit - m) is one FMA and one EX2. What is loaded, a bias or a mask, is where the product starts from, if
+    the config says so: added to the product, Triton may compute all up to exp2 in both layouts. A tile is the product
+    of first and second, [M, N], or [N, M] if TRANSPOSED. part: its element mask (`tile_at`).
     """
-    s, unit, capped = qk, scale_log2, 0.0
-    if SPEC.reshapes:
-        s = qk * scale_log2
-        unit = 1.0
-    if SPEC.rules.soft_cap is not None:
-        cap: tl.constexpr = SPEC.rules.soft_cap * LOG2E
-        capped = tanh(s * (1.0 / cap))
-        s = capped * cap
-    if SPEC.bias is not None:
-        i, j = tile_indices(M, N, TRANSPOSED)
-        s += load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * LOG2E
+    M: tl.constexpr = CFG.block_m
+    N: tl.constexpr = CFG.block_n
+    LOADS: tl.constexpr = SPEC.bias is not None or (MASKED and SPEC.mask is not None)
+    STARTS: tl.constexpr = LOADS and CFG.starts and (divides(SPEC, CFG) or not SPEC.reshapes)
+    unit, inverse, capped = scale_log2, 1.0 / scale_log2, 0.0
+    if STARTS:
+        s = start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG) * inverse
+        s = tl.broadcast_to(s, [N, M] if TRANSPOSED else [M, N])
+        s = tl.dot(first, second, s, input_precision=CFG.precision)
+    else:
+        s = tl.dot(first, second, input_precision=CFG.precision)
+        if SPEC.reshapes:
+            s *= scale_log2
+            unit, inverse = 1.0, 1.0
+        if SPEC.rules.soft_cap is not None:
+            s, capped = soft_cap(s, SPEC.rules.soft_cap * LOG2E)
+        if LOADS:
+            s += start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG)
     if SPEC.slopes is not None:
         slope = load_scalar(x, here.b, here.h, SPEC.slopes, SPEC) * LOG2E
-        s -= slope * distance(here, start_m, start_n, M, N, TRANSPOSED)
+        s -= slope * inverse * distance(here, start_m, start_n, M, N, TRANSPOSED)
     if MASKED and SPEC.tile_weights is not None:
-        s -= log_weights(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC) * LOG2E
+        s -= log_weights(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC) * (LOG2E * inverse)
     if MASKED:
         s = tl.where(visible(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC), s, float("-inf"))
     return s, unit, capped
+
+
+@triton.jit
+def soft_cap(s, CAP: tl.constexpr):
+    """c tanh(s / c), and the tanh."""
+    capped = tanh(s * (1.0 / CAP))
+    return capped * CAP, capped
 
 
 @triton.jit
@@ -95,8 +148,8 @@ def attn_fwd_kernel(
     here = place(x, b, h, sizes, SPEC)
     k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, SPEC)
     v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, SPEC)
-    q_tile = tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
-    scale_log2 = load_scale(x, b, SPEC)
+    q_tile = scaled(tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q), x, b, SPEC, CFG)  # [M, D]
+    scale_log2 = load_scale(x, b, SPEC, CFG)
     rows = start_m + tl.arange(0, M)
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
@@ -109,8 +162,9 @@ def attn_fwd_kernel(
         for i in range(first, last, 1 if SPEC.listed else N):
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=CFG.precision)  # [M, N]
-            s, unit, _ = logits(s, x, here, start_m, n, part, scale_log2, M, N, False, not BARE, SPEC)
+            s, unit, _ = logits(
+                q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
+            )  # [M, N]
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             pivot = m_new  # finite, as the first tile shows every row a key
             if SPEC.hides:

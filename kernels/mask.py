@@ -200,8 +200,6 @@ def visible(
         seen = seen & (own == other) & (own >= 0)
     if SPEC.q_lengths is not None:  # such a row has nothing to say whatever is in it, or in its row of a bias
         seen = seen & (start_m + i < here.end_q)
-    if SPEC.mask is not None:
-        seen = seen & (load_operand(x, here, start_m + i, start_n + j, SPEC.mask, SPEC) != 0)
     if SPEC.listed:
         seen = seen & shown_by_bits(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC)
     return seen

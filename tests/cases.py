@@ -346,6 +346,7 @@ CASES = [
     Case("wide_v", 50, 50, head_dim=24, v_dim=72, causal=True),
     Case("scale_large", 64, 64, scale=3.0),
     Case("scale_zero", 40, 50, scale=0.0, causal=True),
+    Case("scale_zero_bias", 40, 50, scale=0.0, causal=True, bias="bhqk", mask="k"),
     Case("scale_negative", 40, 50, scale=-0.4, causal=True),
     Case("float16", 100, 127, dtype="float16", causal=True, heads=4, kv_heads=2),
     Case("float16_bias", 70, 50, dtype="float16", bias="hqk", causal=True),

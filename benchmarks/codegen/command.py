@@ -85,8 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [p for p in points() if all(str(getattr(p, key)) in value.split("|") for key, value in wanted.items())]
     if options.config:
         chosen = [
-            dataclasses.replace(p, config=config)
-            for p in dict.fromkeys(dataclasses.replace(p, config=Tuned(0, 0, 0, 0)) for p in chosen)
+            dataclasses.replace(p, config=dataclasses.replace(config, starts=p.config.starts))
+            for p in dict.fromkeys(
+                dataclasses.replace(p, config=Tuned(0, 0, 0, 0, starts=p.config.starts)) for p in chosen
+            )
             for config in map(read, options.config.split(","))
         ]
     if options.ninth is not None:

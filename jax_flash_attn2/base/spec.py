@@ -340,3 +340,5 @@ class Tuned:
     maxnreg: int | None = None
     block_ptr: bool = False
     precision: Precision = "ieee"
+    starts: bool = False
+    """Whether a bias or a mask is where a tile's product starts from, not what is added to it."""

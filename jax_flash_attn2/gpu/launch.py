@@ -1,10 +1,12 @@
 """Launches kernels on a GPU through jax-triton; the only file that imports it."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from . import cache, tuning
 from .passes import Rows
 from .target import Target
 
+# Which line of the source each instruction is from makes PTX longer by half, and jaxlib copies and hashes all of it at
+# each launch (jaxlib/gpu/triton_kernels.cc). For a profiler that shows sources, TRITON_DISABLE_LINE_INFO=0 keeps it.
+_LINES = os.environ.get("TRITON_DISABLE_LINE_INFO") == "0"
 # The SHA-256 of jax-triton's `_compile_kernel` (0.4.1). `_rebuilt` does what the end of that function does; where it
 # is another, nothing is kept.
 _KNOWN = ("e19dbe877090a5c0c16b1c6620be5aaf799316f1f021e832dbbcf89c379440c5",)
@@ -54,6 +59,14 @@ def run(
     )
     waiting = iter(results)
     return tuple(None if x is None else next(waiting) for x in outputs)
+
+
+@contextlib.contextmanager
+def _lines(wanted: bool) -> Iterator[None]:
+    """Compiles with or without the lines of the source in the code."""
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = not wanted
+        yield
 
 
 def _output_names(kernel: Any, outputs: tuple) -> list[str]:
@@ -98,6 +111,7 @@ def _compiler() -> dict[str, Any] | None:
         "source": source,
         "triton": (triton.__version__, os.path.getsize(libtriton.__file__)),
         "jax_triton": jt.__version__,
+        "lines": _LINES,
         "scratch": triton_lib.jaxlib_version > (0, 11, 0),  # else jaxlib takes no kernel that needs any
     }
 
@@ -161,7 +175,8 @@ def _wrap_compiler() -> None:
         if kept is not None:
             result = _rebuilt(kept, gpu_target, backend_options)
         else:
-            result = compile_kernel(self, spec, gpu_target, backend, backend_options)
+            with _lines(_LINES):
+                result = compile_kernel(self, spec, gpu_target, backend, backend_options)
             if key is not None:
                 _keep(result, key, gpu_target)
         target = Target(gpu_target.arch if gpu_target.backend == "cuda" else 0)

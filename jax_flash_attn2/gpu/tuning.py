@@ -148,10 +148,13 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
         row = _halved(name, row)
         if name == "fwd" and spec.mask is not None:  # wider ones have ptxas serialise wgmma
             row = dataclasses.replace(row, block_n=min(row.block_n, 32))
+        if name == "dq" and spec.bias is not None and max(spec.block_d, spec.block_dv) > 128:  # else it spills
+            row = dataclasses.replace(row, block_n=min(row.block_n, 16))
     if spec.listed:  # a kernel's tile is a part of a block mask's
         row = dataclasses.replace(
             row, block_m=min(row.block_m, spec.tile_rows), block_n=min(row.block_n, spec.tile_keys)
         )
+    row = dataclasses.replace(row, starts=_starts(name, spec, architecture(target)))
     fixed = {f.name: value for f in dataclasses.fields(wanted) if (value := getattr(wanted, f.name)) is not None}
     config = dataclasses.replace(row, **fixed)
     if (config.block_m, config.block_n) != (row.block_m, row.block_n):
@@ -179,6 +182,15 @@ def compiler_options(config: Tuned, target: Target) -> dict[str, Any]:
     if config.maxnreg is not None:
         options["maxnreg"] = config.maxnreg
     return options
+
+
+def _starts(name: str, spec: Spec, arch: int) -> bool:
+    """Where a product that starts from the bias or mask takes fewer instructions: not on sm_100, where it would go
+    through tensor memory, but for the forward pass; nor where nothing is computed in two layouts anyway."""
+    if spec.bias is None and spec.mask is None:
+        return False
+    narrow = max(spec.block_d, spec.block_dv) <= 64
+    return name == "fwd" or (arch < 100 and name != "dbias" and not (name == "dkdv" and narrow))
 
 
 def _find(name: str, arch: int, spec: Spec, bits: int, block_ptr: bool | None) -> Tuned:
