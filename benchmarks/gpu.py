@@ -85,7 +85,13 @@ def candidate_groups(capability: int, tiny: bool) -> list[Group]:
 
 
 def candidates() -> list[tuning.Row]:
-    """What the compiler alone cannot choose between."""
+    """What the compiler alone cannot choose between.
+
+    Raises:
+      SystemExit: the list has not been made.
+    """
+    if not CANDIDATES.exists():
+        raise SystemExit(f"{CANDIDATES} is not there: python -m benchmarks.codegen.candidates makes it, without a GPU")
     return [
         tuning.Row(line["arch"], line["name"], line["width"], Tuned(**line["config"]))
         for line in json.loads(CANDIDATES.read_text())["rows"]

@@ -46,6 +46,15 @@ def test_values_and_gradients(case):
     assert_near(case, interpreted(case, block_ptr=False))
 
 
+def test_a_bias_without_a_scale():
+    """Products start from the bias divided by the scale: however large the one, and though the other be 0."""
+    v = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 1, 16)), jnp.float32)
+    bias = jnp.where(jnp.arange(32) % 3 == 0, 100.0, -1e9)[None]
+    o = flash_attention(v, v, v, bias, softmax_scale=0.0, implementation="triton")
+    want = jnp.broadcast_to(v[:, ::3].mean(1, keepdims=True), o.shape)
+    np.testing.assert_allclose(o, want, rtol=1e-5, atol=1e-6)
+
+
 GROUPED = ("gqa_6_2", "gqa_8_1", "decode", "gpt_oss", "block_mask_by_head")
 
 

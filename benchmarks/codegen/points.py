@@ -113,10 +113,10 @@ def points() -> list[Point]:
     plain = [
         Point(r.arch, r.name, r.width, causal, r.config, _extra(r))
         for r in tuning.ROWS
-        for causal in ((True,) if r.name == "dbias" else (False, True))
+        for causal in ((True,) if r.name == "dbias" or r.arch == 89 else (False, True))  # sm_89 gets sm_86's code
     ]
     tuned = list(dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain if not p.extra))
-    chips = {"bias": (80, 86, 89, 90, 100), "blocks": (80, 86, 90, 100)}  # sm_89 gets the code of sm_86
+    chips = {"bias": (80, 86, 90, 100), "blocks": (80, 86, 90, 100)}
     options = [name for name, extra in EXTRAS.items() if extra.mixes and name not in ("fp32", "dbias")]
     chosen = [
         (*key, True, extra)
