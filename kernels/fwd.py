@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .mask import key_span, log_weights, phase, place, tile_at, visible
+from .mask import key_span, log_weights, phase, place, shown_by_mask, tile_at, visible
 from .tile import (
     LOG2E,
     WHOLE,
@@ -79,7 +79,7 @@ def start(
     if SPEC.bias is not None:
         s = load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * LOG2E
     if MASKED and SPEC.mask is not None:
-        s = tl.where(load_operand(x, here, start_m + i, start_n + j, SPEC.mask, SPEC) != 0, s, float("-inf"))
+        s = tl.where(shown_by_mask(x, here, start_m + i, start_n + j, SPEC), s, float("-inf"))
     return s
 
 

@@ -172,10 +172,19 @@ def log_weights(
 
 
 @triton.jit
+def shown_by_mask(x, here, rows, cols, SPEC: tl.constexpr):
+    """Whether the mask shows the elements at these rows and keys."""
+    return load_operand(x, here, rows, cols, SPEC.mask, SPEC) != 0
+
+
+@triton.jit
 def visible(
     x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
-    """Whether each of a tile's rows sees each of its keys: [M, N], or [N, M]. part: its element mask (`tile_at`)."""
+    """Whether each of a tile's rows sees each of its keys: [M, N], or [N, M]. part: its element mask (`tile_at`).
+
+    Of all but the mask (`shown_by_mask`), which is loaded before the product where that may start from it.
+    """
     i, j = tile_indices(M, N, TRANSPOSED)
     position = start_m + here.offset - start_n  # of row 0, counted from key 0 of the tile
     # The tile's first axis gets one bound that says all, so that each element takes one comparison with a constant.

@@ -18,7 +18,6 @@ def broken_rules(point: Point, code) -> list[str]:
     """What is wrong with a kernel's code; nothing, for a row that may stay in the table."""
     limit = Target(point.arch).shared_memory
     loops, extra = code.loops, EXTRAS[point.extra]
-    products = extra.dtype == "float32"  # IEEE ones run on the FMA units
     rules = {
         "no hot loop found": not loops,
         f"{code.shared} bytes of shared memory, the chip has {limit}": code.shared > limit,
@@ -27,7 +26,7 @@ def broken_rules(point: Point, code) -> list[str]:
         "wgmma serialised by ptxas": code.serialized,
         "a wait behind every wgmma": any(loop["depbar"] > 4 + 4 for loop in loops),
     }
-    if not products:
+    if extra.dtype != "float32":  # whose IEEE products run on the FMA units
         rules |= {
             "no asynchronous copy in a loop": any(not loop["cp.async"] + loop["tma"] for loop in loops),
             "products without wgmma": _has_wgmma(point) and any(loop["wgmma"] < loop["mma"] for loop in loops),
