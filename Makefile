@@ -15,7 +15,8 @@ unexport PYTHONDONTWRITEBYTECODE
 CPU := JAX_PLATFORMS=cpu
 PYTEST := .venv/bin/python -m pytest
 WORKERS := -n $(JOBS) --dist worksteal
-MATRIX_TOOLS := jax-triton pytest pytest-xdist hypothesis setuptools
+OTHER_triton38 := triton==3.8.0
+OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
 .PHONY: help demo test test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
 .PHONY: test-ptxas lock clean
@@ -137,15 +138,9 @@ clean: ## remove the environments and everything generated
 	chmod +x $(@D)/nvidia/cuda_nvcc/bin/ptxas
 	@touch $@
 
-.venv-triton38/stamp: $(LOCK) pyproject.toml | .venv-triton38/bin/pip
-	sed '/^triton==/d' $(LOCK) > $(@D)/constraints.txt
-	$(@D)/$(PIP_INSTALL) -c $(@D)/constraints.txt triton==3.8.0 jax-cuda13-plugin $(MATRIX_TOOLS)
-	$(@D)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
-	@touch $@
-
-.venv-jax012/stamp: $(LOCK) pyproject.toml | .venv-jax012/bin/pip
-	sed '/^jax==/d; /^jaxlib==/d; /^jax-cuda13/d' $(LOCK) > $(@D)/constraints.txt
-	$(@D)/$(PIP_INSTALL) -c $(@D)/constraints.txt jax==0.12.0.1 jaxlib==0.12.0.1 \
-	  jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 triton $(MATRIX_TOOLS)
+# The matrix: .venv but for what is named here, which is found first.
+.venv-triton38/stamp .venv-jax012/stamp: .venv-%/stamp: .venv/dev.stamp | .venv-%/bin/pip
+	$(@D)/$(PIP_INSTALL) --no-deps $(OTHER_$*)
+	.venv/bin/python -c 'import site; print(*site.getsitepackages())' > "$$(echo $(@D)/lib/python*/site-packages)/rest.pth"
 	$(@D)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -1,7 +1,8 @@
 """The backward pass: FlashAttention-2, algorithm 2, as three kernels that each own what they write.
 
 dq comes first and computes delta = rowsum(o * do) in its prologue; dk and dv follow, looping over the query heads
-of their group; the bias gradient, if asked for, last. No kernel adds into memory, so runs repeat bit for bit.
+of their group; last comes the gradient of a bias, if asked for, unless nothing is summed for it: then dq writes it. No
+kernel adds into memory, so runs repeat bit for bit.
 """
 
 import triton
@@ -11,6 +12,7 @@ from .dropout import drop, keep
 from .fwd import distance, load_scale, logits, scaled
 from .mask import key_span, phase, place, query_span, tile_at
 from .tile import (
+    LOG2E,
     WHOLE,
     Rows,
     edge,
@@ -23,9 +25,11 @@ from .tile import (
     program,
     queries,
     store_constants,
+    store_operand,
     store_tile,
     store_vector,
     tile,
+    tile_indices,
 )
 
 # What dq tells the other kernels of each row (`row_constants`).
@@ -33,26 +37,41 @@ SHIFT, DELTA, NORM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def row_constants(m, l, SPEC: tl.constexpr):
-    """What turns a row's logits into probabilities: p = exp2(s - shift) * norm.
+def row_constants(own, here, start_m, M: tl.constexpr, SPEC: tl.constexpr):
+    """What turns rows' logits into probabilities: p = exp2(s - shift) * norm.
 
-    Where logits are only scaled products the shift alone does, m + log2(l). A bias may make m so large (-1e9 is a
+    Where logits are only scaled products the shift alone does, which is lse. A bias may make m so large (-1e9 is a
     common way to hide a key) that log2(l) would be lost in it. Rows that see nothing, and rows past the end, get p = 0.
     """
     if SPEC.reshapes:
+        m, l = load_vector(own[3], 0.0, here, start_m, M, SPEC), load_vector(own[4], 0.0, here, start_m, M, SPEC)
         return tl.where(l == 0.0, float("inf"), m), 1.0 / tl.where(l == 0.0, 1.0, l)
     else:
-        return tl.where(l == 0.0, float("inf"), m + tl.log2(l)), l
+        lse = load_vector(own[3], float("-inf"), here, start_m, M, SPEC)
+        return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), 1.0
+
+
+@triton.jit
+def zero_unmet(dbias, here, start_m, span, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """The bias gradient of a block of rows is 0 at the keys outside its span."""
+    M: tl.constexpr = CFG.block_m
+    N: tl.constexpr = CFG.block_n
+    i, j = tile_indices(M, N, False)
+    zeros = tl.zeros([M, N], dbias.dtype.element_ty)
+    for n in range(0, span.begin, N):
+        store_operand(dbias, zeros, here, start_m + i, n + j, SPEC.dbias, SPEC)
+    for n in range(tl.cdiv(tl.maximum(span.begin, span.end), N) * N, here.seqlen_k, N):
+        store_operand(dbias, zeros, here, start_m + i, n + j, SPEC.dbias, SPEC)
 
 
 @triton.jit
 def attn_bwd_dq_kernel(
-    q, k, v, x, sizes, saved, dq, constants, dscale, dslopes, SPEC: tl.constexpr, CFG: tl.constexpr
+    k, v, x, sizes, own, dq, constants, dscale, dslopes, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
     """One block of query rows: dq = scale * ds k, what the other kernels need of each row, and, if wanted, its share
-    of the gradients of the scale and of the ALiBi slopes.
+    of the gradients of the scale and of the ALiBi slopes, and the gradient of a bias that is of this head alone, ds.
 
-    saved: do, o, m and l, and dlse if something depends on lse.
+    own: what is read of these rows alone: q, do, o, lse (or m and l), and dlse if something depends on lse.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
@@ -64,15 +83,15 @@ def attn_bwd_dq_kernel(
     here = place(x, b, h, sizes, SPEC)
     k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, SPEC)
     v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, SPEC)
-    q_tile = tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
-    own = scaled(q_tile, x, b, SPEC, CFG)
-    do_tile = tile(queries(saved[0], here), start_m, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
-    o_tile = tile(queries(saved[1], here), start_m, M, SPEC.o_rows, EDGE_Q)
+    q_tile = tile(queries(own[0], here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
+    q_scaled = scaled(q_tile, x, b, SPEC, CFG)
+    do_tile = tile(queries(own[1], here), start_m, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
+    o_tile = tile(queries(own[2], here), start_m, M, SPEC.o_rows, EDGE_Q)
+    shift, norm = row_constants(own, here, start_m, M, SPEC)
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
-    l_row = load_vector(saved[3], here, start_m, M, SPEC)
     if SPEC.dlse:  # lse is a result too: d lse / d s = p
-        delta -= tl.where(l_row == 0.0, 0.0, load_vector(saved[4], here, start_m, M, SPEC))
-    shift, norm = row_constants(load_vector(saved[2], here, start_m, M, SPEC), l_row, SPEC)
+        dlse = load_vector(own[5 if SPEC.reshapes else 4], 0.0, here, start_m, M, SPEC)
+        delta -= tl.where(shift == float("inf"), 0.0, dlse)
     store_constants(constants, shift, float("inf"), here, start_m, SHIFT, SPEC)
     store_constants(constants, delta, 0.0, here, start_m, DELTA, SPEC)
     if SPEC.reshapes:
@@ -83,12 +102,12 @@ def attn_bwd_dq_kernel(
     span = key_span(block, here, x, SPEC, CFG)
     for BARE in tl.static_range(FIRST, 2):  # masked, then bare, as in the forward pass
         first, last = phase(span, BARE, False, SPEC)
-        for i in range(first, last, 1 if SPEC.listed else N):
+        for i in tl.range(first, last, 1 if SPEC.listed else N, warp_specialize=CFG.warp_specialize):
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             v_tile = tile(v, n, N, SPEC.v_rows, WHOLE if BARE else EDGE_K)  # [N, Dv]
             s, unit, capped = logits(
-                own, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
+                q_scaled, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
             )  # [M, N]
             p = tl.exp2(s * unit - shift[:, None])
             if SPEC.reshapes:
@@ -97,11 +116,16 @@ def attn_bwd_dq_kernel(
             if SPEC.drops:
                 dp = drop(dp, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
             ds = p * (dp - delta[:, None])
+            if dbias is not None:
+                rows, cols = tile_indices(M, N, False)
+                store_operand(dbias, ds, here, start_m + rows, n + cols, SPEC.dbias, SPEC)
             if dslopes is not None:
                 slope_acc -= tl.sum(ds * distance(here, start_m, n, M, N, False), 1)
             if SPEC.rules.soft_cap is not None:
                 ds *= 1.0 - capped * capped
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=CFG.precision)
+    if dbias is not None:
+        zero_unmet(dbias, here, start_m, span, SPEC, CFG)
     scale = load_scalar(x, b, h, SPEC.scale, SPEC).to(tl.float32)
     store_tile(queries(dq, here), acc * scale, start_m, SPEC.q_rows)
     if dscale is not None:  # s = scale * q k, so sum(ds * q k) = sum((ds k) * q)
@@ -129,7 +153,7 @@ def attn_bwd_dkdv_kernel(
     here = place(x, b, group * SPEC.summed, sizes, SPEC)
     q = opened(q, b, here.seqlen_q, M, SPEC.q_rows, CFG)
     do = opened(do, b, here.seqlen_q, M, SPEC.o_rows, CFG)
-    own = scaled(tile(keys(k, here, SPEC), start_n, N, SPEC.k_rows, EDGE_K), x, b, SPEC, CFG)  # [N, D]
+    k_tile = scaled(tile(keys(k, here, SPEC), start_n, N, SPEC.k_rows, EDGE_K), x, b, SPEC, CFG)  # [N, D]
     v_tile = tile(keys(v, here, SPEC), start_n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
     scale_log2 = load_scale(x, b, SPEC, CFG)
     dk_acc = tl.zeros([N, SPEC.block_d], tl.float32)
@@ -144,17 +168,20 @@ def attn_bwd_dkdv_kernel(
                 q_tile = tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q)  # [M, D]
                 do_tile = tile(queries(do, here), i, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
                 s, unit, capped = logits(
-                    own, tl.trans(q_tile), x, here, i, start_n, part, scale_log2, True, not BARE, SPEC, CFG
+                    k_tile, tl.trans(q_tile), x, here, i, start_n, part, scale_log2, True, not BARE, SPEC, CFG
                 )  # [N, M]
                 p = tl.exp2(s * unit - load_constants(constants, here, i, M, SHIFT, SPEC)[None, :])
                 if SPEC.reshapes:
                     p *= load_constants(constants, here, i, M, NORM, SPEC)[None, :]
+                if CFG.overlaps and BARE:  # before dv, which waits for p: then wgmma runs while p is computed
+                    dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=CFG.precision)  # [N, M]
                 kept = p  # what v was multiplied by
                 if SPEC.drops:
                     keeps = keep(x, here, i, start_n, M, N, True, SPEC)
                     kept = drop(p, keeps, SPEC)
                 dv_acc = tl.dot(kept.to(do_tile.dtype), do_tile, dv_acc, input_precision=CFG.precision)
-                dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=CFG.precision)  # [N, M]
+                if not (CFG.overlaps and BARE):
+                    dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=CFG.precision)
                 if SPEC.drops:
                     dp = drop(dp, keeps, SPEC)
                 ds = p * (dp - load_constants(constants, here, i, M, DELTA, SPEC)[None, :])

@@ -6,6 +6,7 @@ import triton.language as tl
 from .dropout import drop, keep
 from .mask import key_span, log_weights, phase, place, shown_by_mask, tile_at, visible
 from .tile import (
+    LN2,
     LOG2E,
     WHOLE,
     edge,
@@ -123,6 +124,13 @@ def logits(
 
 
 @triton.jit
+def plus_product(acc, alpha, p, v, n, EDGE: tl.constexpr, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """acc alpha + p v, with the values of the tile at n."""
+    v_tile = tile(v, n, CFG.block_n, SPEC.v_rows, EDGE)  # [N, Dv]
+    return tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
+
+
+@triton.jit
 def soft_cap(s, CAP: tl.constexpr):
     """c tanh(s / c), and the tanh."""
     capped = tanh(s * (1.0 / CAP))
@@ -131,12 +139,13 @@ def soft_cap(s, CAP: tl.constexpr):
 
 @triton.jit
 def attn_fwd_kernel(
-    q, k, v, x, sizes, o, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, x, sizes, o, lse_out, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
-    """One block of query rows against every key it sees: o, and each row's maximum m (base 2) and sum l.
+    """One block of query rows against every key it sees: o, and each row's lse (natural); if that is not enough for
+    the backward pass, its maximum m (base 2) and sum l; and, if wanted, its largest logit, without the sink.
 
     x: the operands of `SPEC.operands`, in order, and, where that is looked up, which keys each block meets. sizes: B,
-    Sq and Sk. max_out, if wanted: each row's largest logit, without the sink.
+    Sq and Sk.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
@@ -159,12 +168,18 @@ def attn_fwd_kernel(
     # through pointers.
     for BARE in tl.static_range(FIRST, 2):
         first, last = phase(span, BARE, False, SPEC)
-        for i in range(first, last, 1 if SPEC.listed else N):
+        p_before = tl.zeros([M, N], tl.float32)  # in 16 bits it would go through shared memory
+        alpha_before = tl.full([M], 1.0, tl.float32)
+        for i in tl.range(first, last, 1 if SPEC.listed else N, warp_specialize=CFG.warp_specialize):
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             s, unit, _ = logits(
                 q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
             )  # [M, N]
+            if CFG.overlaps and BARE:  # of the tile before; past the end, where a descriptor reads 0, before the first
+                before = tile_at(i - N, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)[0]
+                before = tl.where(i > first, before, here.seqlen_k)
+                acc = plus_product(acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, SPEC, CFG)
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             pivot = m_new  # finite, as the first tile shows every row a key
             if SPEC.hides:
@@ -174,11 +189,17 @@ def attn_fwd_kernel(
             l = l * alpha + tl.sum(p, 1)
             if SPEC.drops:
                 p = drop(p, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
-            v_tile = tile(v, n, N, SPEC.v_rows, WHOLE if BARE else EDGE_K)  # [N, Dv]
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
+            if CFG.overlaps and BARE:
+                alpha_before, p_before = alpha, p
+            else:
+                acc = plus_product(acc, alpha, p, v, n, WHOLE if BARE else EDGE_K, SPEC, CFG)
             m = m_new
+        if CFG.overlaps and BARE and first < last:
+            end = first + (last - first - 1) // N * N
+            before = tile_at(end, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)[0]
+            acc = plus_product(acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, SPEC, CFG)
     if max_out is not None:
-        store_vector(max_out, tl.where(rows < here.end_q, m, float("-inf")), here, start_m, SPEC)
+        store_vector(max_out, tl.where(rows < here.end_q, m * LN2, float("-inf")), here, start_m, SPEC)
     if SPEC.sinks is not None:  # one more logit, with nothing to add to o
         sink = load_scalar(x, b, h, SPEC.sinks, SPEC) * LOG2E
         m_new = tl.maximum(m, sink)
@@ -193,5 +214,7 @@ def attn_fwd_kernel(
         acc = tl.where((rows < here.end_q)[:, None], acc, 0.0)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a row that sees nothing: o = 0
     store_tile(queries(o, here), acc, start_m, SPEC.o_rows)
-    store_vector(m_out, m, here, start_m, SPEC)
-    store_vector(l_out, l, here, start_m, SPEC)
+    store_vector(lse_out, (m + tl.log2(l)) * LN2, here, start_m, SPEC)
+    if SPEC.reshapes:
+        store_vector(m_out, m, here, start_m, SPEC)
+        store_vector(l_out, l, here, start_m, SPEC)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 # How a tile of rows may end (`tile`).
 WHOLE, RAGGED, CUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -120,11 +121,11 @@ def store_tile(rows, values, start, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def load_vector(x, here, start, ROWS: tl.constexpr, SPEC: tl.constexpr):
-    """x[b, h, start:start+ROWS] of an array [B, H, seqlen_q]; reads 0 past the end."""
+def load_vector(x, past, here, start, ROWS: tl.constexpr, SPEC: tl.constexpr):
+    """x[b, h, start:start+ROWS] of an array [B, H, seqlen_q]; reads `past` past the end."""
     i = start + tl.arange(0, ROWS)
     at = (tl.cast(here.b, tl.int64) * SPEC.heads + here.h) * here.seqlen_q
-    return tl.load(x + at + i, mask=i < here.seqlen_q, other=0.0)
+    return tl.load(x + at + i, mask=i < here.seqlen_q, other=past)
 
 
 @triton.jit
@@ -210,6 +211,15 @@ def load_operand(x, here, rows, cols, OPERAND: tl.constexpr, SPEC: tl.constexpr)
         here.b, here.h, rows, cols, here.seqlen_q, here.seqlen_k, OPERAND, SPEC
     )  # fmt: skip
     return tl.load(x[OPERAND.at] + base + offsets, mask=inside, other=0)
+
+
+@triton.jit
+def store_operand(x, values, here, rows, cols, OPERAND: tl.constexpr, SPEC: tl.constexpr):
+    """Values for [here.b, here.h, rows, cols] of an array with the axes of an operand; those outside are dropped."""
+    base, offsets, inside = operand_offsets(
+        here.b, here.h, rows, cols, here.seqlen_q, here.seqlen_k, OPERAND, SPEC
+    )  # fmt: skip
+    tl.store(x + base + offsets, values, mask=inside)
 
 
 @triton.jit

@@ -40,9 +40,9 @@ def test_reads_a_loop():
 
 GOOD = {"total": 100, "mma": 8, "wgmma": 8, "ex2": 8, "ffma": 8, "cp.async": 2, "tma": 0, "ldg": 0}
 GOOD |= {"wide ldg": 0, "sts": 0, "local": 0, "bar": 1, "depbar": 2, "mufu": 8, "lds": 0}
-GOOD |= {"global bytes": 16, "shared bytes": 64}
+GOOD |= {"global bytes": 16, "shared bytes": 64, "mufu alone": 0}
 CODE = sass.Code(registers=128, spill_bytes=0, shared=65536, warps=4, serialized=False, loops=(GOOD,))
-POINT = Point(90, "fwd", 64, False, Tuned(128, 64, 4, 3))
+POINT = Point(90, "fwd", 64, False, Tuned(128, 64, 4, 3, overlaps=True))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ POINT = Point(90, "fwd", 64, False, Tuned(128, 64, 4, 3))
         ({}, {"sts": 4}, "a layout conversion"),
         ({"registers": 32, "spill_bytes": 900}, {}, "32 registers and yet spills"),
         ({}, {"wgmma": 0}, "products without wgmma"),
+        ({}, {"mufu alone": 8}, "the softmax runs beside no product"),
     ],
 )
 def test_rules_bite(changes, loop, message):
@@ -75,6 +76,7 @@ def test_rules_bite(changes, loop, message):
         ({"shared": 70000}, {}, "shared memory 70000, 65536 in the baseline"),
         ({"tensor_memory": 512}, {}, "tensor memory 512, 0 in the baseline"),
         ({}, {"ex2": 16}, "ex2 per element [0.25], [0.125] in the baseline"),
+        ({}, {"mufu alone": 2}, "special functions beside no wgmma [2], [0] in the baseline"),
         ({}, {"global bytes": 32}, "bytes loaded by threads [4096], [2048] in the baseline"),
         ({"loops": (GOOD, GOOD)}, None, "2 loops, 1 in the baseline"),
     ],
@@ -111,6 +113,8 @@ def test_every_kernel_is_in_the_baseline():
 @pytest.mark.parametrize("text", ["128x64-w8-s2", "128-w8-s2-ptr", "128x64-w8-s2-r-ptr", ""])
 def test_configs_are_read(text):
     assert read("128x64-w8-s2-r168-block") == Tuned(128, 64, 8, 2, 168, True)
+    every = Tuned(128, 64, 8, 2, 168, True, overlaps=True, warp_specialize=True)
+    assert read(points.written(every)) == every
     with pytest.raises(ValueError, match="a config is written like"):
         read(text)
 
@@ -123,15 +127,17 @@ def test_compiles_what_is_launched():
 
 
 def test_what_was_read_is_kept(tmp_path, monkeypatch):
-    """It comes back equal without a compiler, and not for other sources, nor where it is wanted anew."""
+    """It comes back equal without a compiler, and not for other sources, nor where it is wanted anew. Another ptxas is
+    given what was kept, and what it makes is not."""
     monkeypatch.setattr(compile, "KEPT", tmp_path / "codegen")
-    point, compiled = POINT, []
+    point, compiled, assembled = POINT, [], []
 
-    def compile_kernel(*args):
+    def lower(*args):
         compiled.append(args)
-        return CODE
+        return sass.Ptx("code", 90, CODE.shared, CODE.warps)
 
-    monkeypatch.setattr(sass, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(sass, "lower", lower)
+    monkeypatch.setattr(sass, "assemble", lambda ptx, ptxas=None: assembled.append((ptx, ptxas)) or CODE)
     assert compile.compile_point(point) == compile.compile_point(point) == CODE
     assert len(compiled) == 1
     compile.compile_point(point, anew=True)
@@ -141,15 +147,19 @@ def test_what_was_read_is_kept(tmp_path, monkeypatch):
     compile.compile_point(point)
     assert len(compiled) == 5
     compile.compile_point(point, ptxas="another")
-    assert len(compiled) == 6
-    assert compiled[-1][-1] == "another"
+    assert len(compiled) == 5
+    assert assembled[-1] == (assembled[0][0], "another")
+    monkeypatch.setattr(cache, "sources", lambda folder: "yet others")
+    compile.compile_point(point, ptxas="another")
+    compile.compile_point(point)
+    assert len(compiled) == 7
 
 
 @pytest.mark.parametrize(("arch", "version"), [(80, "8.5"), (90, "8.6"), (100, "8.8")])
 def test_ptx_is_the_oldest_that_will_do(arch, version, monkeypatch):
     """Whatever Triton's own ptxas could read: JAX's may be older."""
     written = []
-    monkeypatch.setattr(sass, "_assemble", lambda ptx, *rest: written.append(ptx) or CODE)
+    monkeypatch.setattr(sass, "assemble", lambda ptx, *rest: written.append(ptx.text) or CODE)
     config = Tuned(64, 32, 4, 2, block_ptr=arch >= 90)
     assert compile.compile_point(Point(arch, "fwd", 64, False, config), anew=True).loops == CODE.loops
     assert f".version {version}\n" in written[0]
@@ -160,17 +170,22 @@ def test_what_ptxas_refuses_is_told(tmp_path):
     refuses.write_text("#!/bin/sh\necho 'Unsupported .version 9.4' >&2\nexit 255\n")
     refuses.chmod(0o755)
     with pytest.raises(ValueError, match=r"Unsupported \.version 9\.4"):
-        sass._assemble(".target sm_90a", str(refuses), 0, 4)
+        sass.assemble(sass.Ptx(".target sm_90a", 90, 0, 4), str(refuses))
 
 
 def test_roofline():
-    """Nothing binds by itself: a tile takes its products and, after them, what is issued."""
+    """Nothing binds by itself: a tile takes its products and, after them, what is issued, but for what is computed
+    beside the product with v."""
     found = roofline.units(POINT, CODE)
     assert found["tensor"] == 4 * 128 * 64 * 64 / 4096
     assert found["issue"] == 100
     assert found["special"] == 8 * 128 / 16
-    assert roofline.cycles(found, 2.0) == found["tensor"] + 200
-    assert roofline.share(found, 2.0) == pytest.approx(512 / 712)
+    assert found["beside"] == found["tensor"] / 2
+    assert roofline.cycles(found, 2.0) == found["tensor"]
+    assert roofline.cycles(found, 4.0) == found["tensor"] + 400 - 256
+    apart = roofline.units(POINT, dataclasses.replace(CODE, loops=(GOOD | {"mufu alone": 8},)))
+    assert roofline.cycles(apart, 2.0) == found["tensor"] + 200
+    assert roofline.share(apart, 2.0) == pytest.approx(512 / 712)
     assert roofline.cycles(found | {"L2": 10000.0}, 2.0) == 10000
 
 

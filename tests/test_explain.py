@@ -61,6 +61,16 @@ def test_text(capsys):
     assert "ptr-block: 16512 of 32768 tiles visited (50.4%), 256 through the mask" in str(result)
 
 
+def test_passes_of_a_bias():
+    """Its gradient has a kernel of its own unless nothing is summed for it."""
+    x = jnp.zeros((2, 64, 2, 64), jnp.bfloat16)
+    with gpu_target(compute_capability=90):
+        whole, shared = (explain(x, x, x, jnp.zeros((b, 2, 64, 64))) for b in (2, 1))
+    assert [p.name for p in whole.passes] == ["fwd", "dq", "dkdv"]
+    assert [p.name for p in shared.passes] == ["fwd", "dq", "dkdv", "dbias"]
+    assert "fwd   128x32 warps 4 stages 3 block-ptr overlaps: " in str(whole)
+
+
 def test_reasons():
     x = jnp.zeros((1, 64, 2, 16))
     why = {

@@ -21,10 +21,12 @@ from checks import (
     assert_padding_is_not_read,
     assert_same_bits,
     flash,
+    flash_function,
     kept_by_pass,
+    operands,
 )
 
-from jax_flash_attn2 import flash_attention, gpu_target
+from jax_flash_attn2 import Config, flash_attention, gpu_target
 from jax_flash_attn2.gpu import interpret, tuning
 
 
@@ -121,6 +123,31 @@ def test_descriptors(case, capability):
     assert takes_descriptors(case)
     with gpu_target(compute_capability=capability):
         assert_same_bits(interpreted(case, block_ptr=True), interpreted(case, block_ptr=False))
+
+
+OVERLAPPED = ("ragged_causal", "more_rows", "window_both", "segments_packed_causal", "dropout_bottom_right", "gemma")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in OVERLAPPED], ids=str)
+def test_product_beside_softmax(case):
+    """Where wgmma multiplies one tile's p with v while the next one's is computed, not one bit differs: an infinite
+    value in the first tile stays infinite, too, and is not multiplied by 0."""
+    case = dataclasses.replace(case, dtype="float16")
+    inner, given, _ = operands(case, case.inputs())
+    inner["v"][..., 0, :, :2] = np.inf
+    configs = [{"fwd": Config(*case.block, block_ptr=True, overlaps=overlaps)} for overlaps in (True, False)]
+    with gpu_target(compute_capability=90):
+        outs = [flash_function(case, implementation="triton", config=c)(inner, given) for c in configs]
+    assert_same_bits(*(dict(o=out["o"]) for out in outs))
+
+
+def test_warps_of_their_own():
+    """Who computes what is no matter to what is computed."""
+    case, plain = Case("specialized", 50, 70, causal=True, dtype="float16"), Config(32, 32)
+    own = dataclasses.replace(plain, warp_specialize=True)
+    with gpu_target(compute_capability=100):
+        got = [interpreted(case, config=c) for c in ({"fwd": own, "dq": own, "dkdv": plain}, plain)]
+    assert_same_bits(*got)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("ragged_causal", "bias_k")], ids=str)

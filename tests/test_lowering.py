@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -15,6 +16,8 @@ from jax_flash_attn2.base.spec import PASSES
 
 pytest.importorskip("jax_triton", reason="lowering for CUDA needs jax-triton")
 pytest.importorskip("jax_cuda13_plugin", reason="lowering for CUDA needs JAX's CUDA plugin")
+
+from jax_flash_attn2.gpu import launch
 
 TRITON_CALL = "custom_call @triton_kernel_call_ffi"
 
@@ -97,7 +100,11 @@ def test_cases(number, case):
 
     some = {name: given.pop(name) for name in differentiated}
     text = lower(jax.grad(loss), some, given, capability=(80, 86, 90, 100)[number % 4])
-    assert text.count(TRITON_CALL) == (4 if case.bias or case.mask_kind == "weights" else 3)
+    # The gradient of a bias has a kernel of its own unless nothing is summed for it.
+    bias = x["weights"] if case.mask_kind == "weights" else x["bias"]
+    whole = case.seqlen_q * case.seqlen_k * case.heads * math.prod(case.batch)
+    summed = bias is not None and (bias.size < whole or case.mask_kind.startswith("block"))
+    assert text.count(TRITON_CALL) == 3 + summed
 
 
 @pytest.mark.in_thirds
@@ -110,6 +117,21 @@ def test_bias_gradient_holds_no_logits(bias):
     assert text.count(TRITON_CALL) == 4
     assert "2x8x1016x1016" not in text
     assert lower(gradient((0, 1, 2)), q, q, q, b).count(TRITON_CALL) == 3  # nobody asked for the bias's
+
+
+def test_specialised_warps_are_started(monkeypatch):
+    """A kernel with warps of their own for loads and products has more of them than were asked for."""
+    built, library = [], launch.triton_lib.triton_kernel_call_lib
+    build = library.TritonKernel
+    monkeypatch.setattr(library, "TritonKernel", lambda *args: built.append(args) or build(*args))
+    monkeypatch.setenv("JAX_FLASH_ATTN2_CACHE", "off")
+    x, config = shape(1, 512, 2, 64), {"fwd": Config(warp_specialize=True)}
+    lower(functools.partial(flash_attention, config=config, causal=True), x, x, x, capability=100)
+    _, warps, _, _, ptx, *_ = built[-1]
+    assert warps > 4
+    assert f".reqntid {32 * warps}" in ptx
+    with pytest.raises(ValueError, match="for chips with tensor memory, sm_100 and sm_103, got sm_90"):
+        lower(functools.partial(flash_attention, config=config), x, x, x)
 
 
 def test_implementation_is_taken_at_its_word():

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,19 @@ def launches(point: Point) -> list[tuple]:
     row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
 
-    def backward(q, k, v, operands, o, m, l, do, dlse):
+    def backward(q, k, v, operands, o, stats, do, dlse):
         given = {"wanted": extra.wanted, "apart": (1,) * len(extra.wanted)}
-        return passes.backward(run, spec, configs, q, k, v, operands, o, m, l, do, dlse, **given)
+        return passes.backward(run, spec, configs, q, k, v, operands, o, stats, do, dlse, **given)
 
-    jax.eval_shape(backward, q, k, v, operands, o, row, row, o, row if extra.dlse else None)
+    stats = (row,) * (2 if spec.reshapes else 1)
+    jax.eval_shape(backward, q, k, v, operands, o, stats, o, row if extra.dlse else None)
     return [launch for launch in seen if point.name in launch[0].__name__]
 
 
 def compile_point(point: Point, *, anew: bool = False, ptxas: str | None = None):
     """The machine code of one point: `sass.Code`, from disk if it is there and not wanted anew.
 
-    ptxas: assembles with this one, and keeps nothing.
+    ptxas: assembles what Triton wrote with this one, and does not keep the code.
     """
     from . import sass
 
@@ -66,15 +68,20 @@ def compile_point(point: Point, *, anew: bool = False, ptxas: str | None = None)
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     options |= tuning.compiler_options(config, Target(point.arch))
-    if ptxas is not None:
-        return sass.compile_kernel(kernel, signature, constants, point.arch, options, ptxas)
     kept, key = store.Store(KEPT, 64 * 2**20), _key(kernel, signature, constants, point.arch, options)
-    found = None if key is None or anew else kept.get(key)
-    if found is not None:
-        return sass.Code(**found[0] | {"loops": tuple(found[0]["loops"])})
-    code = sass.compile_kernel(kernel, signature, constants, point.arch, options)
-    if key is not None:
-        kept.put(key, dataclasses.asdict(code) | {"loops": list(code.loops)}, {})
+    meta, parts = (None if key is None or anew else kept.get(key)) or (None, {})
+    if meta is not None:
+        code = sass.Code(**meta | {"loops": tuple(meta["loops"])})
+        if ptxas is None:
+            return code
+        text = zlib.decompress(parts["ptx"]).decode()
+        ptx = sass.Ptx(text, point.arch, code.shared, code.warps, code.tensor_memory)
+    else:
+        ptx = sass.lower(kernel, signature, constants, point.arch, options)
+    code = sass.assemble(ptx, ptxas)
+    if key is not None and ptxas is None:
+        meta = dataclasses.asdict(code) | {"loops": list(code.loops)}
+        kept.put(key, meta, {"ptx": zlib.compress(ptx.text.encode())})
     return code
 
 

@@ -51,5 +51,5 @@ def compiled(width: int) -> tuple[Point, Any]:
     signature |= dict.fromkeys(constants, "constexpr")
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     options |= tuning.compiler_options(config, Target(90))
-    code = sass.compile_kernel(plain_fwd_kernel, signature, constants, 90, options)
+    code = sass.assemble(sass.lower(plain_fwd_kernel, signature, constants, 90, options))
     return Point(90, "fwd", width, False, config), code

@@ -61,7 +61,8 @@ EXTRAS = {
     "grouped": Extra(kv_heads=2),
     "odd-grouped": Extra(seqlen=1000, kv_heads=2),
     "dlse": Extra(dlse=True),
-    "dbias": Extra(operands=_BIAS, wanted=("bias",), mixes=True),
+    "dbias": Extra(operands={"bias": (1, "h", "q", "k", None)}, wanted=("bias",), mixes=True),
+    "ds": Extra(operands=_BIAS, wanted=("bias",), mixes=True),
     "fp32": Extra(dtype="float32", mixes=True),
     "mla": Extra(widths=(192, 128)),
 }
@@ -89,9 +90,10 @@ class Point:
 
 
 def written(config: Tuned) -> str:
-    """A config in one word: 128x64-w8-s2-ptr, or 128x64-w8-s2-r168-block with a bound on registers."""
+    """A config in one word: 128x64-w8-s2-ptr; with all that there is, 128x64-w8-s2-r168-block-overlaps-specialized."""
     registers = f"-r{config.maxnreg}" if config.maxnreg else ""
     how = "block" if config.block_ptr else "ptr"
+    how += "-overlaps" * config.overlaps + "-specialized" * config.warp_specialize
     return f"{config.block_m}x{config.block_n}-w{config.num_warps}-s{config.num_stages}{registers}-{how}"
 
 
@@ -101,11 +103,13 @@ def read(text: str) -> Tuned:
     Raises:
       ValueError: the text is none.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)-w(\d+)-s(\d+)(?:-r(\d+))?-(block|ptr)", text)
+    sizes = r"(\d+)x(\d+)-w(\d+)-s(\d+)(?:-r(\d+))?"
+    found = re.fullmatch(sizes + "-(block|ptr)(-overlaps)?(-specialized)?", text)
     if found is None:
         raise ValueError(f"a config is written like 128x64-w8-s2-ptr or 128x64-w8-s2-r168-block, got {text!r}")
     m, n, warps, stages = map(int, found.groups()[:4])
-    return Tuned(m, n, warps, stages, int(found[5]) if found[5] else None, found[6] == "block")
+    how = {"block_ptr": found[6] == "block", "overlaps": bool(found[7]), "warp_specialize": bool(found[8])}
+    return Tuned(m, n, warps, stages, int(found[5]) if found[5] else None, **how)
 
 
 def points() -> list[Point]:
@@ -117,7 +121,7 @@ def points() -> list[Point]:
     ]
     tuned = list(dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain if not p.extra))
     chips = {"bias": (80, 86, 90, 100), "blocks": (80, 86, 90, 100)}
-    options = [name for name, extra in EXTRAS.items() if extra.mixes and name not in ("fp32", "dbias")]
+    options = [name for name, extra in EXTRAS.items() if extra.mixes and name not in ("fp32", "dbias", "ds")]
     chosen = [
         (*key, True, extra)
         for key in tuned
@@ -132,6 +136,7 @@ def points() -> list[Point]:
             chosen += [(arch, name, width, causal, e) for causal in (False, True) for e in ("grouped", "odd-grouped")]
         if name == "dq":
             chosen.append((arch, name, width, True, "dlse"))
+    chosen += [(arch, "dq", width, True, "ds") for arch in (80, 90, 100) for width in (64, 128)]
     chosen += [(arch, name, 64, True, "fp32") for arch in (80, 90) for name in ("fwd", "dq", "dkdv")]
     chosen += [(arch, name, 256, True, "mla") for arch in (80, 90, 100) for name in ("fwd", "dq", "dkdv")]
     chosen += [(120, name, width, True, "") for width in (64, 128) for name in ("fwd", "dq", "dkdv")]

@@ -36,6 +36,8 @@ def broken_rules(point: Point, code) -> list[str]:
             "tiles loaded without asynchronous copies": any(loop["wide ldg"] for loop in loops),
             "no fused multiply-add before each exp2": any(loop["ffma"] < 0.9 * loop["ex2"] for loop in loops),
             "a layout conversion in the forward loop": _converts(point) and any(loop["sts"] for loop in loops),
+            "the softmax runs beside no product": point.config.overlaps
+            and loops[-1]["mufu alone"] > loops[-1]["mufu"] / 4,
             "the masked loop takes more than 1.75 times the bare one's instructions": mask_cost(loops) > 1.75,
         }
     return [rule for rule, broken in rules.items() if broken]
@@ -69,6 +71,7 @@ def summary(point: Point, code) -> dict[str, Any]:
     return {
         "instructions": [loop["total"] for loop in code.loops],
         "ex2 per element": [round(loop["ex2"] / elements, 3) for loop in code.loops],
+        "special functions beside no wgmma": [loop["mufu alone"] if loop["wgmma"] else 0 for loop in code.loops],
         "bytes loaded by threads": [32 * code.warps * loop["global bytes"] for loop in code.loops],
         "registers": code.registers,
         "spilled bytes": code.spill_bytes,

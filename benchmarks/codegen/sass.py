@@ -54,7 +54,8 @@ class Code:
     """ptxas says that it made wgmma synchronous."""
     loops: tuple[dict[str, int], ...]
     """Of each innermost loop that multiplies matrices: instructions by class and in all ("total"), and what a thread
-    reads and writes ("global bytes", not through TMA; "shared bytes", not through wgmma)."""
+    reads and writes ("global bytes", not through TMA; "shared bytes", not through wgmma). "mufu alone": how many of
+    the special-function instructions no wgmma runs beside."""
     tensor_memory: int = 0
     """Columns of 512 (sm_100)."""
 
@@ -71,15 +72,21 @@ def _leaves(kinds: Iterable, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple
         yield from _leaves(kind, (*path, i)) if isinstance(kind, tuple) else [((*path, i), kind)]
 
 
-def compile_kernel(
-    kernel: Any,
-    signature: dict[str, Any],
-    constants: dict[str, Any],
-    arch: int,
-    options: dict,
-    ptxas: str | None = None,
-) -> Code:
-    """Compiles with Triton down to PTX, and assembles as JAX does.
+@dataclasses.dataclass(frozen=True)
+class Ptx:
+    """What Triton made of a kernel."""
+
+    text: str
+    arch: int
+    shared: int
+    """Bytes of shared memory."""
+    warps: int
+    tensor_memory: int = 0
+    """Columns of 512 (sm_100)."""
+
+
+def lower(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], arch: int, options: dict) -> Ptx:
+    """Compiles with Triton down to PTX.
 
     Args:
       kernel: the `triton.jit` function.
@@ -87,10 +94,6 @@ def compile_kernel(
       constants: values of the compile-time arguments.
       arch: 80, 90 ...
       options: num_warps, num_stages, maxnreg ...
-      ptxas: assembles; the one that Triton carries by default.
-
-    Raises:
-      ValueError: ptxas refuses what Triton wrote.
     """
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
@@ -108,15 +111,24 @@ def compile_kernel(
     backend.add_stages(stages, parsed, source.language)
     for name in ("ttir", "ttgir", "llir", "ptx"):
         module = stages[name](module, metadata)
-    code = _assemble(module, ptxas or nvidia.get_ptxas(arch).path, metadata["shared"], options["num_warps"])
-    return dataclasses.replace(code, tensor_memory=metadata.get("tmem_size") or 0)
+    return Ptx(module, arch, metadata["shared"], options["num_warps"], metadata.get("tmem_size") or 0)
 
 
-def _assemble(ptx: str, ptxas: str, shared: int, warps: int) -> Code:
+def assemble(ptx: Ptx, ptxas: str | None = None) -> Code:
+    """Assembles as JAX does.
+
+    Args:
+      ptx: from `lower`.
+      ptxas: assembles; the one that Triton carries by default.
+
+    Raises:
+      ValueError: ptxas refuses what Triton wrote.
+    """
+    ptxas = ptxas or nvidia.get_ptxas(ptx.arch).path
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        source.write_text(ptx)
-        name = re.search(r"^\.target (sm_\w+)", ptx, re.M)[1]
+        source.write_text(ptx.text)
+        name = re.search(r"^\.target (sm_\w+)", ptx.text, re.M)[1]
         done = subprocess.run([ptxas, "-v", f"--gpu-name={name}", source, "-o", cubin], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{ptxas}: {done.stderr.strip()}")
@@ -126,10 +138,11 @@ def _assemble(ptx: str, ptxas: str, shared: int, warps: int) -> Code:
     return Code(
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spill_bytes=int(re.search(r"(\d+) bytes spill stores", log)[1]),
-        shared=shared,
-        warps=warps,
+        shared=ptx.shared,
+        warps=ptx.warps,
         serialized="serialized" in log,
         loops=tuple(_loops(sass)),
+        tensor_memory=ptx.tensor_memory,
     )
 
 
@@ -148,9 +161,25 @@ def _bytes(opcodes: list[str]) -> dict[str, int]:
     return found
 
 
+def _alone(instructions: list[tuple[str, str]]) -> int:
+    """How many special-function instructions of a loop are issued while no wgmma is under way."""
+    groups, begun, alone = 0, False, 0
+    for turn in range(2):  # what one turn leaves under way, the next one finds
+        for op, rest in instructions:
+            if "GMMA" in op:
+                begun = "gsb0" not in rest  # which the last one of a group has
+                groups += not begun
+            elif op.startswith("WARPGROUP.DEPBAR") and (left := re.search(r"gsb0, (0x[0-9a-f]+)", rest)):
+                groups = min(groups, int(left[1], 16))
+            else:
+                alone += turn and op.startswith("MUFU") and not (groups or begun)
+    return int(alone)
+
+
 def _loops(sass: str):
     """Instruction counts of the innermost loops that hold matrix products, in program order."""
     opcodes: list[str] = []
+    operands: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
     for line in sass.splitlines():
@@ -160,6 +189,7 @@ def _loops(sass: str):
             if instruction[1].startswith("BRA") and (goal := re.search(r"`\((\.L_\w+)\)", instruction[2])):
                 branches.append((len(opcodes), goal[1]))
             opcodes.append(instruction[1])
+            operands.append(instruction[2])
     # A branch backwards closes a loop, unless it leads back from an out-of-line wait behind the last EXIT.
     spans = {(labels[goal], at) for at, goal in branches if labels.get(goal, at + 1) <= at}
     spans = {(a, z) for a, z in spans if "EXIT" not in opcodes[a:z] and any(map(_MMA.match, opcodes[a : z + 1]))}
@@ -169,4 +199,5 @@ def _loops(sass: str):
             counts = collections.Counter(
                 {name: sum(bool(re.match(p, op)) for op in body) for name, p in _CLASSES.items()}
             )
-            yield {"total": len(body), **counts, **_bytes(body)}
+            alone = _alone([*zip(body, operands[a : z + 1], strict=True)])
+            yield {"total": len(body), **counts, **_bytes(body), "mufu alone": alone}

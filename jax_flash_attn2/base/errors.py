@@ -46,6 +46,20 @@ def not_on_this_platform_error() -> ValueError:
     )
 
 
+def warp_specialize_error(target: Any) -> ValueError:
+    """The chip's tensor cores do not work by themselves."""
+    return ValueError(
+        f"config.warp_specialize=True is for chips with tensor memory, sm_100 and sm_103, got {target.name}; "
+        "leave it None"
+    )
+
+
+def overlaps_error(listed: bool) -> ValueError:
+    """What is past the end could not be read as 0, or the tile before is not a tile's width away."""
+    why = "this call has a block mask; leave overlaps None" if listed else "these are pointers; add block_ptr=True"
+    return ValueError(f"config.overlaps=True needs tensor descriptors and no block mask, and {why}")
+
+
 def shared_memory_error(kernel: str, config: Any, used: int, target: Any) -> ValueError:
     """A tile is too large for the chip."""
     return ValueError(

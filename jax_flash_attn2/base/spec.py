@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
@@ -46,6 +46,9 @@ BLOCK_LISTS = OPERANDS[-6:]
 PASSES = ("fwd", "dq", "dkdv", "dbias")
 """Every kernel of the package, by the name that `tuning` and the codegen check know it by."""
 
+ONLY_FOR = {"overlaps": ("fwd", "dkdv"), "warp_specialize": ("fwd", "dq")}
+"""Those that have these fields of a `Config`; all have the others."""
+
 DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
 """Which of them have a gradient."""
 
@@ -53,6 +56,12 @@ DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
 def next_power_of_two(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def reshapes(rules: "Rules", names: Iterable[str]) -> bool:
+    """Whether logits are more than scale * q kᵀ, with operands of these names: then the scale cannot wait for the
+    exponential, and a maximum may be so large that log2 of the sum is lost beside it."""
+    return rules.soft_cap is not None or not {"bias", "slopes", "tile_weights"}.isdisjoint(names)
 
 
 def _whole(multiple: int, block: int, lengths: Any) -> int:
@@ -133,7 +142,7 @@ class Spec:
     multiple_k: int = 1
     """The same for Sk; also the alignment of a bias row."""
     dbias: Operand | None = None
-    """The axes of what the bias-gradient kernel writes; None for the other kernels."""
+    """The axes of what a kernel writes of the bias gradient, if it does."""
     dlse: bool = False
     """Whether something depends on lse."""
     padded: int = 1
@@ -253,9 +262,8 @@ class Spec:
 
     @property
     def reshapes(self) -> bool:
-        """Whether logits are more than scale * q kᵀ, so that the scale cannot wait for the exponential."""
-        added = (self.bias, self.slopes, self.tile_weights, self.rules.soft_cap)
-        return any(x is not None for x in added)
+        """`reshapes` of this call."""
+        return reshapes(self.rules, [name for name, _ in self.operands])
 
     @property
     def drops(self) -> bool:
@@ -327,6 +335,12 @@ class Config:
     """Reach memory through tensor descriptors (True: "block-ptr") or pointers (False: "ptr-block")."""
     precision: Precision = "ieee"
     """Matrix products of fp32 operands: IEEE fp32, one TF32 pass, or three."""
+    overlaps: bool | None = None
+    """Multiply one tile's p with v while the next tile's p is computed, which changes no bit (FlashAttention-3, section
+    3.2; for the pass "fwd", through tensor descriptors, without a block mask)."""
+    warp_specialize: bool | None = None
+    """Loads, products and softmax by warps of their own (sm_100 and sm_103; for the passes "fwd" and "dq"). None is
+    off, until it has been timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,5 +354,7 @@ class Tuned:
     maxnreg: int | None = None
     block_ptr: bool = False
     precision: Precision = "ieee"
+    overlaps: bool = False
+    warp_specialize: bool = False
     starts: bool = False
     """Whether a bias or a mask is where a tile's product starts from, not what is added to it."""

@@ -170,8 +170,7 @@ def _with_kernels(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | 
 def _natively(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
     """The path that JAX differentiates by itself."""
     if primitives.nothing_to_see(q, k, v):
-        o, lse, _, _, *row_max = primitives.forward_of_nothing(call, q, k, v, operands)
-        return o, lse, row_max[0] if row_max else None
+        return _results(call, primitives.forward_of_nothing(call, q, k, v, operands))[:3]
     return _differentiable(Spec.of(call.rules, q, k, v, operands), call.config("fwd"), q, k, v, operands)
 
 
@@ -180,8 +179,14 @@ _differentiable = jax.jit(xla.differentiable, static_argnums=(0, 1), inline=True
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
-    o, lse, _, _, *row_max = primitives.forward(call, q, k, v, operands)
-    return o, lse, row_max[0] if row_max else None
+    return _results(call, primitives.forward(call, q, k, v, operands))[:3]
+
+
+def _results(call: Call, results: list[Array]) -> tuple[Array, Array, Array | None, tuple[Array, ...]]:
+    """Of a forward pass: o, lse, the largest logits if the rules want them, and what else the backward pass reads."""
+    o, lse, *rest = results
+    row_max = rest.pop() if call.rules.max_logits else None
+    return o, lse, row_max, tuple(rest)
 
 
 @jax.tree_util.register_static
@@ -195,19 +200,19 @@ def _attention_fwd(call: Call, q, k, v, operands):
     wanted = _Wanted(name for name in DIFFERENTIABLE if name in operands and operands[name].perturbed)
     q, k, v = q.value, k.value, v.value
     operands = {name: x.value for name, x in operands.items()}
-    o, lse, m, l, *row_max = primitives.forward(call, q, k, v, operands)
+    o, lse, row_max, stats = _results(call, primitives.forward(call, q, k, v, operands))
     o_name, lse_name = CHECKPOINT_NAMES
-    o = checkpoint_name(o, o_name)
-    lse, m, l = (checkpoint_name(x, lse_name) for x in (lse, m, l))
-    return (o, lse, row_max[0] if row_max else None), (q, k, v, operands, o, m, l, wanted)
+    o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
+    stats = tuple(checkpoint_name(x, lse_name) for x in stats) or (lse,)
+    return (o, lse, row_max), (q, k, v, operands, o, stats, wanted)
 
 
 def _attention_bwd(call: Call, residuals, cotangents):
-    q, k, v, operands, o, m, l, wanted = residuals
+    q, k, v, operands, o, stats, wanted = residuals
     do, dlse, _ = cotangents
     do = _zeros_like(o) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, m, l, do, dlse, wanted=tuple(wanted))
+    dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
     return dq, dk, dv, {name: grads.get(name) for name in operands}
 
 

@@ -13,7 +13,7 @@ from jax import Array
 from .. import xla
 from ..base import errors
 from ..base.spec import PASSES, Spec, Tuned
-from ..gpu import interpret, tuning
+from ..gpu import interpret, passes, tuning
 from ..gpu.target import Target, present
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
@@ -62,6 +62,7 @@ class Explanation:
             if p.config is not None:
                 c = p.config
                 how += f" warps {c.num_warps} stages {c.num_stages} {'block-ptr' if c.block_ptr else 'ptr-block'}"
+                how += " overlaps" * c.overlaps + " specialized" * c.warp_specialize
             if p.visited is None:
                 tiles = f"{p.tiles} tiles, how many are visited depends on the data"
             else:
@@ -91,12 +92,13 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
     if target is None:
         result = Explanation("xla", jax.default_backend(), _xla_passes(call, spec, q, k, v, operands), reasons)
     else:
-        passes = [
+        dq_does = "bias" in operands and passes.gives_dbias(spec, operands["bias"].shape, q, k)
+        kernels = [
             _kernel(name, tuning.choose(name, spec, q.dtype, target, call.config(name)), spec, q, k, v, operands)
             for name in PASSES
-            if name != "dbias" or "bias" in operands
+            if name != "dbias" or ("bias" in operands and not dq_does)
         ]
-        result = Explanation("triton", target.name, tuple(passes), reasons)
+        result = Explanation("triton", target.name, tuple(kernels), reasons)
     print(result)
     return result
 
@@ -146,12 +148,12 @@ def _kernel(name: str, config: Tuned, spec: Spec, q, k, v, operands) -> Pass:
 
 
 def _xla_passes(call: Call, spec: Spec, q, k, v, operands) -> tuple[Pass, ...]:
-    passes = []
+    made = []
     for name, wanted in (("fwd", "fwd"), ("bwd", "dkdv")):
         starts, block_m, block_n = xla.tiles(spec, call.config(wanted), q, k, operands, forward=name == "fwd")
         counts = _count(spec, q, k, operands, starts, block_m, block_n, together=True)
-        passes.append(_pass(name, None, block_m, block_n, counts, spec, q, k, v, operands))
-    return tuple(passes)
+        made.append(_pass(name, None, block_m, block_n, counts, spec, q, k, v, operands))
+    return tuple(made)
 
 
 # Matrix products of each pass, as multiples of D (q k', ds k, ds' q) and of Dv (p v, do v', p' do).

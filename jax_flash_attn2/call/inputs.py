@@ -15,7 +15,7 @@ from jax import Array
 from ..base import arguments
 from ..base.arguments import Implementation
 from ..base.known import is_known
-from ..base.spec import PASSES, Config, Precision, Rules
+from ..base.spec import ONLY_FOR, PASSES, Config, Precision, Rules
 from ..gpu import target
 from ..masks import entries, weighing
 from ..masks.block import BlockMask, cached
@@ -185,6 +185,12 @@ def _config(name: str, config: Config, block_ptr: bool | None, implementation: I
         raise ValueError(f"config.num_stages must be from 1 to 8, or None (tuned), got {config.num_stages!r}")
     if config.maxnreg is not None and not (arguments.is_integer(config.maxnreg) and 24 <= config.maxnreg <= 255):
         raise ValueError(f"config.maxnreg must be from 24 to 255, or None (no bound), got {config.maxnreg!r}")
+    for field, passes in ONLY_FOR.items():
+        if getattr(config, field) and name not in passes:
+            raise ValueError(
+                f"config.{field} is for {' and '.join(map(repr, passes))}, got it for {name!r}; give it by pass: "
+                f"config={{{passes[0]!r}: Config({field}=True)}}"
+            )
     if config.precision not in get_args(Precision):
         raise ValueError(f"config.precision must be one of {get_args(Precision)}, got {config.precision!r}")
     if block_ptr is not None:
@@ -192,7 +198,7 @@ def _config(name: str, config: Config, block_ptr: bool | None, implementation: I
             raise ValueError(f"block_ptr={block_ptr} contradicts config.block_ptr={config.block_ptr}; give one of them")
         config = dataclasses.replace(config, block_ptr=block_ptr)
     if implementation == "xla":
-        for field in ("num_warps", "num_stages", "maxnreg", "block_ptr"):
+        for field in ("num_warps", "num_stages", "maxnreg", "block_ptr", *ONLY_FOR):
             if getattr(config, field) is not None:
                 raise ValueError(
                     f'{field} speaks to the Triton kernels and means nothing to implementation="xla", '

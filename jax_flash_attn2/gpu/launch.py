@@ -5,6 +5,7 @@ import functools
 import hashlib
 import inspect
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,25 +133,38 @@ def _key(fn: Any, spec: Any, gpu_target: Any, backend_options: Any) -> str | Non
     )
 
 
-def _keep(result: tuple, key: str, gpu_target: Any) -> None:
+def _warps(ptx: str) -> int:
+    """Of one block: a kernel with specialised warps has more than it was asked for.
+
+    Raises:
+      ValueError: the code does not say.
+    """
+    found = re.search(r"^\.reqntid (\d+)", ptx, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"PTX of Triton {triton.__version__} does not say how many threads it needs (.reqntid)")
+    return int(found[1]) // 32
+
+
+def _compiled(result: tuple, gpu_target: Any) -> cache.Compiled:
+    """Of what `_compile_kernel` returned, all that a launch needs."""
     _, ttir, _, made = result
     scratch = None if made.global_scratch_size is None else (made.global_scratch_size, made.global_scratch_align)
     binary = made.binary.encode() if gpu_target.backend == "cuda" else Path(made.binary).read_bytes()
     descriptors = None if made.tensordesc_meta is None else [dict(meta) for meta in made.tensordesc_meta]
-    kernel = cache.Compiled(made.name, made.shared_mem_bytes, scratch, descriptors, ttir, binary)
-    cache.save(key, kernel, target=f"{gpu_target.backend} {gpu_target.arch}", triton=triton.__version__)
+    return cache.Compiled(made.name, made.shared_mem_bytes, scratch, descriptors, ttir, binary)
 
 
 def _rebuilt(kernel: cache.Compiled, gpu_target: Any, backend_options: Any) -> tuple:
     """What `_compile_kernel` returns, less the options, which only a dump wants."""
+    warps, ctas = backend_options["num_warps"], backend_options["num_ctas"]
     if gpu_target.backend == "cuda":
         binary = kernel.binary.decode()
+        warps = _warps(binary)
     else:  # jaxlib takes a code object by the name of a file
         file, binary = tempfile.mkstemp(dir=triton_lib._HSACO_TMPDIR.name)
         with os.fdopen(file, "wb") as out:
             out.write(kernel.binary)
     arch = gpu_target.arch if isinstance(gpu_target.arch, int) else 0
-    warps, ctas = backend_options["num_warps"], backend_options["num_ctas"]
     scratch = kernel.scratch or ()
     build = triton_lib.triton_kernel_call_lib.TritonKernel
     built = build(kernel.name, warps, ctas, kernel.shared, binary, kernel.ttir, arch, *scratch)
@@ -178,7 +192,10 @@ def _wrap_compiler() -> None:
             with _lines(_LINES):
                 result = compile_kernel(self, spec, gpu_target, backend, backend_options)
             if key is not None:
-                _keep(result, key, gpu_target)
+                kernel = _compiled(result, gpu_target)
+                cache.save(key, kernel, target=f"{gpu_target.backend} {gpu_target.arch}", triton=triton.__version__)
+            if spec.constants["CFG"].warp_specialize:  # which jax-triton would start with too few threads
+                result = _rebuilt(_compiled(result, gpu_target), gpu_target, backend_options)
         target = Target(gpu_target.arch if gpu_target.backend == "cuda" else 0)
         used = result[-1].shared_mem_bytes
         if used > target.shared_memory:

@@ -6,7 +6,7 @@ call, `interpret.run` calls Triton's interpreter, and the codegen check compiles
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,17 +48,16 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
-def forward(
-    run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str, Array]
-) -> tuple[Array, Array, Array, Array, Array | None]:
-    """One launch: o `[B, Sq, H, Dv]`, lse `[B, H, Sq]` (natural log), the row statistics m and l, and, if wanted, each
-    row's largest logit."""
+def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str, Array]) -> tuple[Array | None, ...]:
+    """One launch: o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, what `backward` needs of each row (`define.forward`), and, if
+    wanted, each row's largest logit."""
     from ..kernels.fwd import attn_fwd_kernel
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     row = _struct((batch, heads, seqlen_q), jnp.float32)
-    o, m, l, row_max = run(
+    own = row if spec.reshapes else None
+    return run(
         attn_fwd_kernel,
         _cdiv(seqlen_q, config.block_m) * heads * batch,
         (
@@ -68,11 +67,10 @@ def forward(
             (*_ordered(spec, operands), *_query_spans(spec, config, q, k, operands)),
             (batch, seqlen_q, k.shape[1]),
         ),
-        (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, row, row if spec.rules.max_logits else None),
+        (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, own, own, row if spec.rules.max_logits else None),
         spec.told_apart(config),
         config,
     )
-    return o, (m + jnp.log2(l)) * LN2, m, l, None if row_max is None else row_max * LN2
 
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
@@ -80,15 +78,17 @@ def backward(
     run: Run,
     spec: Spec,
     configs: Mapping[str, Tuned],
-    q, k, v, operands: Mapping[str, Array], o, m, l, do, dlse,
+    q, k, v, operands: Mapping[str, Array], o, stats: Sequence[Array], do, dlse,
     *,
     wanted: tuple[str, ...],
     apart: tuple[int, ...],
     one_head: bool = False,
 ):  # fmt: skip
-    """Two launches, and a third for the gradient of a bias: dq, dk, dv and the gradients of the `wanted` operands.
+    """Two launches, and a third for the gradient of a bias that is summed: dq, dk, dv and the gradients of the `wanted`
+    operands.
 
-    one_head: dk and dv are computed for each query head by itself (`tuning.one_head`).
+    stats: what `forward` returned of each row. one_head: dk and dv are computed for each query head by itself
+    (`tuning.one_head`).
 
     The gradient of an operand `[n, ...]` is `[apart * n, ...]`: the batch, seen as (apart, rest, n), is summed over
     its middle.
@@ -107,23 +107,25 @@ def backward(
     ordered = _ordered(spec, operands)
 
     config = configs["dq"]
-    dq, constants, dscale, dslopes = run(
+    each = "bias" in wanted and gives_dbias(spec, operands["bias"].shape, q, k)
+    of_dq = dataclasses.replace(spec, dlse=dlse is not None, dbias=Operand(0, 0, True, True, True) if each else None)
+    dq, constants, dscale, dslopes, dbias = run(
         bwd.attn_bwd_dq_kernel,
         _cdiv(seqlen_q, config.block_m) * heads * batch,
         (
-            q,
             Rows(k, config.block_n, spec.block_d),
             Rows(v, config.block_n, spec.block_dv),
             (*ordered, *_query_spans(spec, config, q, k, operands)),
             sizes,
-            (do, o, m, l, *([] if dlse is None else [dlse])),
+            (q, do, o, *stats, *([] if dlse is None else [dlse])),
         ),
         (
             _struct(q.shape, q.dtype),
             _struct((batch, heads, spec.constants, _cdiv(seqlen_q, padded) * padded), jnp.float32),
             *(row if name in wanted else None for name in ("scale", "slopes")),
+            _struct(operands["bias"].shape, operands["bias"].dtype) if each else None,
         ),
-        dataclasses.replace(spec, dlse=dlse is not None).told_apart(config),
+        of_dq.told_apart(config),
         config,
     )
 
@@ -149,6 +151,8 @@ def backward(
         dk, dv = (y.reshape(*x.shape[:3], spec.group, x.shape[3]).sum(3).astype(x.dtype) for x, y in ((k, dk), (v, dv)))
 
     def bias(groups: int) -> Array:
+        if dbias is not None:
+            return dbias
         config = configs["dbias"]
         own = operands["bias"].shape
         in_kernel = own[2:] == (seqlen_q, seqlen_k)
@@ -184,6 +188,14 @@ def backward(
         for name, groups in zip(wanted, apart, strict=True)
     )
     return dq, dk, dv, *grads
+
+
+def gives_dbias(spec: Spec, bias: tuple[int, ...], q: Any, k: Any) -> bool:
+    """Whether dq writes the gradient of a bias of this shape as it goes: nothing is summed for it, so it is ds itself.
+
+    Not under a block mask, whose list does not name the tiles that nobody sees.
+    """
+    return bias == (q.shape[0], q.shape[2], q.shape[1], k.shape[1]) and not spec.listed
 
 
 def reduce_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:

@@ -64,6 +64,11 @@ class Target:
         """Whether the chip has a tensor memory accelerator, which reads through descriptors made on the host."""
         return self.capability >= 90
 
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Whether its tensor cores keep what they sum in a memory of their own."""
+        return 100 <= self.capability < 120
+
 
 @contextlib.contextmanager
 def gpu_target(*, compute_capability: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.errors import overlaps_error, warp_specialize_error
 from ..base.spec import Config, Spec, Tuned
 from .target import Target
 
@@ -25,8 +26,8 @@ class Row:
     v_width: int | None = None
 
 
-def _row(arch, name, width, m, n, warps, stages, *, v_width=None, block_ptr=False) -> Row:
-    return Row(arch, name, width, Tuned(m, n, warps, stages, None, block_ptr), v_width)
+def _row(arch, name, width, m, n, warps, stages, *, v_width=None, block_ptr=False, overlaps=False) -> Row:
+    return Row(arch, name, width, Tuned(m, n, warps, stages, None, block_ptr, overlaps=overlaps), v_width)
 
 
 # None of these has been timed on a GPU yet. They are the largest tiles that `benchmarks.codegen --check` passes (no
@@ -70,11 +71,11 @@ ROWS = (
     _row(89, "dbias", 128, 64, 32, 4, 2),
     _row(86, "dbias", 256, 32, 32, 4, 2),
     _row(89, "dbias", 256, 32, 32, 4, 2),
-    _row(90, "fwd", 64, 128, 64, 4, 3, block_ptr=True),
+    _row(90, "fwd", 64, 128, 64, 4, 3, block_ptr=True, overlaps=True),
     _row(90, "fwd", 64, 128, 64, 4, 3),
-    _row(90, "fwd", 128, 128, 128, 8, 2, block_ptr=True),
+    _row(90, "fwd", 128, 128, 128, 8, 2, block_ptr=True, overlaps=True),
     _row(90, "fwd", 128, 128, 128, 8, 2),
-    _row(90, "fwd", 256, 128, 64, 8, 2, block_ptr=True),
+    _row(90, "fwd", 256, 128, 64, 8, 2, block_ptr=True, overlaps=True),
     _row(90, "fwd", 256, 128, 64, 8, 2),
     _row(90, "dq", 64, 128, 64, 4, 3, block_ptr=True),
     _row(90, "dq", 64, 128, 64, 4, 3),
@@ -82,11 +83,11 @@ ROWS = (
     _row(90, "dq", 128, 128, 64, 8, 2),
     _row(90, "dq", 256, 64, 64, 4, 2, block_ptr=True),
     _row(90, "dq", 256, 128, 32, 8, 2),
-    _row(90, "dkdv", 64, 64, 64, 4, 3),
-    _row(90, "dkdv", 64, 64, 64, 4, 3, block_ptr=True),
-    _row(90, "dkdv", 128, 64, 128, 8, 2, block_ptr=True),
-    _row(90, "dkdv", 128, 64, 128, 8, 3),
-    _row(90, "dkdv", 256, 32, 64, 8, 2, block_ptr=True),
+    _row(90, "dkdv", 64, 64, 64, 4, 3, overlaps=True),
+    _row(90, "dkdv", 64, 64, 64, 4, 3, block_ptr=True, overlaps=True),
+    _row(90, "dkdv", 128, 64, 128, 8, 2, block_ptr=True, overlaps=True),
+    _row(90, "dkdv", 128, 64, 128, 8, 3, overlaps=True),
+    _row(90, "dkdv", 256, 32, 64, 8, 2, block_ptr=True, overlaps=True),
     _row(90, "dkdv", 256, 32, 32, 4, 2),
     _row(90, "dq", 256, 128, 64, 8, 2, v_width=128, block_ptr=True),
     _row(90, "dkdv", 256, 32, 64, 4, 2, v_width=128, block_ptr=True),
@@ -139,9 +140,12 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
       dtype: of q, k and v.
       target: the GPU.
       wanted: what the caller fixed.
+
+    Raises:
+      ValueError: it is wanted of a chip that cannot.
     """
-    bits = np.dtype(dtype).itemsize * 8
-    row = _find(name, architecture(target), spec, 32 if bits > 16 else 16, wanted.block_ptr)
+    bits = max(np.dtype(dtype).itemsize * 8, 16)
+    row = _find(name, architecture(target), spec, bits, wanted.block_ptr)
     if wanted.block_ptr is None and row.block_ptr and any(n * bits // 8 % 16 for n in (spec.head_dim, spec.v_dim)):
         row = dataclasses.replace(row, block_ptr=False)  # a descriptor's rows are multiples of 16 bytes
     if name != "dbias" and (spec.bias is not None or spec.mask is not None or spec.rules.soft_cap or spec.drops):
@@ -154,11 +158,16 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
         row = dataclasses.replace(
             row, block_m=min(row.block_m, spec.tile_rows), block_n=min(row.block_n, spec.tile_keys)
         )
-    row = dataclasses.replace(row, starts=_starts(name, spec, architecture(target)))
+    starts, overlaps = _starts(name, spec, architecture(target)), row.overlaps and _can_overlap(name, spec, row)
+    row = dataclasses.replace(row, starts=starts, overlaps=overlaps)
     fixed = {f.name: value for f in dataclasses.fields(wanted) if (value := getattr(wanted, f.name)) is not None}
     config = dataclasses.replace(row, **fixed)
     if (config.block_m, config.block_n) != (row.block_m, row.block_n):
         config = _suit(config, name, spec, bits // 8, target, wanted)
+    if config.warp_specialize and not target.has_tensor_memory:
+        raise warp_specialize_error(target)
+    if name == "fwd" and config.overlaps and (spec.listed or not config.block_ptr):
+        raise overlaps_error(spec.listed)
     return config
 
 
@@ -191,6 +200,14 @@ def _starts(name: str, spec: Spec, arch: int) -> bool:
         return False
     narrow = max(spec.block_d, spec.block_dv) <= 64
     return name == "fwd" or (arch < 100 and name != "dbias" and not (name == "dkdv" and narrow))
+
+
+def _can_overlap(name: str, spec: Spec, row: Tuned) -> bool:
+    """Whether it is possible, and registers hold one tile more without a spill in a loop."""
+    if name == "fwd":
+        wide_bias = spec.bias is not None and max(spec.block_d, spec.block_dv) > 128
+        return row.block_ptr and not (spec.listed or spec.slopes or wide_bias)
+    return not (spec.summed > 1 and spec.masks)
 
 
 def _find(name: str, arch: int, spec: Spec, bits: int, block_ptr: bool | None) -> Tuned:
@@ -226,4 +243,5 @@ def _suit(config: Tuned, name: str, spec: Spec, itemsize: int, target: Target, w
     row = (spec.block_d + spec.block_dv) * itemsize
     kept, streamed = (config.block_n, config.block_m) if name == "dkdv" else (config.block_m, config.block_n)
     stages = next((s for s in (3, 2) if (kept + s * streamed) * row <= target.shared_memory), 1)
-    return dataclasses.replace(config, num_warps=wanted.num_warps or warps, num_stages=wanted.num_stages or stages)
+    how = {"num_warps": wanted.num_warps or warps, "num_stages": wanted.num_stages or stages}
+    return dataclasses.replace(config, **how, overlaps=bool(wanted.overlaps))

@@ -37,21 +37,22 @@ def _batch_forward(args, dims, *, call: Call, names):
 
 
 def _batch_backward(args, dims, *, call: Call, names, wanted, apart):
-    size, end = _mapped_size(args, dims), 7 + len(names)
-    arrays = [_fold(size, x, d) for x, d in zip(args[:7], dims[:7], strict=True)]
+    size, first = _mapped_size(args, dims), 5 + call.row_stats(names)
+    end = first + len(names)
+    arrays = [_fold(size, x, d) for x, d in zip(args[:first], dims[:first], strict=True)]
     batch = arrays[0].shape[0] // size
-    operands = [_fold_operand(size, batch, x, d) for x, d in zip(args[7:end], dims[7:end], strict=True)]
+    operands = [_fold_operand(size, batch, x, d) for x, d in zip(args[first:end], dims[first:end], strict=True)]
     dlse = [_fold(size, x, d) for x, d in zip(args[end:], dims[end:], strict=True)]
     # Each of the mapped calls has gradients of its own. An operand that is not mapped is summed apart for each; one
     # that is has them in its batch axis, which may now be longer than it was.
-    mapped = [dims[7 + names.index(name)] is not None for name in wanted]
+    mapped = [dims[first + names.index(name)] is not None for name in wanted]
     inner = tuple(1 if m else n * size for m, n in zip(mapped, apart, strict=True))
     out = backward_p.bind(*arrays, *operands, *dlse, call=call, names=names, wanted=wanted, apart=inner)
     results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
     for x, name, m, n in zip(out[3:], wanted, mapped, apart, strict=True):
         x = x.reshape(size, -1, *x.shape[1:])
-        i = names.index(name)
-        own = args[7 + i].shape[1 if dims[7 + i] == 0 else 0] if m else x.shape[1] // n
+        i = first + names.index(name)
+        own = args[i].shape[1 if dims[i] == 0 else 0] if m else x.shape[1] // n
         if m and x.shape[1] != n * own:
             x = x.reshape(size, n, -1, own, *x.shape[2:]).sum(2).reshape(size, n * own, *x.shape[2:])
         results.append(x)

@@ -1,12 +1,13 @@
 """All that is static about one call, as the primitives carry it."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 
 from ..base.arguments import Implementation
-from ..base.spec import PASSES, Config, Rules
+from ..base.spec import PASSES, Config, Rules, reshapes
 from ..gpu.target import Target
 
 
@@ -24,6 +25,15 @@ class Call:
     def config(self, name: str) -> Config:
         """What the caller asked of the pass `name`."""
         return self.configs[PASSES.index(name)]
+
+    def row_stats(self, names: Iterable[str]) -> int:
+        """How many numbers of each row the backward pass reads, with operands of these names: lse, or m and l."""
+        return 2 if reshapes(self.rules, names) else 1
+
+    def row_results(self, names: Iterable[str]) -> int:
+        """How many numbers of each row the forward pass returns: lse, m and l if the backward pass reads them, and the
+        largest logit if the rules want it."""
+        return 1 + 2 * reshapes(self.rules, names) + self.rules.max_logits
 
     def wants_triton(self, dtype: Any) -> bool:
         """Whether a GPU runs the kernels; they have no fp64, which is left to XLA unless Triton is insisted on."""

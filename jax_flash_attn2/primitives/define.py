@@ -24,20 +24,20 @@ from .call import Call
 
 
 def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> list[Array]:
-    """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, the row statistics m and l that only `backward` reads, and, if the rules
-    want them, each row's largest logit `[B, H, Sq]`."""
+    """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`; where lse is not enough for `backward` (`spec.reshapes`), the statistics m
+    and l of each row, which nothing else reads; and, if the rules want them, each row's largest logit `[B, H, Sq]`."""
     names = _names(operands)
     return forward_p.bind(q, k, v, *(operands[n] for n in names), call=call, names=names)
 
 
 def backward(
-    call: Call, q, k, v, operands: Mapping[str, Array], o, m, l, do, dlse, *, wanted: tuple[str, ...]
+    call: Call, q, k, v, operands: Mapping[str, Array], o, stats, do, dlse, *, wanted: tuple[str, ...]
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
-    """dq, dk, dv, and the gradients of the `wanted` operands."""
+    """dq, dk, dv, and the gradients of the `wanted` operands. stats: lse, or m and l, of `forward`."""
     names = _names(operands)
-    extra = [operands[n] for n in names] + ([] if dlse is None else [dlse])
+    extra = [*stats, *(operands[n] for n in names), *([] if dlse is None else [dlse])]
     dq, dk, dv, *grads = backward_p.bind(
-        q, k, v, o, m, l, do, *extra, call=call, names=names, wanted=wanted, apart=(1,) * len(wanted)
+        q, k, v, o, do, *extra, call=call, names=names, wanted=wanted, apart=(1,) * len(wanted)
     )
     return dq, dk, dv, dict(zip(wanted, grads, strict=True))
 
@@ -52,11 +52,11 @@ def _names(operands: Mapping[str, Array]) -> tuple[str, ...]:
 def _forward_shapes(q, k, v, *operands, call: Call, names):
     stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     row = _aval((q.shape[0], q.shape[2], q.shape[1]), stats)
-    return [_aval((*q.shape[:3], v.shape[3]), q.dtype), *[row] * (4 if call.rules.max_logits else 3)]
+    return [_aval((*q.shape[:3], v.shape[3]), q.dtype), *[row] * call.row_results(names)]
 
 
-def _backward_shapes(q, k, v, o, m, l, do, *rest, call: Call, names, wanted, apart):
-    operands = dict(zip(names, rest, strict=False))
+def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, apart):
+    operands = dict(zip(names, rest[call.row_stats(names) :], strict=False))
     grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, apart, strict=True)]
     grads = [_aval(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
     return [_aval(x.shape, x.dtype) for x in (q, k, v)] + grads
@@ -80,20 +80,21 @@ def _forward(run, target, q, k, v, *rest, call: Call, names):
     return _present(*passes.forward(functools.partial(run, target), spec, config, q, k, v, operands))
 
 
-def _backward(run, target, q, k, v, o, m, l, do, *rest, call: Call, names, wanted, apart):
-    operands, dlse = dict(zip(names, rest, strict=False)), rest[len(names)] if len(rest) > len(names) else None
+def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, apart):
+    n = call.row_stats(names)
+    stats, operands = rest[:n], dict(zip(names, rest[n:], strict=False))
+    dlse = rest[n + len(names)] if len(rest) > n + len(names) else None
     if nothing_to_see(q, k, v):
-        shapes = _backward_shapes(
-            q, k, v, o, m, l, do, *rest, call=call, names=names, wanted=wanted, apart=apart
-        )  # fmt: skip
+        shapes = _backward_shapes(q, k, v, o, do, *rest, call=call, names=names, wanted=wanted, apart=apart)
         grads = [jnp.zeros(x.shape, x.dtype) for x in shapes]
         if "sinks" in wanted and dlse is not None:  # lse is the sink itself
             i, shape = wanted.index("sinks"), operands["sinks"].shape
-            per_head = jnp.where(l == 0, 0, dlse).sum(-1)[..., None, None]
+            empty = stats[0] == -jnp.inf  # lse and m alike
+            per_head = jnp.where(empty, 0, dlse).sum(-1)[..., None, None]
             grads[3 + i] = passes.reduce_to(per_head, shape, apart[i]).astype(grads[3 + i].dtype)
         return grads
     spec = Spec.of(call.rules, q, k, v, operands)
-    args, options = (q, k, v, operands, o, m, l, do, dlse), {"wanted": wanted, "apart": apart}
+    args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "apart": apart}
     if run is None:
         return list(xla.backward(spec, call.config("dkdv"), *args, **options))
     configs = {p: tuning.choose(p, spec, q.dtype, target, call.config(p)) for p in PASSES[1:]}
@@ -112,9 +113,11 @@ def nothing_to_see(q, k, v) -> bool:
 
 def forward_of_nothing(call: Call, q, k, v, operands: Mapping[str, Array]) -> list[Array]:
     """`forward` where there is nothing to see."""
-    o, *rows = (jnp.zeros(x.shape, x.dtype) for x in _forward_shapes(q, k, v, call=call, names=()))
-    lse = _lse_of_nothing(operands, rows[0])
-    return [o, lse, lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)), *(x - jnp.inf for x in rows[3:])]
+    names = _names(operands)
+    o, row, *_ = (jnp.zeros(x.shape, x.dtype) for x in _forward_shapes(q, k, v, call=call, names=names))
+    lse = _lse_of_nothing(operands, row)
+    stats = [lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse))] if call.row_stats(names) == 2 else []
+    return [o, lse, *stats, *([row - jnp.inf] if call.rules.max_logits else [])]
 
 
 def _lse_of_nothing(operands: Mapping[str, Array], row: Array) -> Array:

@@ -142,28 +142,30 @@ def forward(maths: Maths, *args: Array, call: Call, names: tuple[str, ...]) -> l
         operands = plan.own_operands(call, dict(zip(names, rest, strict=True)))
         return maths(q, plan.own_heads(k), plan.own_heads(v), *operands.values(), call=call, names=tuple(operands))
 
-    results = ["bihv", "bhi", "bhi", "bhi", "bhi"][: 5 if call.rules.max_logits else 4]
+    results = ["bihv", *["bhi"] * call.row_results(names)]
     return _divided(maths, share, args, letters, results, params)
 
 
 def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> list[Array]:
     """The backward pass, divided."""
-    end, batch = 7 + len(names), args[0].shape[0]
-    args = (*args[:7], *_whole_batches(args[7:end], batch), *args[end:])
-    full = [args[7 + names.index(name)].shape[0] == batch for name in wanted]
+    first, batch = 5 + call.row_stats(names), args[0].shape[0]
+    end = first + len(names)
+    args = (*args[:first], *_whole_batches(args[first:end], batch), *args[end:])
+    full = [args[first + names.index(name)].shape[0] == batch for name in wanted]
     apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
     params = {"call": call, "names": names, "wanted": wanted, "apart": apart}
-    letters = ["bihd", "bjxd", "bjxv", "bihv", "bhi", "bhi", "bihv"]
-    letters += [_letters(n, x, *args[:2]) for n, x in zip(names, args[7:end], strict=True)]
+    letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bhi"] * (first - 5)]
+    letters += [_letters(n, x, *args[:2]) for n, x in zip(names, args[first:end], strict=True)]
     letters += ["bhi"] * (len(args) - end)
-    own = [letters[7 + names.index(name)] for name in wanted]
+    own = [letters[first + names.index(name)] for name in wanted]
     own = [f"b{x[1:]}" if n > 1 else x for x, n in zip(own, apart, strict=True)]
 
-    def share(plan: "_Plan", q, k, v, o, m, l, do, *rest):
+    def share(plan: "_Plan", q, k, v, o, do, *rest):
+        stats, rest = rest[: first - 5], rest[first - 5 :]
         operands = plan.own_operands(call, dict(zip(names, rest, strict=False)))
         here = params | {"names": tuple(operands), "apart": tuple(max(n // plan.parts("b"), 1) for n in apart)}
         heads = plan.own_heads(k), plan.own_heads(v)
-        dq, dk, dv, *grads = maths(q, *heads, o, m, l, do, *operands.values(), *rest[len(names) :], **here)
+        dq, dk, dv, *grads = maths(q, *heads, o, do, *stats, *operands.values(), *rest[len(names) :], **here)
         dk, dv = (plan.sum(plan.put_heads(x, like), "bjx") for x, like in ((dk, k), (dv, v)))
         return [dq, dk, dv, *(plan.sum(x, mine) for x, mine in zip(grads, own, strict=True))]
 

@@ -1,6 +1,6 @@
 """The backward pass: p again from the row statistics, and all gradients in one run over the tiles."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ def backward(
     v: Array,
     operands: Mapping[str, Array],
     o: Array,
-    m: Array,
-    l: Array,
+    stats: Sequence[Array],
     do: Array,
     dlse: Array | None,
     *,
@@ -33,7 +32,8 @@ def backward(
 
     Args:
       spec: as in `forward`, and so are config, q, k, v and operands.
-      o: `[B, Sq, H, Dv]`, with m and l `[B, H, Sq]`, from `forward`.
+      o: `[B, Sq, H, Dv]`, from `forward`.
+      stats: `[B, H, Sq]` each, likewise: lse, or m and l where `spec.reshapes`.
       do: `[B, Sq, H, Dv]`, the gradient of o.
       dlse: None or `[B, H, Sq]`, the gradient of lse.
       wanted: the operands to return the gradients of, in the order of `spec.DIFFERENTIABLE`.
@@ -47,21 +47,23 @@ def backward(
     logits, apart_of = Logits(t, operands), dict(zip(wanted, apart, strict=True))
     q, k, v, do = logits.clear("q", q), logits.clear("kv", k), logits.clear("kv", v), logits.clear("q", do)
     args, scale = (q, k, v), logits.per_batch("scale").astype(t.dtype)
-    # p is exp(s - m) / l. The division moves from the tiles of p to the rows of do and delta.
-    l_inv = jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1), 0)
-    do = t.rows(do.astype(t.dtype) * l_inv.swapaxes(1, 2)[..., None])
+    # p is exp(s - shift) * norm. The product with norm moves from the tiles of p to the rows of do and delta.
+    shift, norm = _shift_and_norm(spec, stats)
+    do = do.astype(t.dtype) if norm is None else do.astype(t.dtype) * norm.swapaxes(1, 2)[..., None]
+    do = t.rows(do)
     delta = jnp.sum(t.rows(o) * do, -1)
     if dlse is not None:
-        delta -= layout.stats(jnp.where(l > 0, dlse.astype(t.dtype) * l_inv, 0), spec.kv_heads)
+        dlse = dlse.astype(t.dtype) if norm is None else dlse.astype(t.dtype) * norm
+        delta -= layout.stats(jnp.where(shift < jnp.inf, dlse, 0), spec.kv_heads)
     do *= spec.keep_scale
-    m_rows = layout.stats(m, spec.kv_heads)
+    shift_rows = layout.stats(shift, spec.kv_heads)
     q, k, v = t.rows(q.astype(t.dtype) * scale), t.rows(k), t.rows(v)
 
     def query_block(i, carry):
         dq, *sums = carry
         start_m = t.start_m(i)
-        q_tile, do_tile, m_tile, delta_tile = (t.query_tile(x, start_m) for x in (q, do, m_rows, delta))
-        m_tile = t.hide_repeated_rows(m_tile, i)
+        q_tile, do_tile, shift_tile, delta_tile = (t.query_tile(x, start_m) for x in (q, do, shift_rows, delta))
+        shift_tile = t.hide_repeated_rows(shift_tile, i)
         qt_tile, dot_tile = q_tile.swapaxes(2, 3), do_tile.swapaxes(2, 3)
 
         def key_block(masked, j, carry):
@@ -69,7 +71,7 @@ def backward(
             start_n = t.start_n(j)
             k_tile = t.key_tile(k, start_n)
             s, capped = logits.of(q_tile, k_tile, start_m, j, masked)
-            p = jnp.exp(s - m_tile[..., None])
+            p = jnp.exp(s - shift_tile[..., None])
             p_kept, dp = p, t.dot(do_tile, t.key_tile(v, start_n), 3, 3)
             if spec.drops:
                 kept = logits.kept(start_m, start_n)
@@ -97,11 +99,22 @@ def backward(
         grads["scale"] = _sum_to(dscale[:, None, None, None], operands["scale"].shape, apart_of["scale"])
     if "sinks" in apart_of:
         delta = -layout.stats_out(delta, t.seqlen_q)
-        dsinks = delta * jnp.exp(logits.per_batch("sinks")[..., 0] - jnp.where(l > 0, m, jnp.inf))
+        dsinks = delta * jnp.exp(logits.per_batch("sinks")[..., 0] - shift)
         grads["sinks"] = _sum_to(dsinks[..., None], operands["sinks"].shape, apart_of["sinks"])
     dqkv = (dq * scale, *(layout.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
     dqkv = (g.astype(x.dtype) for g, x in zip(dqkv, args, strict=True))
     return *dqkv, *(grads[name].astype(operands[name].dtype) for name in wanted)
+
+
+def _shift_and_norm(spec: Spec, stats: Sequence[Array]) -> tuple[Array, Array | None]:
+    """What turns rows' logits into probabilities, exp(s - shift) * norm; norm is None where it is 1. Where logits are
+    only scaled products, lse is enough. A bias may make m so large that log(l) would be lost beside it. A row that sees
+    nothing has an infinite shift."""
+    if not spec.reshapes:
+        (lse,) = stats
+        return jnp.where(lse > -jnp.inf, lse, jnp.inf), None
+    m, l = stats
+    return jnp.where(l > 0, m, jnp.inf), jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1), 0)
 
 
 def _grad_zeros(operand: Array, apart: int, t: Tiling) -> Array:

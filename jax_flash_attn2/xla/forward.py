@@ -15,7 +15,7 @@ from .tiling import Tiling, loop
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def forward(
     spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
-) -> tuple[Array, Array, Array, Array, Array | None]:
+) -> tuple[Array | None, ...]:
     """Attention and its softmax statistics.
 
     Args:
@@ -27,9 +27,10 @@ def forward(
       operands: those of `spec.OPERANDS` that the call has. A bias below `HIDDEN` hides its key.
 
     Returns:
-      o `[B, Sq, H, Dv]` in q's dtype; then, `[B, H, Sq]` each, lse, a row's maximum m (its sink included), and l, its
-      sum of `exp(s - m)`; and, if the rules want it, the row's largest logit, without the sink. A row that sees
-      nothing has o = 0, lse = -inf and a largest logit of -inf.
+      o `[B, Sq, H, Dv]` in q's dtype; then, `[B, H, Sq]` each, lse; where that is not enough for the backward pass
+      (`spec.reshapes`), a row's maximum m, its sink included, and l, its sum of `exp(s - m)`; and, if the rules want
+      it, the row's largest logit, without the sink. A row that sees nothing has o = 0, lse = -inf and a largest logit
+      of -inf.
     """
     t, dtype = Tiling(spec, config, q, k, operands, whole_rows=True), q.dtype
     logits = Logits(t, operands)
@@ -77,4 +78,5 @@ def forward(
     o, *stats = loop(0, t.blocks_q, query_block, out)
     m, l, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
     lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
-    return layout.rows_out(o, t.seqlen_q).astype(dtype), lse, m, l, row_max[0] if row_max else None
+    stats = (m, l) if spec.reshapes else (None, None)
+    return layout.rows_out(o, t.seqlen_q).astype(dtype), lse, *stats, row_max[0] if row_max else None

@@ -137,12 +137,12 @@ class Tiling:
             tile = jnp.where(own, tile, layout.take(x, start, tile.shape[2], 2))
         return layout.put(x, tile, start, 2)
 
-    def hide_repeated_rows(self, m_tile: Array, i) -> Array:
-        """Give rows that query block i - 1 held an infinite maximum: their p is 0."""
+    def hide_repeated_rows(self, shift: Array, i) -> Array:
+        """Give rows that query block i - 1 held an infinite shift: their p is 0."""
         if self.seqlen_q % self.block_m == 0:
-            return m_tile
-        rows = self.start_m(i) + jnp.arange(m_tile.shape[-1]) // self.spec.group
-        return jnp.where(rows < i * self.block_m, jnp.inf, m_tile)
+            return shift
+        rows = self.start_m(i) + jnp.arange(shift.shape[-1]) // self.spec.group
+        return jnp.where(rows < i * self.block_m, jnp.inf, shift)
 
     def dot(self, x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
         """Batches and heads of x times those of y, contracted along one axis of each."""
