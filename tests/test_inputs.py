@@ -91,6 +91,7 @@ WRONG = {
     "warps": (lambda: call(config=Config(num_warps=3)), ValueError, "config.num_warps must be 1, 2, 4, 8, 16 or None (tuned), got 3"),
     "stages": (lambda: call(config=Config(num_stages=0)), ValueError, "config.num_stages must be from 1 to 8, or None (tuned), got 0"),
     "maxnreg": (lambda: call(config=Config(maxnreg=1000)), ValueError, "config.maxnreg must be from 24 to 255, or None (no bound), got 1000"),
+    "config_flag": (lambda: call(config=Config(overlaps="yes")), TypeError, "config.overlaps must be True, False or None (tuned), got 'yes'"),
     "specialize": (lambda: call(config=Config(warp_specialize=True)), ValueError, "config.warp_specialize is for 'fwd' and 'dq', got it for 'dkdv'; give it by pass: config={'fwd': Config(warp_specialize=True)}"),
     "overlaps": (lambda: call(config={"dq": Config(overlaps=True)}), ValueError, "config.overlaps is for 'fwd' and 'dkdv', got it for 'dq'; give it by pass: config={'fwd': Config(overlaps=True)}"),
     "precision": (lambda: call(config=Config(precision="fp8")), ValueError, "config.precision must be one of ('ieee', 'tf32', 'tf32x3'), got 'fp8'"),

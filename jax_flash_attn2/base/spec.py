@@ -336,8 +336,8 @@ class Config:
     precision: Precision = "ieee"
     """Matrix products of fp32 operands: IEEE fp32, one TF32 pass, or three."""
     overlaps: bool | None = None
-    """Multiply one tile's p with v while the next tile's p is computed, which changes no bit (FlashAttention-3, section
-    3.2; for the pass "fwd", through tensor descriptors, without a block mask)."""
+    """Compute p while the tensor cores multiply, which changes no bit: in the pass "fwd" the p of the tile before and v
+    (FlashAttention-3, section 3.2; through tensor descriptors, without a block mask), in "dkdv" do and v."""
     warp_specialize: bool | None = None
     """Loads, products and softmax by warps of their own (sm_100 and sm_103; for the passes "fwd" and "dq"). None is
     off, until it has been timed."""

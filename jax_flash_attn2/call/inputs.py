@@ -185,6 +185,9 @@ def _config(name: str, config: Config, block_ptr: bool | None, implementation: I
         raise ValueError(f"config.num_stages must be from 1 to 8, or None (tuned), got {config.num_stages!r}")
     if config.maxnreg is not None and not (arguments.is_integer(config.maxnreg) and 24 <= config.maxnreg <= 255):
         raise ValueError(f"config.maxnreg must be from 24 to 255, or None (no bound), got {config.maxnreg!r}")
+    for field in ("block_ptr", *ONLY_FOR):
+        if getattr(config, field) is not None and not isinstance(getattr(config, field), bool):
+            raise TypeError(f"config.{field} must be True, False or None (tuned), got {getattr(config, field)!r}")
     for field, passes in ONLY_FOR.items():
         if getattr(config, field) and name not in passes:
             raise ValueError(
