@@ -42,12 +42,17 @@ class Shape:
     """0: as many as heads."""
     rows: int = 0
     """0: as many as keys; fewer have no causal mask here."""
+    dbias: bool = False
+    """Whether the bias has a gradient, which is summed over heads."""
+    v_dim: int = 0
+    """The width of v; 0: head_dim."""
 
     def flops(self, mode: str) -> float:
         """Of "fwd" or "bwd" (which is forward and backward)."""
         t = self.seqlen
         pairs = self.batch * self.heads * (t * (t + 1) // 2 if self.causal else t * (self.rows or t))
-        return {"fwd": 4, "bwd": 14}[mode] * pairs * self.head_dim
+        with_d, with_v = {"fwd": (2, 2), "bwd": (8, 6)}[mode]
+        return pairs * (with_d * self.head_dim + with_v * (self.v_dim or self.head_dim))
 
 
 class Attention:
@@ -55,7 +60,8 @@ class Attention:
 
     Args:
       shape: of the arrays.
-      mode: "fwd": o; "bwd": forward and backward, the gradients of q, k and v (of o times random numbers, summed).
+      mode: "fwd": o; "bwd": forward and backward, the gradients (of o times random numbers, summed) of q, k and v, and
+        of the bias if it has one.
       providers: makes the function of a name.
     """
 
@@ -78,16 +84,22 @@ class Attention:
     def work_of(self, made: "Provider") -> Work:
         """What a provider runs, in this problem's mode."""
         arguments = self.arrays if self.mode == "bwd" else self.arrays[:4]
-        function = _gradients(made.attend) if self.mode == "bwd" else made.attend
+        function = self._gradients(made.attend) if self.mode == "bwd" else made.attend
         return Work(jax.jit(function) if made.jit else function, arguments, made.during)
 
     def expected(self, provider: str) -> Any:
         if self._expected is None:
             attend = functools.partial(reference, causal=self.shape.causal)
-            function = _gradients(attend) if self.mode == "bwd" else attend
+            function = self._gradients(attend) if self.mode == "bwd" else attend
             arrays = [x if x is None else x.astype(jnp.float32) for x in self.arrays]
             self._expected = jax.block_until_ready(jax.jit(function)(*arrays[: 5 if self.mode == "bwd" else 4]))
         return self._expected
+
+    def _gradients(self, attend: Callable) -> Callable:
+        def loss(q, k, v, bias, do):
+            return jnp.sum(attend(q, k, v, bias).astype(jnp.float32) * do.astype(jnp.float32))
+
+        return jax.grad(loss, (0, 1, 2, 3) if self.shape.dbias else (0, 1, 2))
 
 
 @dataclasses.dataclass
@@ -100,20 +112,14 @@ class Provider:
     """What encloses tracing and compiling."""
 
 
-def _gradients(attend: Callable) -> Callable:
-    def loss(q, k, v, bias, do):
-        return jnp.sum(attend(q, k, v, bias).astype(jnp.float32) * do.astype(jnp.float32))
-
-    return jax.grad(loss, (0, 1, 2))
-
-
 def inputs(shape: Shape) -> tuple[Array, Array, Array, Array | None, Array]:
     """q, k, v, bias and do, standard normal; the bias hides a quarter of the pairs by its lowest number."""
     dtype, rows = jnp.dtype(shape.dtype), shape.rows or shape.seqlen
     of_rows = (shape.batch, rows, shape.heads, shape.head_dim)
     of_keys = (shape.batch, shape.seqlen, shape.kv_heads or shape.heads, shape.head_dim)
+    v_dim = shape.v_dim or shape.head_dim
     *keys, bias_key = jax.random.split(jax.random.key(8), 5)
-    sizes = (of_rows, of_keys, of_keys, of_rows)
+    sizes = (of_rows, of_keys, (*of_keys[:3], v_dim), (*of_rows[:3], v_dim))
     q, k, v, do = (jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True))
     bias = None
     if shape.bias:

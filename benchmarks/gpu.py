@@ -45,7 +45,7 @@ def row_problem(row: str, name: str, headdim: int, **shape: Any) -> Attention:
         need_gpu("the Triton kernels")
         return flash(causal=shape["causal"], implementation="triton", config={name: _as_asked(read(row))})
 
-    made = Shape(head_dim=headdim, dtype="bfloat16", **shape)
+    made = Shape(head_dim=headdim, dtype="bfloat16", bias=name == "dbias", dbias=name == "dbias", **shape)
     return Attention(made, "fwd" if name == "fwd" else "bwd", provider)
 
 
@@ -100,6 +100,8 @@ def candidates() -> list[tuning.Row]:
 
 def _row(row: tuning.Row, causal: bool, shape: dict[str, int]) -> Group:
     case = {"row": written(row.config), "name": row.name, "headdim": row.width, "causal": causal, **shape}
+    if row.v_width:  # of multi-head latent attention
+        case |= {"headdim": 192, "v_dim": row.v_width}
     return Group("benchmarks.gpu:row_problem", case, ("row",))
 
 

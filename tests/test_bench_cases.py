@@ -222,6 +222,7 @@ def test_gpu_points():
     assert len(rows) == 2 * sum(row.arch == 90 for row in gpu.tuning.ROWS)
     for row in gpu.tuning.ROWS:
         assert gpu.read(gpu.written(row.config)) == row.config
+    assert {g.case["v_dim"] for g in rows if g.case["headdim"] == 192} == {128}
     points = [g for g in gpu.point_groups(tiny=False) if g.case["heads"] * g.case["headdim"] == gpu.WIDTH]
     points = [g for g in points if g.case["batch"] * g.case["seqlen"] == gpu.TOKENS]
     assert len(points) == 2 * 3 * 2 * 5
@@ -230,6 +231,9 @@ def test_gpu_points():
     assert {g.case["seqlen"] for g in special} >= {512, 32768, 131072}
     assert any(g.case.get("rows") == 1 for g in special)
     assert any(g.case.get("bias") for g in special)
+    small = {"causal": True, "seqlen": 32, "batch": 1, "heads": 2, "row": "16x16-w4-s2-ptr"}
+    problem = gpu.row_problem(name="dbias", headdim=16, v_dim=32, **small)
+    assert [x.shape[1:] for x in problem.expected("row")] == [(32, 2, 16), (32, 2, 16), (32, 2, 32), (1, 32, 32)]
     absent = "import sys; sys.modules.update(dict.fromkeys(['pandas', 'matplotlib', 'tqdm', 'rich']))"
     program = f"{absent}; from benchmarks import gpu, sweep; bar = sweep._Bar(1, 0, 'x'); bar.add(1)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
