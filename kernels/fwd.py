@@ -131,6 +131,24 @@ def plus_product(acc, alpha, p, v, n, EDGE: tl.constexpr, SPEC: tl.constexpr, CF
 
 
 @triton.jit
+def tile_before(i, first, here, span, x, N: tl.constexpr, BARE: tl.constexpr, SPEC: tl.constexpr):
+    """Where the tile starts that a loop over unlisted tiles came to before i; past the end, if there was none: there a
+    descriptor reads 0."""
+    before, _ = tile_at(i - N, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
+    return tl.where(i > first, before, here.seqlen_k)
+
+
+@triton.jit
+def with_sink(m, l, acc, x, b, h, SPEC: tl.constexpr):
+    """One more logit, with nothing to add to o."""
+    sink = load_scalar(x, b, h, SPEC.sinks, SPEC) * LOG2E
+    m_new = tl.maximum(m, sink)
+    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - pivot)
+    return m_new, l * alpha + tl.exp2(sink - pivot), acc * alpha[:, None]
+
+
+@triton.jit
 def soft_cap(s, CAP: tl.constexpr):
     """c tanh(s / c), and the tanh."""
     capped = tanh(s * (1.0 / CAP))
@@ -176,9 +194,8 @@ def attn_fwd_kernel(
             s, unit, _ = logits(
                 q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
             )  # [M, N]
-            if CFG.overlaps and BARE:  # of the tile before; past the end, where a descriptor reads 0, before the first
-                before = tile_at(i - N, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)[0]
-                before = tl.where(i > first, before, here.seqlen_k)
+            if CFG.overlaps and BARE:  # runs while this tile's p is computed
+                before = tile_before(i, first, here, span, x, N, BARE, SPEC)
                 acc = plus_product(acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, SPEC, CFG)
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             pivot = m_new  # finite, as the first tile shows every row a key
@@ -195,19 +212,13 @@ def attn_fwd_kernel(
                 acc = plus_product(acc, alpha, p, v, n, WHOLE if BARE else EDGE_K, SPEC, CFG)
             m = m_new
         if CFG.overlaps and BARE and first < last:
-            end = first + (last - first - 1) // N * N
-            before = tile_at(end, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)[0]
+            end = first + tl.cdiv(last - first, N) * N
+            before = tile_before(end, first, here, span, x, N, BARE, SPEC)
             acc = plus_product(acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, SPEC, CFG)
     if max_out is not None:
         store_vector(max_out, tl.where(rows < here.end_q, m * LN2, float("-inf")), here, start_m, SPEC)
-    if SPEC.sinks is not None:  # one more logit, with nothing to add to o
-        sink = load_scalar(x, b, h, SPEC.sinks, SPEC) * LOG2E
-        m_new = tl.maximum(m, sink)
-        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m - pivot)
-        l = l * alpha + tl.exp2(sink - pivot)
-        acc *= alpha[:, None]
-        m = m_new
+    if SPEC.sinks is not None:
+        m, l, acc = with_sink(m, l, acc, x, b, h, SPEC)
     if SPEC.q_lengths is not None:
         m = tl.where(rows < here.end_q, m, float("-inf"))
         l = tl.where(rows < here.end_q, l, 0.0)
