@@ -120,7 +120,7 @@ def attn_bwd_dq_kernel(
                 rows, cols = tile_indices(M, N, False)
                 store_operand(dbias, ds, here, start_m + rows, n + cols, SPEC.dbias, SPEC)
             if dslopes is not None:
-                slope_acc -= tl.sum(ds * distance(here, start_m, n, M, N, False), 1)
+                slope_acc -= tl.sum(ds * distance(x, here, start_m, n, M, N, False, SPEC), 1)
             if SPEC.rules.soft_cap is not None:
                 ds *= 1.0 - capped * capped
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=CFG.precision)

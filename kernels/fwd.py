@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .mask import key_span, log_weights, phase, place, shown_by_mask, tile_at, visible
+from .mask import key_span, log_weights, phase, place, positions, shown_by_mask, tile_at, visible
 from .tile import (
     LN2,
     LOG2E,
@@ -64,10 +64,10 @@ def tanh(y):
 
 
 @triton.jit
-def distance(here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
+def distance(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
     """How far each key of a tile is from the position of each of its rows."""
-    i, j = tile_indices(M, N, TRANSPOSED)
-    return tl.abs(i + (start_m + here.offset - start_n) - j).to(tl.float32)
+    own, other = positions(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
+    return tl.abs(own - other).to(tl.float32)
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def logits(
             s += start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG)
     if SPEC.slopes is not None:
         slope = load_scalar(x, here.b, here.h, SPEC.slopes, SPEC) * LOG2E
-        s -= slope * inverse * distance(here, start_m, start_n, M, N, TRANSPOSED)
+        s -= slope * inverse * distance(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
     if MASKED and SPEC.tile_weights is not None:
         s -= log_weights(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC) * (LOG2E * inverse)
     if MASKED:

@@ -178,16 +178,26 @@ def shown_by_mask(x, here, rows, cols, SPEC: tl.constexpr):
 
 
 @triton.jit
-def visible(
-    x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
+def positions(
+    x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
-    """Whether each of a tile's rows sees each of its keys: [M, N], or [N, M]. part: its element mask (`tile_at`).
-
-    Of all but the mask (`shown_by_mask`), which is loaded before the product where that may start from it.
-    """
+    """Where a tile's rows and keys are, as far as causality, windows and distances go: [M, 1] and [1, N], or [1, M] and
+    [N, 1]. Counted from the tile's first key, unless they are data."""
     i, j = tile_indices(M, N, TRANSPOSED)
+    if SPEC.q_positions is not None:
+        own = load_operand(x, here, start_m + i, start_n + j, SPEC.q_positions, SPEC)
+        return own, load_operand(x, here, start_m + i, start_n + j, SPEC.kv_positions, SPEC)
+    else:
+        return i + (start_m + here.offset - start_n), j
+
+
+@triton.jit
+def within_bounds(here, start_m, start_n, i, j, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
+    """Whether causality, a window and the end of the keys let row i of a tile see key j of it, by index.
+
+    The tile's first axis gets one bound that says all, so that each element takes one comparison with a constant.
+    """
     position = start_m + here.offset - start_n  # of row 0, counted from key 0 of the tile
-    # The tile's first axis gets one bound that says all, so that each element takes one comparison with a constant.
     end = here.end_k - start_n
     if TRANSPOSED and SPEC.kv_lengths is None:  # what keys past the end get is stored nowhere
         seen = i >= (-(1 << 30) if SPEC.rules.right is None else j - (position + SPEC.rules.right))
@@ -203,6 +213,37 @@ def visible(
         seen = seen & (i <= j - (position - SPEC.rules.left))
     else:
         seen = seen & (j >= i + (position - SPEC.rules.left))
+    return seen
+
+
+@triton.jit
+def near_enough(
+    x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
+):
+    """`within_bounds`, by positions that are data."""
+    _, j = tile_indices(M, N, TRANSPOSED)
+    own, other = positions(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
+    seen = start_n + j < here.end_k
+    if SPEC.rules.right is not None:
+        seen = seen & (other <= own + SPEC.rules.right)
+    if SPEC.rules.left is not None:
+        seen = seen & (other >= own - SPEC.rules.left)
+    return seen
+
+
+@triton.jit
+def visible(
+    x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
+):
+    """Whether each of a tile's rows sees each of its keys: [M, N], or [N, M]. part: its element mask (`tile_at`).
+
+    Of all but the mask (`shown_by_mask`), which is loaded before the product where that may start from it.
+    """
+    i, j = tile_indices(M, N, TRANSPOSED)
+    if SPEC.q_positions is not None:
+        seen = near_enough(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
+    else:
+        seen = within_bounds(here, start_m, start_n, i, j, TRANSPOSED, SPEC)
     if SPEC.q_segments is not None:
         own = load_operand(x, here, start_m + i, start_n + j, SPEC.q_segments, SPEC)
         other = load_operand(x, here, start_m + i, start_n + j, SPEC.kv_segments, SPEC)

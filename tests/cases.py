@@ -11,7 +11,10 @@ import numpy as np
 from hypothesis import strategies
 from reference import kept
 
-ARRAYS = ("mask", "weights", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "alibi_slopes")
+ARRAYS = (
+    *("mask", "weights", "q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions", "q_lengths", "kv_lengths"),
+    *("sinks", "alibi_slopes"),
+)
 """The options of `flash_attention` that are arrays, and the weights that a mask may have; in a case's `inputs`, or None
 there."""
 
@@ -46,6 +49,9 @@ class Case:
     segments: str = ""
     """"packed": documents in order, each batch its own; "shared": in order, then padding, without a batch axis;
     "mixed": in no order, padding between."""
+    positions: str = ""
+    """"zigzag": the first and the last, the second and the last but one, ...; "ring": the keys are a buffer that was
+    written over, each batch from another place on, and the rows the newest; "mixed": any, some of them twice."""
     lengths: str = ""
     """"q", "k" or "qk": whose lengths are given. One of three or more is 0."""
     soft_cap: float | None = None
@@ -128,6 +134,8 @@ class Case:
             x["q_segment_ids"] = _segments(rng, self.segments, self.batch, self.seqlen_q)
             if self.seqlen_k != self.seqlen_q or self.segments == "mixed":  # else kv's are q's
                 x["kv_segment_ids"] = _segments(rng, self.segments, self.batch, self.seqlen_k)
+        if self.positions:
+            x |= _positions(rng, self.positions, self.batch, self.seqlen_q, self.seqlen_k)
         if "q" in self.lengths:
             x["q_lengths"] = _lengths(rng, self.batch, self.seqlen_q)
         if "k" in self.lengths:
@@ -173,6 +181,20 @@ def _segments(rng, kind: str, batch, seqlen: int) -> np.ndarray:
     return ids
 
 
+def _positions(rng, kind: str, batch, seqlen_q: int, seqlen_k: int) -> dict[str, np.ndarray]:
+    """Of rows and keys; those of a zigzag are the same for every batch."""
+    if kind == "zigzag":
+        sides = [np.arange(n).reshape(1, -1) for n in (seqlen_q, seqlen_k)]
+        sides = [np.stack([x[0], x[0, ::-1]], 1).ravel()[: x.size].reshape((1,) * len(batch) + (-1,)) for x in sides]
+    elif kind == "ring":
+        newest = seqlen_k + rng.integers(0, 3 * seqlen_k, (*batch, 1))
+        slots = np.arange(seqlen_k)
+        sides = [newest - np.arange(seqlen_q)[::-1], newest - (newest - slots) % seqlen_k]
+    else:
+        sides = [rng.integers(-3, seqlen_k + 3, (*batch, n)) for n in (seqlen_q, seqlen_k)]
+    return {f"{name}_positions": x.astype(np.int32) for name, x in zip(("q", "kv"), sides, strict=True)}
+
+
 def _lengths(rng, batch, seqlen: int) -> np.ndarray:
     """At least half of what there is; but of three or more, one is 0."""
     lengths = rng.integers((seqlen + 1) // 2, seqlen + 1, batch)
@@ -214,6 +236,9 @@ def _options() -> list[Case]:
         case("segments_packed", 60, 60, segments="packed", batch=(2,)),
         case("segments_packed_causal", 60, 60, segments="packed", causal=True),
         case("segments_mixed", 40, 50, segments="mixed", batch=(2,)),
+        case("zigzag", 60, 60, positions="zigzag", causal=True, batch=(2,), heads=2),
+        case("ring", 20, 50, positions="ring", causal=True, window=(30, 0), batch=(3,), block=(16, 16)),
+        case("positions_mixed", 40, 50, positions="mixed", window=(9, 4), alibi="h", dropout=0.2, **two),
         case("lengths_qk", 50, 50, lengths="qk", batch=(4,)),
         case("lengths_bottom_right", 30, 50, lengths="qk", batch=(4,), causal=True, **low),
         case("soft_cap", soft_cap=2.0),
@@ -263,6 +288,7 @@ FACTORS: dict[str, tuple] = {
     "window": (None, (8, None), (None, 8), (20, 6)),
     "mask": ("", "qk", "bhqk", "block:qk", "block:bhqk", "block_weights:bhk", "weights:q"),
     "segments": ("", "packed", "mixed", "shared"),
+    "positions": ("", "mixed"),
     "lengths": ("", "q", "k", "qk"),
     "soft_cap": (None, 2.0),
     "sinks": (False, True),
@@ -276,11 +302,18 @@ FACTORS: dict[str, tuple] = {
 
 
 def from_factors(name: str, seqlens, many_heads, **options) -> Case:
+    if not possible(options.items()):  # drawn
+        options["alignment"] = "top_left"
     return Case(name, *seqlens, (2,), *many_heads, **options)
 
 
 BOUNDS = ("seqlens", "causal", "alignment", "window")
 """Of these, which make one interval together, every three values meet."""
+
+
+def possible(values) -> bool:
+    """Whether these pairs of factor and value go together: positions say what an alignment would."""
+    return not {("positions", "mixed"), ("alignment", "bottom_right")} <= set(values)
 
 
 def _pairs() -> list[Case]:
@@ -290,6 +323,7 @@ def _pairs() -> list[Case]:
         frozenset(zip(some, values, strict=True))
         for some in (*itertools.combinations(names, 2), *itertools.combinations(BOUNDS, 3))
         for values in itertools.product(*(FACTORS[name] for name in some))
+        if possible(zip(some, values, strict=True))
     }
     cases = []
     while missing:
@@ -298,7 +332,7 @@ def _pairs() -> list[Case]:
         rng.shuffle(rest)
         for name in rest:
             new = [chosen | {(name, value)} for value in FACTORS[name]]
-            chosen = max(new, key=lambda some: sum(m <= some for m in missing))  # the first of equals
+            chosen = max(filter(possible, new), key=lambda some: sum(m <= some for m in missing))  # the first of equals
         missing = {m for m in missing if not m <= chosen}
         cases.append(from_factors(f"pair_{len(cases):02}", **dict(chosen)))
     return cases

@@ -145,7 +145,8 @@ def _logits_and_terms(case: Case, inner, given, cotangents, o):
     dp = dp if keep is None else jnp.where(keep, dp / (1 - case.dropout), 0)
     delta = jnp.einsum("...qhd,...qhd->...hq", do, o)[..., None]
     squares = (p * (abs(dp) + abs(delta))) ** 2
-    ahead, qk = distance(q, k, case.alignment), logits(q, k, scale=1.0)
+    ahead = distance(q, k, case.alignment, given.get("q_positions"), given.get("kv_positions"))
+    qk = logits(q, k, scale=1.0)
     through_cap = squares
     if case.soft_cap is not None:
         slope = jax.jvp(lambda s: capped(s, case.soft_cap), (scale * qk,), (jnp.ones_like(qk),))[1]

@@ -22,10 +22,10 @@ def attention(
 
 def probabilities(
     q, k, bias=None, scale=None, *, logits_soft_cap=None, alibi_slopes=None, sinks=None, q_lengths=None, weights=None,
-    **sight,
+    q_positions=None, kv_positions=None, **sight,
 ):  # fmt: skip
     """The softmax before dropout, p `[*batch, H, Sq, Sk]`; lse and max_logits; in q's dtype."""
-    ahead = distance(q, k, sight.get("causal_alignment"))
+    ahead = distance(q, k, sight.get("causal_alignment"), q_positions, kv_positions)
     s = logits(q, k, bias, scale, ahead, logits_soft_cap, alibi_slopes)
     if weights is not None:  # a key kept with probability w stands for 1 / w of its kind
         s = s - jnp.log(jnp.where(weights > 0, weights, 1).astype(s.dtype))
@@ -59,8 +59,10 @@ def capped(s, soft_cap):
     return soft_cap * jnp.tanh(s / soft_cap)
 
 
-def distance(q, k, causal_alignment=None):
-    """How far each row's position is ahead of each key: `[Sq, Sk]`."""
+def distance(q, k, causal_alignment=None, q_positions=None, kv_positions=None):
+    """How far each row's position is ahead of each key's: `[Sq, Sk]`, or `[*batch, 1, Sq, Sk]` of positions."""
+    if q_positions is not None:
+        return q_positions[..., None, :, None] - kv_positions[..., None, None, :]
     seqlen_q, seqlen_k = q.shape[-3], k.shape[-3]
     offset = seqlen_k - seqlen_q if causal_alignment == "bottom_right" else 0
     return jnp.arange(seqlen_q)[:, None] + offset - jnp.arange(seqlen_k)

@@ -129,6 +129,8 @@ def options(key, batch=()):
         "bias": jax.random.normal(next(keys), (*full, 4, 40, 40)),
         "mask": jax.random.bernoulli(next(keys), 0.8, (*full, 1, 40, 40)),
         "q_segment_ids": jax.random.randint(next(keys), (*full, 40), 0, 2),
+        "q_positions": jax.random.randint(next(keys), (*full, 40), 20, 60),
+        "kv_positions": jax.random.randint(next(keys), (*full, 40), 0, 40),
         "kv_lengths": jax.random.randint(next(keys), full, 20, 40),
         "sinks": jax.random.normal(next(keys), (*batch, 4)),
         "alibi_slopes": jax.random.uniform(next(keys), (*batch, 4)),

@@ -61,6 +61,21 @@ def test_text(capsys):
     assert "ptr-block: 16512 of 32768 tiles visited (50.4%), 256 through the mask" in str(result)
 
 
+def test_tiles_of_a_zigzag():
+    """Of two devices that hold the first and the last quarter of a sequence, and the second and the third, each visits
+    half of its tiles, and as many as the other: one that held a half of it would visit a quarter, or three."""
+    x, quarters = jnp.zeros((1, 512, 1, 64), jnp.bfloat16), np.arange(1024, dtype=np.int32).reshape(4, 256)
+    every = jnp.zeros((1, 1024, 1, 64), jnp.bfloat16)
+    visited = []
+    for held in ((0, 3), (1, 2)):
+        given = {"q_positions": quarters[held, :].ravel(), "kv_positions": quarters.ravel(), "causal": True}
+        with gpu_target(compute_capability=80):
+            visited.append(explain(x, every, every, config=fa.Config(64, 64), **given).passes[0])
+    assert [p.visited for p in visited] == [68, 68]
+    assert [p.masked for p in visited] == [8, 8]
+    assert visited[0].tiles == 128
+
+
 def test_passes_of_a_bias():
     """Its gradient has a kernel of its own unless nothing is summed for it."""
     x = jnp.zeros((2, 64, 2, 64), jnp.bfloat16)

@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import ARRAYS, CASES
 from checks import with_mask
@@ -101,9 +102,11 @@ def test_cases(number, case):
     some = {name: given.pop(name) for name in differentiated}
     text = lower(jax.grad(loss), some, given, capability=(80, 86, 90, 100)[number % 4])
     # The gradient of a bias has a kernel of its own unless nothing is summed for it.
-    bias = x["weights"] if case.mask_kind == "weights" else x["bias"]
+    added = [x["bias"], x["weights"] if case.mask_kind == "weights" else None]
+    added = [y.shape for y in added if y is not None]
     whole = case.seqlen_q * case.seqlen_k * case.heads * math.prod(case.batch)
-    summed = bias is not None and (bias.size < whole or case.mask_kind.startswith("block"))
+    less = math.prod(np.broadcast_shapes(*added)) < whole
+    summed = bool(added) and (less or case.mask_kind.startswith("block"))
     assert text.count(TRITON_CALL) == 3 + summed
 
 

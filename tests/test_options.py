@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FACTORS, PAIRS, Case
+from cases import FACTORS, PAIRS, Case, possible
 from reference import distance, visible
 
 from jax_flash_attn2 import flash_attention
@@ -24,6 +24,17 @@ def draw(*shape, dtype=np.float32):
 
 def full(x, *axes):
     return np.broadcast_to(x, (2, 3, *axes))
+
+
+ROW = np.arange(30, dtype=np.int32)
+
+
+def places(dtype):
+    """Of 30 rows and keys, in no order."""
+    return {
+        f"{name}_positions": np.random.default_rng(n).permutation(30).astype(dtype)
+        for n, name in enumerate(("q", "kv"))
+    }
 
 
 IDS, MASK = draw(30, dtype=np.int32), draw(30, 30) > 0
@@ -44,6 +55,13 @@ SAME = {
     "ids of 8 bits": ({"q_segment_ids": IDS.astype(np.int8)}, {"q_segment_ids": IDS}),
     "one segment": ({"q_segment_ids": np.zeros_like(IDS)}, {}),
     "any negative id": ({"q_segment_ids": np.where(IDS, IDS, -7)}, {"q_segment_ids": np.where(IDS, IDS, -1)}),
+    "positions that are indices": ({"causal": True, "q_positions": ROW, "kv_positions": ROW}, {"causal": True}),
+    "positions of 64 bits": ({"window_size": 4, **places(np.int64)}, {"window_size": 4, **places(np.int8)}),
+    "positions nobody compares": (places(np.int32), {}),
+    "positions of padded rows": (
+        {"causal": True, "q_positions": full(ROW - 7, 30), "kv_positions": np.where(ROW < 7, 2**31 - 1, ROW - 7)},
+        {"causal": True, "mask": ROW >= 7},
+    ),
     "mask of two axes": ({"mask": MASK}, {"mask": full(MASK, 4, 30, 30)}),
     "mask of a row": ({"mask": MASK[:1]}, {"mask": full(MASK[:1], 1, 30, 30)}),
     "mask of nothing": ({"mask": np.ones((1, 1), bool)}, {}),
@@ -146,7 +164,7 @@ def test_every_pair_of_values_meets():
 
     for a, b in itertools.combinations(FACTORS, 2):
         met = {(value(case, a), value(case, b)) for case in PAIRS}
-        assert met == set(itertools.product(FACTORS[a], FACTORS[b]))
+        assert met == {v for v in itertools.product(FACTORS[a], FACTORS[b]) if possible(zip((a, b), v, strict=True))}
 
 
 @pytest.mark.thorough
@@ -156,5 +174,6 @@ def test_every_pair_sees_something():
     for case in PAIRS:
         x = case.inputs()
         given = {n: jnp.asarray(x[n]) for n in sight if x[n] is not None}
-        seen = visible(distance(x["q"], x["k"], case.alignment), causal=case.causal, window_size=case.window, **given)
+        ahead = distance(x["q"], x["k"], case.alignment, x["q_positions"], x["kv_positions"])
+        seen = visible(jnp.asarray(ahead), causal=case.causal, window_size=case.window, **given)
         assert seen.any(), case

@@ -20,6 +20,12 @@ BATCH, HEADS, ROWS = P("data"), P("data", None, "model"), P("data", "model")
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def drawn_alike(monkeypatch):
+    """Whatever ran before, and in which process, a test draws the same."""
+    monkeypatch.setitem(globals(), "RNG", np.random.default_rng(0))
+
+
 def draw(*shape):
     return jax.device_put(RNG.standard_normal(shape).astype(np.float32))
 
@@ -52,6 +58,14 @@ CASES = {
         {},
     ),
     "rows_dropout": (ROWS, BATCH, 8, {}, {"dropout_rate": 0.3, "dropout_seed": 5}),
+    "rows_positions": (
+        ROWS, BATCH, 2,
+        {
+            "q_positions": (np.arange(64, dtype=np.int32)[None, ::-1], P()),
+            "kv_positions": (np.arange(192, dtype=np.int32).reshape(4, 48) % 48, BATCH),
+        },
+        {"causal": True, "dropout_rate": 0.2, "dropout_seed": 3},
+    ),
     "only_q": (HEADS, P(), 8, {}, {"causal": True}),
     "only_k": (P(), HEADS, 8, {}, {"causal": True}),
     "operands": (

@@ -44,6 +44,9 @@ EXTRAS = {
     "segments": Extra(
         operands={"q_segments": ("b", 1, "q", 1, "int32"), "kv_segments": ("b", 1, 1, "k", "int32")}, mixes=True
     ),
+    "positions": Extra(
+        operands={"q_positions": ("b", 1, "q", 1, "int32"), "kv_positions": ("b", 1, 1, "k", "int32")}, mixes=True
+    ),
     "lengths": Extra(operands={name: ("b", 1, 1, 1, "int32") for name in ("q_lengths", "kv_lengths")}, mixes=True),
     "window": Extra({"left": 256}, mixes=True),
     "softcap": Extra({"soft_cap": 30.0}, mixes=True),

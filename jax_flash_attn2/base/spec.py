@@ -15,6 +15,8 @@ OPERANDS = (
     "kv_segments",
     "q_lengths",
     "kv_lengths",
+    "q_positions",
+    "kv_positions",
     "offset",
     "sinks",
     "slopes",
@@ -34,8 +36,9 @@ vmap, under sharding and in memory. A batch axis may also have a length n that d
 
 scale: `[n, 1, 1, 1]` fp32 (fp64 for fp64), at least 0. bias: any axes, floating. mask: any axes, bool, True = seen.
 q_segments `[n, 1, Sq, 1]`, kv_segments `[n, 1, 1, Sk]`: int32, seen where equal; negative is padding. q_lengths,
-kv_lengths `[n, 1, 1, 1]`: int32. offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its position
-among the keys. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64). dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32.
+kv_lengths `[n, 1, 1, 1]`: int32. q_positions `[n, 1, Sq, 1]`, kv_positions `[n, 1, 1, Sk]`: int32, both or neither.
+offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its position among the keys, where positions are
+not given. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64). dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32.
 
 The last six are a block mask (`block_lists.py`). Their last two axes are no sequences, the first two are as above.
 """
@@ -194,6 +197,8 @@ class Spec:
     kv_segments = property(lambda self: self._operand("kv_segments"))
     q_lengths = property(lambda self: self._operand("q_lengths"))
     kv_lengths = property(lambda self: self._operand("kv_lengths"))
+    q_positions = property(lambda self: self._operand("q_positions"))
+    kv_positions = property(lambda self: self._operand("kv_positions"))
     offset = property(lambda self: self._operand("offset"))
     sinks = property(lambda self: self._operand("sinks"))
     slopes = property(lambda self: self._operand("slopes"))
@@ -219,7 +224,7 @@ class Spec:
     @property
     def bounded(self) -> bool:
         """Whether data or bounds besides causality and a block mask decide who sees whom."""
-        names = ("mask", "q_segments", "q_lengths", "kv_lengths", "offset")
+        names = ("mask", "q_segments", "q_lengths", "kv_lengths", "q_positions", "offset")
         return self.rules.left is not None or self.rules.right not in (None, 0) or any(map(self._operand, names))
 
     @property

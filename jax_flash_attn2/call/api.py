@@ -39,6 +39,8 @@ def flash_attention(
     mask: "Array | Mask | BlockMask | ElementPredicate | None" = None,
     q_segment_ids: Array | None = None,
     kv_segment_ids: Array | None = None,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
     q_lengths: Array | int | None = None,
     kv_lengths: Array | int | None = None,
     logits_soft_cap: float | None = None,
@@ -61,7 +63,8 @@ def flash_attention(
     under jit, grad, vmap, remat, scan, export and sharding. Results and gradients repeat bit for bit.
 
     Everything below combines with everything else, forward and backward. A row i has position i' = i, or
-    i + Sk - Sq with causal_alignment="bottom_right". Tiles of keys that no row of a block sees are not visited.
+    i + Sk - Sq with causal_alignment="bottom_right", or what q_positions says. Tiles of keys that no row of a block
+    sees are not visited.
 
     What is hidden has p = 0, which no finite number behind it changes. Of NaN and inf there, on every backend, forward
     and backward:
@@ -92,6 +95,12 @@ def flash_attention(
         only. Negative is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be
         skipped.
       kv_segment_ids: integers `[*batch, Sk]`; q_segment_ids if left out and Sq == Sk.
+      q_positions: integers `[*batch, Sq]` (each axis 1 or full), within 2**30 of 0: i', what causal, window_size and
+        alibi_slopes compare, in place of the index; with kv_positions. In any order (zigzag, left padding, the ring
+        buffer of a window's cache, documents counted each from 0 under segment ids); tiles are skipped by the least and
+        the largest of a block. Dropout counts by the index.
+      kv_positions: integers `[*batch, Sk]`: j there; with q_positions. One that no row comes to hides its key where
+        attention is causal.
       q_lengths: integers `[*batch]`: rows from there on have o = 0 and lse = -inf, whatever they and their bias hold.
       kv_lengths: integers `[*batch]`: keys from there on are not seen, whatever they and their bias hold. Positions do
         not shift.
@@ -128,6 +137,7 @@ def flash_attention(
     arrays = {
         **{"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks, "alibi_slopes": alibi_slopes},
         **{"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "q_lengths": q_lengths},
+        **{"q_positions": q_positions, "kv_positions": kv_positions},
         **{"kv_lengths": kv_lengths, "softmax_scale": softmax_scale, "dropout_seed": dropout_seed},
     }
     options = {

@@ -26,7 +26,8 @@ _MAX_BLOCK = 512
 
 
 def prepare(
-    q, k, v, bias, *, causal, causal_alignment, window_size, mask, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths,
+    q, k, v, bias, *, causal, causal_alignment, window_size, mask, q_segment_ids, kv_segment_ids, q_positions,
+    kv_positions, q_lengths, kv_lengths,
     logits_soft_cap, sinks, alibi_slopes, dropout_rate, dropout_seed, softmax_scale, implementation, block_ptr, config,
     higher_order, return_lse, return_max_logits,
 ) -> tuple[Call, tuple[Array, Array, Array, dict[str, Array]], tuple[int, ...]]:  # fmt: skip
@@ -69,8 +70,17 @@ def prepare(
         operands["slopes"] = arguments.per_head("alibi_slopes", alibi_slopes, batch, heads, q.dtype)
     if rules.dropout_rate:
         operands |= arguments.dropout_keys(dropout_seed, batch, heads)
-    positions_matter = left is not None or right is not None or "slopes" in operands or rules.dropout_rate > 0
-    if arguments.alignment(causal_alignment) == "bottom_right" and positions_matter and seqlen_q != seqlen_k:
+    positions = arguments.positions(q_positions, kv_positions, batch, seqlen_q, seqlen_k)
+    low = arguments.alignment(causal_alignment) == "bottom_right"
+    if low and positions:
+        raise ValueError(
+            'causal_alignment="bottom_right" says what the position of an index is, and so do q_positions and '
+            "kv_positions; leave one of them out"
+        )
+    compared = left is not None or right is not None or "slopes" in operands
+    if compared:
+        operands |= positions
+    if low and (compared or rules.dropout_rate > 0) and seqlen_q != seqlen_k:
         operands["offset"] = arguments.full(seqlen_k - seqlen_q, jnp.dtype(jnp.int32), (1, 1, 1, 1))
     q, k, v = (x.reshape(-1 if x.size else math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
     return call, (q, k, v, operands), batch

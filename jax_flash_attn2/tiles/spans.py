@@ -2,11 +2,13 @@
 
 A block of rows (or of keys) meets the tiles `[begin, end)` of the other sequence; of these, `[full, stop)` show it all
 that they hold and need no mask. Bounds (causal, window, lengths) are interval arithmetic on the block's ends. Segments
-are compared by the least and the largest id of block and tile: right for ids in any order, tight for sorted ones. A
-mask is reduced to any and all per tile.
+are compared by the least and the largest id of block and tile: right for ids in any order, tight for sorted ones; so
+are positions that are data. A mask is reduced to any and all per tile.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +46,8 @@ def query_spans(
       `[begin, full)` and `[stop, end)` through the mask, sees `[full, stop)` whole, and no others at all. No tile of
       `[full, stop)` reaches past Sk. begin <= full <= stop <= end; (0, 0, 0, 0) where the block sees nothing.
     """
-    rows, cols, bounds, masks = _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n)
-    return _spans(rows, cols, *bounds, masks, whole_past_end=False)
+    rows, cols, bounds, tiles = _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n)
+    return _spans(rows, cols, *bounds, tiles, whole_past_end=False)
 
 
 EMPTY, FULL, PARTIAL = 0, 1, 2
@@ -69,9 +71,9 @@ def query_tiles(
     Returns:
       int32 `[blocks, tiles]`: `EMPTY`, `FULL` (no mask is needed; the tile does not reach past Sk) or `PARTIAL`.
     """
-    rows, cols, bounds, masks = _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n)
+    rows, cols, bounds, tiles = _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n)
     met, whole = _met(rows, cols, *bounds), _whole(rows, cols, *bounds, whole_past_end=False)
-    met, whole = _met_too(_in_tiles(met, cols), _in_tiles(whole, cols), rows, cols, masks)
+    met, whole = _met_too(_in_tiles(met, cols), _in_tiles(whole, cols), rows, cols, tiles)
     met, whole = jnp.broadcast_arrays(met, whole)
     if met.shape[:2] == (1, 1):
         met, whole = met[0, 0], whole[0, 0]
@@ -105,9 +107,10 @@ def key_spans(
     """
     rows = _side(operands, "q", batch, _starts(seqlen_q, block_m), block_m, seqlen_q)
     cols = _side(operands, "kv", batch, _starts(seqlen_k, block_n), block_n, seqlen_k)
-    masks = [x.swapaxes(2, 3) for x in _mask_tiles(operands, batch, rows, cols)]
+    tiles = [(some.swapaxes(2, 3), every.swapaxes(2, 3)) for some, every in _pairs(spec, operands, batch, rows, cols)]
+    left, right, offset = _bounds(spec, operands, batch)
     # Row i sees keys from i + offset - left to i + offset + right: key j is seen from j - offset - right on.
-    return _spans(cols, rows, spec.rules.right, spec.rules.left, -_offset(operands, batch), masks, whole_past_end=True)
+    return _spans(cols, rows, right, left, -offset, tiles, whole_past_end=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,14 +171,15 @@ def _gather(x: Array, axis: int, starts: Array, block: int) -> Array:
     return jnp.take(x, jnp.minimum(index, x.shape[axis] - 1), axis)
 
 
-def _spans(x: _Side, y: _Side, back, forth, shift: Array, masks: list[Array], whole_past_end: bool) -> Array:
-    """Which of y's tiles x's blocks meet. An index i of x sees those of y from i + shift - back to i + shift + forth.
+_Pairs = list[tuple[Array, Array]]
+"""Of blocks and tiles: whether something shows each block any of each tile, and whether it shows all."""
 
-    `masks`: whether a mask shows each block any of each tile, and all of it, or nothing.
-    """
+
+def _spans(x: _Side, y: _Side, back, forth, shift: Array, tiles: _Pairs, whole_past_end: bool) -> Array:
+    """Which of y's tiles x's blocks meet. Index i of x sees those of y from i + shift - back to i + shift + forth."""
     met, whole = _met(x, y, back, forth, shift), _whole(x, y, back, forth, shift, whole_past_end)
-    if x.ids is not None or masks:
-        met, whole = _met_too(_in_tiles(met, y), _in_tiles(whole, y), x, y, masks)
+    if x.ids is not None or tiles:
+        met, whole = _met_too(_in_tiles(met, y), _in_tiles(whole, y), x, y, tiles)
         met, whole = _hull(met), _longest_run(whole)
     (begin, end), (full, stop) = met, whole
     begin, end = (jnp.where(begin < end, n, 0) for n in (begin, end))
@@ -184,11 +188,22 @@ def _spans(x: _Side, y: _Side, back, forth, shift: Array, masks: list[Array], wh
 
 
 def _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n):
-    """Rows, keys, what bounds them, and `_mask_tiles`."""
+    """Rows, keys, what bounds them, and `_pairs`."""
     rows = _side(operands, "q", batch, jnp.asarray(starts_m, jnp.int32), block_m, seqlen_q)
     cols = _side(operands, "kv", batch, _starts(seqlen_k, block_n), block_n, seqlen_k)
-    bounds = spec.rules.left, spec.rules.right, _offset(operands, batch)
-    return rows, cols, bounds, _mask_tiles(operands, batch, rows, cols)
+    return rows, cols, _bounds(spec, operands, batch), _pairs(spec, operands, batch, rows, cols)
+
+
+def _bounds(spec: Spec, operands: Mapping[str, Array], batch: int) -> tuple[int | None, int | None, Array]:
+    """What a row sees to the left and right of its index and the offset, as far as indices say it."""
+    rules = spec.rules
+    left, right = (None, None) if "q_positions" in operands else (rules.left, rules.right)
+    return left, right, _offset(operands, batch)
+
+
+def _pairs(spec: Spec, operands: Mapping[str, Array], batch: int, rows: _Side, cols: _Side) -> _Pairs:
+    """What mask and positions show of each block of rows and tile of keys: `[1|B, 1|H, .., ..]`."""
+    return [*_mask_tiles(operands, batch, rows, cols), *_position_tiles(spec, operands, batch, rows, cols)]
 
 
 def _in_tiles(span: tuple[Array, Array], y: _Side) -> Array:
@@ -198,9 +213,9 @@ def _in_tiles(span: tuple[Array, Array], y: _Side) -> Array:
     return (start <= tile) & (tile < stop)
 
 
-def _met_too(met: Array, whole: Array, x: _Side, y: _Side, masks: list[Array]) -> tuple[Array, Array]:
-    """What bounds let through, less what segments and masks hide."""
-    for some, every in (*_segment_tiles(x, y), *([masks] if masks else [])):
+def _met_too(met: Array, whole: Array, x: _Side, y: _Side, tiles: _Pairs) -> tuple[Array, Array]:
+    """What bounds let through, less what segments and `tiles` hide."""
+    for some, every in (*_segment_tiles(x, y), *tiles):
         met, whole = met & some, whole & every
     return met, whole
 
@@ -237,8 +252,36 @@ def _segment_tiles(x: _Side, y: _Side) -> list[tuple[Array, Array]]:
     return [(some, every)]
 
 
-def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _Side) -> list[Array]:
-    """Whether the mask shows some, and every, element of each block of rows and tile of keys: `[1|B, 1|H, .., ..]`."""
+def _position_tiles(spec: Spec, operands: Mapping[str, Array], batch: int, rows: _Side, cols: _Side) -> _Pairs:
+    """Whether positions that are data let some row of a block see some key of a tile, and surely each row each key."""
+    left, right = spec.rules.left, spec.rules.right
+    if "q_positions" not in operands or (left, right) == (None, None):
+        return []
+    (q_low, q_high), (k_low, k_high) = (
+        _least_largest(per_batch(operands[f"{name}_positions"].reshape(-1, 1, side.seqlen), batch), side)
+        for name, side in (("q", rows), ("kv", cols))
+    )
+    (q_low, q_high), (k_low, k_high) = (q_low[..., None], q_high[..., None]), (k_low[:, :, None], k_high[:, :, None])
+    some, every = [], []
+    if right is not None:
+        some.append(k_low <= q_high + right)
+        every.append(k_high <= q_low + right)
+    if left is not None:
+        some.append(k_high >= q_low - left)
+        every.append(k_low >= q_high - left)
+    return [(functools.reduce(operator.and_, some), functools.reduce(operator.and_, every))]
+
+
+def _least_largest(x: Array, side: _Side) -> tuple[Array, Array]:
+    """Of `[n, 1, seqlen]`, by block."""
+    x = _gather(x, 2, side.starts, side.block)
+    inits = np.int32(np.iinfo(np.int32).max), np.int32(np.iinfo(np.int32).min)
+    least = lambda x, y: (jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1]))
+    return tuple(lax.reduce((x, x), inits, least, (x.ndim - 1,)))
+
+
+def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _Side) -> _Pairs:
+    """Whether the mask shows some, and every, element of each block of rows and tile of keys."""
     if "mask" not in operands:
         return []
     mask = lax.optimization_barrier(operands["mask"])  # XLA would take minutes to fold a large constant's reduction
@@ -251,7 +294,7 @@ def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _S
         some, every = (jnp.concatenate(x, -1) for x in zip(*tiles, strict=True))
     if mask.shape[2] > 1:
         some, every = _any_all(*(_gather(x, 2, rows.starts, rows.block).swapaxes(3, 4) for x in (some, every)))
-    return [per_batch(x, batch) for x in (some, every)]
+    return [(per_batch(some, batch), per_batch(every, batch))]
 
 
 def _any_all(some: Array, every: Array) -> tuple[Array, Array]:

@@ -60,11 +60,14 @@ class Logits:
         cols, rows = self.col_index(0), self.row_index(start_m - start_n)
         if t.seqlen_k % t.block_n:
             visible.append(cols >= _int32(j * t.block_n - start_n))
-        offset = self.per_batch("offset") if "offset" in self.operands else 0
+        if "q_positions" in self.operands:
+            own, other, offset = *self.positions(start_m, start_n), 0
+        else:
+            own, other, offset = rows, cols, self.per_batch("offset") if "offset" in self.operands else 0
         if rules.left is not None:
-            visible.append(rows + (offset - rules.left) <= cols)
+            visible.append(own + (offset - rules.left) <= other)
         if rules.right is not None:
-            visible.append(rows + (offset + rules.right) >= cols)
+            visible.append(own + (offset + rules.right) >= other)
         if "q_segments" in self.operands:
             q_ids, kv_ids = (self.tile(f"{side}_segments", start_m, start_n) for side in ("q", "kv"))
             visible.append((q_ids == kv_ids) & (kv_ids >= 0))  # of q's XLA would compute it ahead, in a kernel
@@ -87,20 +90,28 @@ class Logits:
         """[1, N]: the keys of a tile."""
         return _int32(start_n) + _int32(jnp.arange(self.tiling.block_n))[None, :]
 
-    def positions(self, start_m) -> Array:
-        """[1|B, 1, M * G, 1], or without the first two axes: where the rows of a tile are among the keys."""
+    def aligned_index(self, start_m) -> Array:
+        """[1|B, 1, M * G, 1], or without the first two axes: the rows of a tile, counted as the keys are."""
         rows = self.row_index(start_m)
         return rows + self.per_batch("offset") if "offset" in self.operands else rows
 
+    def positions(self, start_m, start_n) -> tuple[Array, Array]:
+        """[1|B, 1, M * G, 1] and [1|B, 1, 1, N], or without the first two axes: where a tile's rows and keys are.
+        Counted from the first key, as in `visible`, unless they are data."""
+        if "q_positions" not in self.operands:
+            return self.aligned_index(start_m - start_n), self.col_index(0)
+        own, other = (self.tile(f"{side}_positions", start_m, start_n) for side in ("q", "kv"))
+        return own, other
+
     def distances(self, start_m, start_n) -> Array:
         """[1|B, 1, M * G, N]: how far each key is from the row's position."""
-        rows = self.positions(start_m - start_n)  # counted from the first key, as in `visible`
-        return jnp.abs(rows - self.col_index(0)).astype(self.dtype)
+        own, other = self.positions(start_m, start_n)
+        return jnp.abs(own - other).astype(self.dtype)
 
     def kept(self, start_m, start_n) -> Array:
         """[B, Hkv, M * G, N]: what dropout leaves of a tile."""
         key0, key1 = (self.tile(f"dropout_key{word}", start_m, start_n) for word in (0, 1))
-        rows = self.positions(start_m)
+        rows = self.aligned_index(start_m)
         t = self.tiling
         aligned = t.block_n % 4 == 0 and (t.seqlen_k % t.block_n == 0 or t.seqlen_k % 4 == 0)
         return dropout.keep_range(key0, key1, rows, start_n, t.block_n, self.spec.drop_threshold, aligned=aligned)
