@@ -15,12 +15,13 @@ def seen(rules, operands, seqlen_q, seqlen_k):
     """[B, H, Sq, Sk]: the definition."""
     rows, cols = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None]
     x = {name: np.asarray(x) for name, x in operands.items()}
-    rows_at = rows + x.get("offset", np.zeros((1, 1, 1, 1), int))
+    rows_at = x.get("q_positions", rows + x.get("offset", np.zeros((1, 1, 1, 1), int)))
+    cols_at = x.get("kv_positions", cols)
     visible = np.ones((B, H, seqlen_q, seqlen_k), bool)
     if rules.left is not None:
-        visible &= cols >= rows_at - rules.left
+        visible &= cols_at >= rows_at - rules.left
     if rules.right is not None:
-        visible &= cols <= rows_at + rules.right
+        visible &= cols_at <= rows_at + rules.right
     if "q_lengths" in x:
         visible &= (rows < x["q_lengths"]) & (cols < x["kv_lengths"])
     if "q_segments" in x:
@@ -38,6 +39,12 @@ def drawn(kind, seqlen_q, seqlen_k):
     if kind == "mask":  # with holes between tiles that are met
         tiles = rng.random((1, H, seqlen_q // 16 + 1, seqlen_k // 16 + 1)) < 0.3
         return Rules(), {"mask": np.repeat(np.repeat(tiles, 16, 2), 16, 3)[:, :, :seqlen_q, :seqlen_k]}
+    if kind.startswith("positions"):  # apart by 2, turned round at some place
+        q, kv = (np.roll(2 * np.arange(n), turn)[None] for n, turn in ((seqlen_q, 32), (seqlen_k, 96)))
+        if kind.endswith("order"):
+            q, kv = rng.permuted(np.repeat(q, B, 0), axis=1), np.repeat(kv, B, 0)
+        q, kv = np.int32(q)[:, None, :, None], np.int32(kv)[:, None, None, :]
+        return Rules(left=30 if "narrow" in kind else 140, right=60), {"q_positions": q, "kv_positions": kv}
     q, kv = (np.sort(rng.integers(-1, 4, (B, n)).astype(np.int32)) for n in (seqlen_q, seqlen_k))
     if kind == "segments in any order":
         q, kv = rng.permutation(q, axis=1), np.repeat(kv[:, ::-1], 1, 1)
@@ -45,7 +52,13 @@ def drawn(kind, seqlen_q, seqlen_k):
 
 
 @pytest.mark.parametrize("sizes", [EVEN, CUT], ids=["even", "cut"])
-@pytest.mark.parametrize("kind", ["window", "lengths", "mask", "segments", "segments in any order"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("window", "lengths", "mask", "segments", "segments in any order"),
+        *("positions", "positions, narrow", "positions in any order"),
+    ],
+)
 def test_table(kind, sizes):
     """A tile that is skipped shows nothing to anybody; one that needs no mask shows everything to all."""
     seqlen_q, seqlen_k, block_m, block_n = sizes
@@ -62,8 +75,8 @@ def test_table(kind, sizes):
     whole = np.reshape(whole, table.shape)
     assert not (some & (table == spans.EMPTY)).any()
     assert not (~whole & (table == spans.FULL)).any()
-    if "segments" not in kind:  # ids are compared by the least and the largest of a tile
+    if kind in ("window", "lengths", "mask"):  # others are compared by the least and the largest of a tile
         assert (some == (table != spans.EMPTY)).all()
         assert (whole == (table == spans.FULL)).all()
-    if kind == "window":
+    if kind in ("window", "positions"):
         assert len(np.unique(table)) == 3
