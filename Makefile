@@ -53,7 +53,7 @@ test-xla: .venv/dev.stamp
 	$(CPU) $(PYTEST) $(WORKERS) tests --ignore=tests/test_kernels.py $(SOME) $(FULLY)
 
 test-kernels: .venv/dev.stamp
-	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_kernels.py $(SOME)
+	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_kernels.py tests/test_translate.py $(SOME)
 
 test-codegen: .venv/dev.stamp
 	$(CPU) .venv/bin/python -m benchmarks.codegen --check $(if $(NINTH),--ninth $(NINTH))

@@ -18,7 +18,11 @@ from jax_flash_attn2.base.spec import PASSES
 pytest.importorskip("jax_triton", reason="lowering for CUDA needs jax-triton")
 pytest.importorskip("jax_cuda13_plugin", reason="lowering for CUDA needs JAX's CUDA plugin")
 
-from jax_flash_attn2.gpu import launch
+import score_functions
+
+from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.gpu import launch, translate
+from jax_flash_attn2.gpu.target import Target
 
 TRITON_CALL = "custom_call @triton_kernel_call_ffi"
 
@@ -135,6 +139,25 @@ def test_specialised_warps_are_started(monkeypatch):
     assert f".reqntid {32 * warps}" in ptx
     with pytest.raises(ValueError, match="for chips with tensor memory, sm_100 and sm_103, got sm_90"):
         lower(functools.partial(flash_attention, config=config), x, x, x)
+
+
+@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.thorough), 100])
+def test_translated_functions_compile(capability):
+    """What a person wrote in JAX, and its derivative, as functions that a kernel calls."""
+    function = lambda *x: sum(
+        score_functions.FUNCTIONS[name](*x) for name in ("relative", "powers", "integers", "trigonometry")
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        for f in (function, jax.grad(function)):
+            made = translate.translate(f)
+            spec, config = score_functions.Spec(translate.jitted(made.source)), Tuned(16, 32, 4, 1)
+
+            def call(scores, *arrays, spec=spec, config=config):
+                out = jax.ShapeDtypeStruct(scores.shape, scores.dtype)
+                operands = (scores, arrays)
+                return launch.run(Target(capability), score_functions.apply_kernel, 6, operands, (out,), spec, config)
+
+            assert lower(call, score_functions.SCORES, *made.arrays, capability=capability).count(TRITON_CALL) == 1
 
 
 def test_implementation_is_taken_at_its_word():

@@ -110,6 +110,22 @@ def _mend_bfloat16() -> None:
     builder.cast_impl, builder.create_dot = cast_rounded, create_dot_widened
 
 
+@functools.cache
+def _mend_booleans() -> None:
+    """What Triton's interpreter compares is boolean and says fp32, so that one scalar made a tile becomes numbers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_splat = InterpreterBuilder.create_splat
+
+    def create_splat_of_booleans(self, ret_ty, arg):
+        if arg.data.dtype != np.bool_:
+            return create_splat(self, ret_ty, arg)
+        return TensorHandle(np.full(ret_ty.shape, arg.data.reshape(-1)[0]), tl.int1)
+
+    InterpreterBuilder.create_splat = create_splat_of_booleans
+
+
 @contextlib.contextmanager
 def _patched_once():
     """Triton patches `triton.language` anew with each call of a device function, which takes a third of all its time.
@@ -152,6 +168,7 @@ def run(
 ) -> tuple[Array | None, ...]:
     """Interprets one kernel through a host callback, so that it works inside jit; see `launch.run`."""
     _mend_bfloat16()
+    _mend_booleans()
     present = [x for x in outputs if x is not None]
 
     def callback(*values):

@@ -1,0 +1,103 @@
+"""Functions of a score and of where it is, as people write them; and a kernel that puts scores through one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton
+import triton.language as tl
+from jax import lax
+
+B, H, M, N = 2, 3, 16, 32
+RNG = np.random.default_rng(0)
+SCORES = (3 * RNG.standard_normal((B, H, M, N))).astype(np.float32)
+TABLE = jnp.asarray(RNG.standard_normal((H, 2 * M + 1)), jnp.float32)
+SLOPES = jnp.asarray(RNG.uniform(0.1, 1, H), jnp.float32)
+DOCUMENTS = jnp.asarray(np.sort(RNG.integers(0, 3, (B, N)), 1), jnp.int32)
+HALF = jnp.asarray(RNG.standard_normal(5), jnp.bfloat16)
+SEEN = jnp.asarray(RNG.random((M, N)) < 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the kernel is compiled with."""
+
+    function: Any
+    heads: int = H
+
+
+@triton.jit
+def apply_kernel(scores, x, out, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """One plane of scores, each put through the function."""
+    plane = tl.program_id(0)
+    i, j = tl.arange(0, CFG.block_m)[:, None], tl.arange(0, CFG.block_n)[None, :]
+    at = (plane * CFG.block_m + i) * CFG.block_n + j
+    made = SPEC.function(tl.load(scores + at), plane // SPEC.heads, plane % SPEC.heads, i, j, x)
+    tl.store(out + at, made + tl.zeros([CFG.block_m, CFG.block_n], tl.float32))
+
+
+FUNCTIONS = {
+    "alibi": lambda s, b, h, i, j: s - SLOPES[h] * jnp.abs(i - j),
+    "soft_cap": lambda s, b, h, i, j: 5 * jnp.tanh(s / 5),
+    "causal": lambda s, b, h, i, j: jnp.where(i >= j, s, -jnp.inf),
+    "relative": lambda s, b, h, i, j: s + TABLE[h, jnp.clip(i - j, -M, M) + M],
+    "documents": lambda s, b, h, i, j: jnp.where(DOCUMENTS[b, i] == DOCUMENTS[b, j], s, -jnp.inf),
+    "a mask": lambda s, b, h, i, j: jnp.where(SEEN[i, j], s, 0),
+    "half": lambda s, b, h, i, j: s * HALF[i % 5].astype(jnp.float32),
+    "wraps": lambda s, b, h, i, j: s + SLOPES[h - 3] + TABLE[-1, i - 5],
+    "out of range": lambda s, b, h, i, j: s + SLOPES[i] + TABLE[h, 10 * i],
+    "filled": lambda s, b, h, i, j: s + jnp.take(SLOPES, i - 1, mode="fill", fill_value=7.0),
+    "computed before": lambda s, b, h, i, j: s * jnp.exp(TABLE).sum(1)[h],
+    "rounding": lambda s, b, h, i, j: jnp.round(s) + jnp.round(s * 2) / 2 + jnp.floor(s) - jnp.ceil(s) + jnp.trunc(s),
+    "integers": lambda s, b, h, i, j: s + (i - 7) // 3 + (i - 7) % 3 + lax.div(i - 7, 3) + lax.rem(i - 7, j - 9),
+    "remainder": lambda s, b, h, i, j: s % 1.5 + jnp.fmod(s, 1.5) + s // 0.75,
+    "bits": lambda s, b, h, i, j: s + ((i ^ j) & 5) + (i << 2) + ((i - 8) >> 1) + (~j),
+    "signs": lambda s, b, h, i, j: jnp.sign(s) + jnp.sign(i - j) + jnp.negative(jnp.abs(s)),
+    "small": lambda s, b, h, i, j: jnp.expm1(s * 1e-5) + jnp.log1p(jnp.abs(s) * 1e-5),
+    "powers": lambda s, b, h, i, j: s**3 + jnp.abs(s) ** 0.5 + jnp.abs(s) ** -2 + jnp.power(s, 3.0) + 2.0**s,
+    "trigonometry": lambda s, b, h, i, j: jnp.sin(s) + jnp.cos(s) + lax.erf(s) + jax.nn.sigmoid(s) + jax.nn.gelu(s),
+    "a branch": lambda s, b, h, i, j: lax.cond(i > j, lambda s: s * 2, lambda s: s - 1, s),
+    "a switch": lambda s, b, h, i, j: lax.switch(h, [lambda s: s, lambda s: -s, lambda s: s * s], s),
+    "jitted": lambda s, b, h, i, j: jax.jit(lambda s: jax.nn.softplus(s))(s) + jax.nn.relu(s),
+    "several conditions": lambda s, b, h, i, j: jnp.select([i < j, i == j], [s, s + 1], s - 1),
+    "nan and inf": lambda s, b, h, i, j: jnp.where(
+        jnp.isfinite(jnp.where(i == 3, jnp.nan, s)), jnp.maximum(s, jnp.inf), s
+    ),
+    "constant": lambda s, b, h, i, j: jnp.float32(1.5),
+    "tree": lambda s, b, h, i, j: jnp.where((i // 4 == j // 4) & ((i & j) == j), s, -jnp.inf),
+}
+
+
+def drawn(rng, depth, real=True):
+    """A function of (score, b, h, i, j), as a tree of what a person might write; the text of it, to be read."""
+    if real:
+        if depth == 0:
+            return rng.choice(
+                ["s", "s", "1.5", "0.25", "SLOPES[h]", "TABLE[h, i]", "TABLE[h, jnp.clip(i - j, -9, 9) + 9]"]
+            )
+        a, b = drawn(rng, depth - 1), drawn(rng, depth - 1)
+        n = drawn(rng, depth - 1, real=False)
+        ways = [
+            "({a} + {b})",
+            "({a} - {b})",
+            "({a} * 0.5 * {b})",
+            "jnp.tanh({a})",
+            "jnp.maximum({a}, {b})",
+            "jnp.abs({a})",
+        ]
+        ways += [
+            "jnp.where({n} > 2, {a}, {b})",
+            "({a} / (2.0 + jnp.abs({b})))",
+            "({a} + {n})",
+            "jnp.exp(-jnp.abs({a}))",
+        ]
+        ways += ["jnp.sin({a})", "jnp.log1p(jnp.abs({a}))", "jnp.where({a} < {b}, {a}, 0.0)", "TABLE[h, {n} % 20]"]
+    else:
+        if depth == 0:
+            return rng.choice(["i", "j", "b", "h", "(i - j)", "3", "DOCUMENTS[b, j]"])
+        a, b, n = (drawn(rng, depth - 1, real=False) for _ in range(3))
+        ways = ["({a} + {b})", "({a} - {b})", "({a} // 3)", "({a} % 5)", "jnp.minimum({a}, {b})", "jnp.abs({a})"]
+        ways += ["jnp.where({a} <= {b}, {a}, {n})", "({a} & 7)"]
+    return rng.choice(ways).format(a=a, b=b, n=n)

@@ -1,0 +1,110 @@
+"""Functions written in JAX, translated to Triton: the same numbers as JAX's. Needs TRITON_INTERPRET=1."""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import score_functions
+from jax import lax
+from score_functions import FUNCTIONS, SCORES, SLOPES, TABLE, B, H, M, N, Spec, apply_kernel, drawn
+
+from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.gpu import interpret, translate
+from jax_flash_attn2.gpu.target import Target
+
+
+@pytest.fixture(autouse=True)
+def as_people_write():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def translated(function):
+    """What the kernel makes of `SCORES`."""
+    made = translate.translate(function)
+    spec, out = Spec(translate.jitted(made.source)), jax.ShapeDtypeStruct(SCORES.shape, jnp.float32)
+    operands = (jnp.asarray(SCORES), made.arrays)
+    (result,) = interpret.run(Target(80), apply_kernel, B * H, operands, (out,), spec, Tuned(M, N, 4, 1))
+    return np.asarray(result)
+
+
+def wanted(function):
+    """What JAX makes of them."""
+    each = jax.vmap(function, (0, None, None, None, 0))
+    for axes in ((0, None, None, 0, None), (0, None, 0, None, None), (0, 0, None, None, None)):
+        each = jax.vmap(each, axes)
+    return np.asarray(each(SCORES, *(jnp.arange(n, dtype=jnp.int32) for n in SCORES.shape)), np.float32)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    function = FUNCTIONS[name]
+    np.testing.assert_allclose(translated(function), wanted(function), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["soft_cap", "relative", "powers", "trigonometry", "a branch", "jitted", "small"])
+def test_derivatives(name):
+    """Of the score: what `jax.grad` makes of a function is one, too."""
+    function = jax.grad(FUNCTIONS[name])
+    np.testing.assert_allclose(translated(function), wanted(function), rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.thorough) for n in range(1, 8))])
+def test_drawn_functions(seed):
+    """Forty of each seed."""
+    rng = random.Random(seed)
+    for _ in range(40):
+        text = drawn(rng, rng.randint(1, 4))
+        function = eval(f"lambda s, b, h, i, j: {text} + 0.0 * s", vars(score_functions))
+        got, want = translated(function), wanted(function)
+        size = np.maximum(1, np.abs(want))
+        assert (np.abs(got - want) <= 1e-4 * size).all(), text
+
+
+def test_traced_arrays_are_closed_over():
+    """Under jit, and what JAX makes of them beforehand."""
+
+    @jax.jit
+    def both(slopes):
+        f = lambda s, b, h, i, j: s - (slopes * 2)[h] * jnp.abs(i - j)
+        made = translate.translate(f)
+        return made.arrays
+
+    (array,) = both(SLOPES)
+    np.testing.assert_array_equal(array, SLOPES * 2)
+    assert "SLOPES" not in translate.translate(FUNCTIONS["alibi"]).source
+
+
+def test_source_can_be_read():
+    made = translate.translate(FUNCTIONS["alibi"], "alibi")
+    assert made.source.startswith("def alibi(score, b, h, i, j, x):\n")
+    assert "tl.load(x[0] + (tl.minimum(tl.maximum(" in made.source
+    assert all("score_functions.py:" in line for line in made.source.splitlines()[1:-1])
+    assert translate.jitted(made.source) is translate.jitted(made.source)
+
+
+REFUSED = {
+    "sorts": (lambda s, b, h, i, j: jnp.sort(TABLE[h] + s)[0], "score_mod uses "),
+    "loops": (lambda s, b, h, i, j: lax.fori_loop(0, i, lambda _, s: s * 2, s), "score_mod uses while, which has no"),
+    "a row": (lambda s, b, h, i, j: s + TABLE[h].sum(), "takes more than one element at a time; index every axis"),
+    "prints": (lambda s, b, h, i, j: (jax.debug.print("{}", s), s)[1], "has a side effect"),
+    "two": (lambda s, b, h, i, j: (s, s), "score_mod must return one scalar, got 2"),
+    "a shape": (lambda s, b, h, i, j: s * jnp.ones(3), "score_mod must return one scalar, got 1 of shapes [(3,)]"),
+    "half": (
+        lambda s, b, h, i, j: (s.astype(jnp.float16) * 2).astype(jnp.float32),
+        "makes float16, where a kernel has",
+    ),
+    "erf_inv": (lambda s, b, h, i, j: lax.erf_inv(s), "score_mod uses erf_inv, which has no translation into a kernel"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    function, message = REFUSED[name]
+    with pytest.raises(TypeError) as caught:
+        translate.translate(function)
+    assert message in str(caught.value)
+    if " uses " in str(caught.value):
+        assert "test_translate.py:" in str(caught.value)
