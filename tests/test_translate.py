@@ -68,7 +68,7 @@ def test_traced_arrays_are_closed_over():
 
     @jax.jit
     def both(slopes):
-        f = lambda s, b, h, i, j: s - (slopes * 2)[h] * jnp.abs(i - j)
+        f = lambda s, b, h, i, j: s - (slopes * 2)[h] * jnp.abs(i - j) * jnp.sqrt(2.0)
         made = translate.translate(f)
         return made.arrays
 

@@ -145,9 +145,12 @@ class _Writer:
         if eqn.effects:
             raise self.refusal(eqn, "has a side effect")
         if all(isinstance(x, _Known) or _is_number(x) for x in inputs):
-            numbers = all(map(_is_number, inputs))
-            made = _computed(eqn, [x.number if isinstance(x, _Scalar) else x for x in inputs])
-            return [_number(x) for x in made] if numbers and all(x.shape == () for x in made) else made
+            known = [x.number if isinstance(x, _Scalar) else x for x in inputs]
+            if not all(map(_is_number, inputs)):
+                return _computed(eqn, known)
+            with jax.ensure_compile_time_eval():  # now, under jit too
+                made = _computed(eqn, known)
+            return [_number(x) if x.shape == () else x for x in made]
         if name in _CALLS:
             inner = eqn.params[_CALLS[name]]
             jaxpr, constants = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
