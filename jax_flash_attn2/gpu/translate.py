@@ -20,46 +20,14 @@ from jax import Array, lax
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
+from . import elementwise
+from .elementwise import REDUCTIONS, TYPES, Scalar, chosen, is_number, number, place_of_largest
+
 ARGUMENTS = ("score", "b", "h", "i", "j")
 """What the function is given: an fp32 score, and int32 numbers of batch, head, row and key."""
 
-_TYPES = {"float32": "tl.float32", "int32": "tl.int32", "uint32": "tl.uint32", "bool": "tl.int1"}
-_FLOAT = {
-    **{"exp": "tl.exp({})", "exp2": "tl.exp2({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})"},
-    **{"sin": "tl.sin({})", "cos": "tl.cos({})", "tan": "(tl.sin({0}) / tl.cos({0}))", "tanh": "tanh({})"},
-    **{"erf": "tl.erf({})", "erfc": "(1.0 - tl.erf({}))", "logistic": "(1.0 / (1.0 + tl.exp(-({}))))"},
-    **{"floor": "tl.floor({})", "ceil": "tl.ceil({})", "expm1": "exp_minus_1({})", "log1p": "log_of_1_plus({})"},
-    **{"pow": "power({}, {})", "div": "({} / {})", "rem": "float_rem({}, {})", "sign": "float_sign({})"},
-    **{"is_finite": '(tl.abs({}) < float("inf"))', "reduce_precision": None},
-    **{f"{name}": f"tl.{name}imum({{}}, {{}}, propagate_nan=tl.PropagateNan.ALL)" for name in ("max", "min")},
-}
-_INTEGER = {
-    **{"div": "int_div({}, {})", "rem": "int_rem({}, {})", "sign": "sign({})"},
-    **{"max": "tl.maximum({}, {})", "min": "tl.minimum({}, {})", "not": "(~{})"},
-    **{"shift_left": "({} << {})", "shift_right_arithmetic": "({} >> {})"},
-}
-_BOOLEAN = {"not": "({} == 0)", "max": "({} | {})", "min": "({} & {})"}
-_ANY = {
-    **{"add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "neg": "(-({}))", "abs": "tl.abs({})"},
-    **{
-        "square": "({0} * {0})",
-        "one_minus_square": "(1 - {0} * {0})",
-        "add_any": "({} + {})",
-        "and": "({} & {})",
-        "or": "({} | {})",
-        "xor": "({} ^ {})",
-    },
-    **{"lt": "({} < {})", "le": "({} <= {})", "gt": "({} > {})", "ge": "({} >= {})"},
-    **{"eq": "({} == {})", "ne": "({} != {})", "stop_gradient": "{}", "copy": "{}", "copy_p": "{}"},
-}
-_REDUCTIONS = {
-    **{"reduce_sum": "({} + {})", "reduce_prod": "({} * {})", "reduce_and": "({} & {})", "reduce_or": "({} | {})"},
-    **{"reduce_max": _FLOAT["max"], "reduce_min": _FLOAT["min"]},
-}
-_HELPERS = ("pow", "rem", "div")
-"""Those of several inputs that are functions of ours, where they are: a number has no type there."""
 _STORED = ("float16", "bfloat16")
-"""What an array may hold besides: it is read, and made fp32."""
+"""What an array may hold besides `TYPES`: it is read, and made fp32."""
 _CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr"}
 _CALLS |= {"checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 _CALLS |= {"custom_vjp_call_jaxpr": "fun_jaxpr"}
@@ -77,20 +45,10 @@ class Translation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scalar:
-    """A value in the kernel."""
-
-    text: str
-    dtype: np.dtype
-    number: Any = None
-    """Itself, if it is known while translating."""
-
-
-@dataclasses.dataclass(frozen=True)
 class _Vector:
     """A few of them, in an array of this shape: the indices of an element, mostly."""
 
-    items: tuple[_Scalar, ...]
+    items: tuple[Scalar, ...]
     shape: tuple[int, ...]
 
 
@@ -113,7 +71,7 @@ def translate(function: Callable[..., Any], name: str = "score_mod", *, argument
     scalars = [jax.ShapeDtypeStruct((), jnp.float32)] + [jax.ShapeDtypeStruct((), jnp.int32)] * 4
     closed = jax.make_jaxpr(function)(*scalars)
     writer = _Writer(argument)
-    given = [_Scalar(n, np.dtype(x.dtype)) for n, x in zip(ARGUMENTS, scalars, strict=True)]
+    given = [Scalar(n, np.dtype(x.dtype)) for n, x in zip(ARGUMENTS, scalars, strict=True)]
     results = writer.walk(closed.jaxpr, closed.consts, given)
     if len(results) != 1 or _shape(results[0]) != ():
         raise TypeError(f"{argument} must return one scalar, got {len(results)} of shapes {[*map(_shape, results)]}")
@@ -144,13 +102,13 @@ class _Writer:
         name = eqn.primitive.name
         if eqn.effects:
             raise self.refusal(eqn, "has a side effect")
-        if all(isinstance(x, _Known) or _is_number(x) for x in inputs):
-            known = [x.number if isinstance(x, _Scalar) else x for x in inputs]
-            if not all(map(_is_number, inputs)):
+        if all(isinstance(x, _Known) or is_number(x) for x in inputs):
+            known = [x.number if isinstance(x, Scalar) else x for x in inputs]
+            if not all(map(is_number, inputs)):
                 return _computed(eqn, known)
             with jax.ensure_compile_time_eval():  # now, under jit too
                 made = _computed(eqn, known)
-            return [_number(x) if x.shape == () else x for x in made]
+            return [number(x) if x.shape == () else x for x in made]
         if name in _CALLS:
             inner = eqn.params[_CALLS[name]]
             jaxpr, constants = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
@@ -164,7 +122,7 @@ class _Writer:
             return [_Vector(items, eqn.outvars[0].aval.shape)]
         if name in ("argmax", "argmin"):
             return [self.largest(eqn, self.vector(inputs[0]).items)]
-        if name in _REDUCTIONS:
+        if name in REDUCTIONS:
             return [self.reduced(eqn, self.vector(inputs[0]).items)]
         if name in ("dynamic_slice", "gather"):
             return [self.element(eqn, inputs)]
@@ -172,49 +130,24 @@ class _Writer:
             return [self.each(eqn, inputs)]
         return [self.line(eqn, self.expression(eqn, [*map(self.scalar, inputs)]))]
 
-    def line(self, eqn: Any, text: str) -> _Scalar:
+    def line(self, eqn: Any, text: str) -> Scalar:
         """A name for an expression, with the caller's line beside it."""
         dtype = np.dtype(eqn.outvars[0].aval.dtype)
         reads = eqn.primitive.name in ("dynamic_slice", "gather")
-        if dtype.name not in _TYPES and not (reads and dtype.name in _STORED):
-            raise self.refusal(eqn, f"makes {dtype.name}, where a kernel has {', '.join(_TYPES)}")
+        if dtype.name not in TYPES and not (reads and dtype.name in _STORED):
+            raise self.refusal(eqn, f"makes {dtype.name}, where a kernel has {', '.join(TYPES)}")
         name = next(self._names)
         self.lines.append(f"{name} = {text}  # {_where(eqn)}")
-        return _Scalar(name, dtype)
+        return Scalar(name, dtype)
 
-    def expression(self, eqn: Any, inputs: list[_Scalar]) -> str:
+    def expression(self, eqn: Any, inputs: Sequence[Scalar]) -> str:
         """What an elementwise equation computes."""
-        name, dtype = eqn.primitive.name, inputs[-1].dtype
-        texts = [_typed(x) if name in _HELPERS else x.text for x in inputs]
-        if name == "select_n":
-            which, *cases = inputs
-            text = cases[-1].text
-            for n, case in reversed([*enumerate(cases[:-1])]):
-                shown = f"{which.text} == 0" if which.dtype.name == "bool" else f"{which.text} <= {n}"
-                text = f"tl.where({shown}, {case.text}, {text})"
-            return text
-        if name == "clamp":
-            low, x, high = texts
-            return f"tl.minimum(tl.maximum({x}, {low}), {high})"
-        if name == "convert_element_type":
-            return self.converted(eqn, inputs[0])
-        if name == "integer_pow":
-            return _integer_power(texts[0], eqn.params["y"])
-        if name == "round":
-            even = eqn.params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN
-            return f"{'round_to_even' if even else 'round_from_zero'}({texts[0]})"
-        own = _FLOAT if dtype == np.float32 else _BOOLEAN if dtype.name == "bool" else _INTEGER
-        template = own.get(name) or _ANY.get(name)
-        if template is None:
+        if (made := np.dtype(eqn.outvars[0].aval.dtype).name) not in TYPES:
+            raise self.refusal(eqn, f"makes {made}, where a kernel has {', '.join(TYPES)}")
+        text = elementwise.expression(eqn.primitive.name, eqn.params, inputs)
+        if text is None:
             raise self.refusal(eqn, "has no translation into a kernel")
-        return template.format(*texts)
-
-    def converted(self, eqn: Any, x: _Scalar) -> str:
-        """x as another type."""
-        wanted = np.dtype(eqn.params["new_dtype"])
-        if wanted.name not in _TYPES:
-            raise self.refusal(eqn, f"makes {wanted.name}, where a kernel has {', '.join(_TYPES)}")
-        return f"({x.text} != 0)" if wanted.name == "bool" else f"{x.text}.to({_TYPES[wanted.name]})"
+        return text
 
     def branches(self, eqn: Any, inputs: list[Any]) -> list[Any]:
         """A `cond` or `switch`: every branch is computed, and one of them taken."""
@@ -223,14 +156,11 @@ class _Writer:
         results = [self.walk(branch.jaxpr, branch.consts, operands) for branch in eqn.params["branches"]]
         made = []
         for n, outcomes in enumerate(zip(*results, strict=True)):
-            cases = [self.scalar(x) for x in outcomes]
-            text = cases[-1].text
-            for k, case in reversed([*enumerate(cases[:-1])]):
-                text = f"tl.where({index.text} <= {k}, {case.text}, {text})"
+            text = chosen(index, [*map(self.scalar, outcomes)])
             dtype = np.dtype(eqn.outvars[n].aval.dtype)
             name = next(self._names)
             self.lines.append(f"{name} = {text}  # {_where(eqn)}")
-            made.append(_Scalar(name, dtype))
+            made.append(Scalar(name, dtype))
         return made
 
     def reshaped(self, eqn: Any, x: Any) -> Any:
@@ -251,20 +181,15 @@ class _Writer:
         columns = [x * math.prod(shape) if len(x) == 1 else x for x in vectors]
         return _Vector(tuple(self.line(eqn, self.expression(eqn, [*row])) for row in zip(*columns, strict=True)), shape)
 
-    def largest(self, eqn: Any, items: Sequence[_Scalar]) -> _Scalar:
+    def largest(self, eqn: Any, items: Sequence[Scalar]) -> Scalar:
         """The place of the first of the largest, or least, of a few elements."""
-        best, place = _as_number(items[0]), "0"
-        for n, item in enumerate(items[1:], 1):
-            other = _as_number(item)
-            better = f"{other} {'>' if eqn.primitive.name == 'argmax' else '<'} {best}"
-            best, place = f"tl.where({better}, {other}, {best})", f"tl.where({better}, {n}, {place})"
-        return self.line(eqn, place)
+        return self.line(eqn, place_of_largest(items, ">" if eqn.primitive.name == "argmax" else "<"))
 
-    def reduced(self, eqn: Any, items: Sequence[_Scalar]) -> _Scalar:
+    def reduced(self, eqn: Any, items: Sequence[Scalar]) -> Scalar:
         """A few elements made one."""
         if eqn.outvars[0].aval.shape != ():
             raise self.refusal(eqn, "makes an array, where a kernel has scalars")
-        template = _REDUCTIONS[eqn.primitive.name]
+        template = REDUCTIONS[eqn.primitive.name]
         return self.line(eqn, functools.reduce(template.format, [x.text for x in items]))
 
     def element(self, eqn: Any, inputs: list[Any]) -> Any:
@@ -279,7 +204,7 @@ class _Writer:
         if eqn.primitive.name == "gather":
             axes, mode = eqn.params["dimension_numbers"].start_index_map, eqn.params["mode"]
             by_axis = dict(zip(axes, numbers, strict=True))
-            numbers = [by_axis.get(axis, _number(np.int32(0))) for axis in range(array.ndim)]
+            numbers = [by_axis.get(axis, number(np.int32(0))) for axis in range(array.ndim)]
             if mode == lax.GatherScatterMode.FILL_OR_DROP:
                 fill = _fill(eqn.params["fill_value"], array.dtype)
         text = self.load(eqn, array, numbers, fill)
@@ -287,7 +212,7 @@ class _Writer:
         shape = eqn.outvars[0].aval.shape
         return found if shape == () else _Vector((found,), shape)
 
-    def load(self, eqn: Any, array: Any, numbers: list[_Scalar], fill: _Scalar | None) -> str:
+    def load(self, eqn: Any, array: Any, numbers: list[Scalar], fill: Scalar | None) -> str:
         """The text that reads array[numbers]: out of range the nearest element, or `fill`."""
         at = self.operand(eqn, array)
         wide = ".to(tl.int64)" if array.size >= 2**31 else ""
@@ -303,17 +228,17 @@ class _Writer:
 
     def operand(self, eqn: Any, array: Any) -> int:
         """The place of an array among those that are read."""
-        if np.dtype(array.dtype).name not in (*_TYPES, *_STORED):
-            raise self.refusal(eqn, f"reads an array of {array.dtype}, where a kernel has {', '.join(_TYPES)}")
+        if np.dtype(array.dtype).name not in (*TYPES, *_STORED):
+            raise self.refusal(eqn, f"reads an array of {array.dtype}, where a kernel has {', '.join(TYPES)}")
         for n, known in enumerate(self.arrays):
             if known is array:
                 return n
         self.arrays.append(array)
         return len(self.arrays) - 1
 
-    def scalar(self, x: Any) -> _Scalar:
+    def scalar(self, x: Any) -> Scalar:
         """A value as one of the kernel's."""
-        if isinstance(x, _Scalar):
+        if isinstance(x, Scalar):
             return x
         if isinstance(x, _Vector):
             (item,) = x.items
@@ -322,7 +247,7 @@ class _Writer:
         at = self.operand(None, x)
         name = next(self._names)
         self.lines.append(f"{name} = tl.load(x[{at}])" + (" != 0" if x.dtype.name == "bool" else ""))
-        return _Scalar(name, np.dtype(x.dtype))
+        return Scalar(name, np.dtype(x.dtype))
 
     def vector(self, x: Any) -> _Vector:
         """A value as a few of the kernel's."""
@@ -340,33 +265,13 @@ class _Writer:
         )
 
 
-def _literal(v: Any) -> _Scalar | np.ndarray:
+def _literal(v: Any) -> Scalar | np.ndarray:
     value = np.asarray(v.val, v.aval.dtype)
-    return _number(value) if value.shape == () else value
-
-
-def _number(value: Any) -> _Scalar:
-    """A number that is written into the source."""
-    value = np.asarray(value)
-    plain = value.item()
-    text = repr(plain) if not isinstance(plain, float) or math.isfinite(plain) else f'float("{plain}")'
-    return _Scalar(f"({text})" if text.startswith("-") else text, value.dtype, value)
-
-
-def _as_number(x: _Scalar) -> str:
-    return f"{x.text}.to(tl.int32)" if x.dtype.name == "bool" and x.number is None else x.text
-
-
-def _typed(x: _Scalar) -> str:
-    return x.text if x.number is None else f"tl.full((), {x.text}, {_TYPES[x.dtype.name]})"
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, _Scalar) and x.number is not None
+    return number(value) if value.shape == () else value
 
 
 def _shape(x: Any) -> tuple[int, ...]:
-    return () if isinstance(x, _Scalar) else x.shape
+    return () if isinstance(x, Scalar) else x.shape
 
 
 def _computed(eqn: Any, inputs: list[Any]) -> list[Any]:
@@ -377,39 +282,18 @@ def _computed(eqn: Any, inputs: list[Any]) -> list[Any]:
     return [*made] if eqn.primitive.multiple_results else [made]
 
 
-def _integer_power(x: str, y: int) -> str:
-    if y < 0:
-        return f"(1.0 / {_integer_power(x, -y)})"
-    if y == 0:
-        return f"({x} * 0 + 1)"
-    half = _integer_power(x, y // 2) if y > 1 else ""
-    return x if y == 1 else f"({half} * {half}{f' * {x}' if y % 2 else ''})"
-
-
-def _fill(value: Any, dtype: Any) -> _Scalar:
+def _fill(value: Any, dtype: Any) -> Scalar:
     """What a gather gives out of range."""
     if value is None:
         kind = np.dtype(dtype)
         value = np.nan if jnp.issubdtype(kind, jnp.floating) else False if kind.name == "bool" else jnp.iinfo(kind).min
-    return _number(np.asarray(value, np.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype))
+    return number(np.asarray(value, np.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype))
 
 
 def _where(eqn: Any) -> str:
     """The caller's line."""
     text = source_info_util.summarize(eqn.source_info) if eqn is not None else "unknown"
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-@functools.cache
-def _helpers() -> dict[str, Any]:
-    """What the source may name."""
-    import triton.language as tl
-
-    from ..kernels import fwd, scalar
-
-    own = ("int_div", "int_rem", "float_rem", "sign", "float_sign", "round_to_even", "round_from_zero")
-    own += ("exp_minus_1", "log_of_1_plus", "power")
-    return {"tl": tl, "tanh": fwd.tanh} | {name: getattr(scalar, name) for name in own}
 
 
 _numbers = itertools.count()
@@ -424,6 +308,6 @@ def jitted(source: str) -> Any:
 
     filename = f"<translated {next(_numbers)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    namespace: dict[str, Any] = {**_helpers(), "__name__": __name__}
+    namespace: dict[str, Any] = {**elementwise.names(), "__name__": __name__}
     exec(compile(source, filename, "exec"), namespace)
     return triton.jit(namespace[source[4 : source.index("(")]])
