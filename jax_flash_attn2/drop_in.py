@@ -31,6 +31,8 @@ def dot_product_attention(
     causal_alignment: Alignment = "top_left",
     q_segment_ids: Array | None = None,
     kv_segment_ids: Array | None = None,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
     logits_soft_cap: float | None = None,
     sinks: Array | None = None,
     alibi_slopes: Array | None = None,
@@ -69,6 +71,8 @@ def dot_product_attention(
       causal_alignment: as in `flash_attention`; is_causal and local_window_size follow it.
       q_segment_ids: `[B, T]`, as in `flash_attention`.
       kv_segment_ids: `[B, S]`, as in `flash_attention`.
+      q_positions: `[B, T]`, as in `flash_attention`; not with a window that is a mask, which counts by index.
+      kv_positions: `[B, S]`, as in `flash_attention`.
       logits_soft_cap: as in `flash_attention`.
       sinks: `[N]`, as in `flash_attention`; they count in the residual.
       alibi_slopes: `[N]` or `[B, N]`, as in `flash_attention`.
@@ -101,12 +105,18 @@ def dot_product_attention(
 
     window = _pair(local_window_size)
     if window is not None and not all(n is None or (isinstance(n, int) and n >= 0) for n in window):
+        if q_positions is not None:
+            raise ValueError(
+                "local_window_size of negative or traced numbers is a mask by index, and cannot go with q_positions; "
+                "pass integers of at least 0"
+            )
         seen = _window_mask(window, q.shape[1], k.shape[1], causal_alignment)
         window, mask = None, seen if mask is None else mask & seen
     results = flash_attention(
         q, k, v, _floating(bias), mask=mask, causal=bool(is_causal), causal_alignment=causal_alignment,
-        window_size=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_lengths=q_lengths,
-        kv_lengths=kv_lengths, logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
+        window_size=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_positions=q_positions,
+        kv_positions=kv_positions, q_lengths=q_lengths, kv_lengths=kv_lengths, logits_soft_cap=logits_soft_cap,
+        sinks=sinks, alibi_slopes=alibi_slopes,
         dropout_rate=dropout_rate, dropout_seed=dropout_seed, softmax_scale=_floating(scale),
         implementation=implementation, block_ptr=block_ptr, config=config, higher_order=higher_order,
         return_lse=return_residual, return_max_logits=return_max_logits,

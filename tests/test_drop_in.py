@@ -358,6 +358,7 @@ def test_signature():
     "options",
     [
         {"q_segment_ids": np.arange(T)[None] // 9, "kv_segment_ids": np.arange(S)[None] // 9},
+        {"q_positions": np.arange(T)[::-1], "kv_positions": np.arange(S), "causal": True},
         {"logits_soft_cap": 2.0},
         {"sinks": draw(N)},
         {"alibi_slopes": np.array([0.5, 0.25, 0.1, 0.0], np.float32)},
@@ -382,6 +383,13 @@ def test_bottom_right_window_mask():
     align = {"causal_alignment": "bottom_right"}
     seen = dot_product_attention(Q, K, V, local_window_size=(jnp.int32(4), 2), **align)
     np.testing.assert_allclose(seen, dot_product_attention(Q, K, V, local_window_size=(4, 2), **align), atol=1e-6)
+
+
+def test_window_mask_and_positions():
+    """Such a mask counts by index: it would be something else."""
+    given = {"q_positions": np.arange(T), "kv_positions": np.arange(S)}
+    with pytest.raises(ValueError, match="local_window_size of negative or traced numbers is a mask by index"):
+        dot_product_attention(Q, K, V, local_window_size=(-1, 5), **given)
 
 
 def test_results_without_batch():
