@@ -69,6 +69,7 @@ test-matrix: .venv-triton38/stamp .venv-jax012/stamp test-ptxas ## the oldest Tr
 	$(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_lowering.py $(ALONE)
 	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_xla.py tests/test_block_mask.py $(ALONE)
 	$(CPU) .venv-jax012/bin/python -m pytest tests/test_lowering.py -k smoke
+	TRITON_INTERPRET=1 $(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_translate.py -k "not drawn"
 
 # CUDA's ptxas, the oldest for each chip: what JAX may assemble with.
 ASSEMBLED := causal=True,head_dim=128,extra=|dropout|blocks

@@ -61,6 +61,7 @@ FUNCTIONS = {
     "a branch": lambda s, b, h, i, j: lax.cond(i > j, lambda s: s * 2, lambda s: s - 1, s),
     "a switch": lambda s, b, h, i, j: lax.switch(h, [lambda s: s, lambda s: -s, lambda s: s * s], s),
     "jitted": lambda s, b, h, i, j: jax.jit(lambda s: jax.nn.softplus(s))(s) + jax.nn.relu(s),
+    "exponents": lambda s, b, h, i, j: (lax.bitcast_convert_type(s, jnp.int32) >> 23 & 255).astype(jnp.float32),
     "several conditions": lambda s, b, h, i, j: jnp.select([i < j, i == j], [s, s + 1], s - 1),
     "nan and inf": lambda s, b, h, i, j: jnp.where(
         jnp.isfinite(jnp.where(i == 3, jnp.nan, s)), jnp.maximum(s, jnp.inf), s

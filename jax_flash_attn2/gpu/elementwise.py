@@ -24,7 +24,12 @@ _FLOAT = {
     **{"erf": "tl.erf({})", "erfc": "(1.0 - tl.erf({}))", "logistic": "(1.0 / (1.0 + tl.exp(-({}))))"},
     **{"floor": "tl.floor({})", "ceil": "tl.ceil({})", "expm1": "exp_minus_1({})", "log1p": "log_of_1_plus({})"},
     **{"pow": "power({}, {})", "div": "({} / {})", "rem": "float_rem({}, {})", "sign": "float_sign({})"},
-    **{"is_finite": '(tl.abs({}) < float("inf"))', "max": _LARGER, "min": _SMALLER},
+    **{
+        "exp_neg_sq": "tl.exp(-({0} * {0}))",
+        "is_finite": '(tl.abs({}) < float("inf"))',
+        "max": _LARGER,
+        "min": _SMALLER,
+    },
 }
 _INTEGER = {
     **{"div": "int_div({}, {})", "rem": "int_rem({}, {})", "sign": "sign({})", "not": "(~{})"},
@@ -119,6 +124,13 @@ def _converted(params: Mapping[str, Any], x: Scalar) -> str | None:
     return f"({x.text} != 0)" if wanted == "bool" else f"{x.text}.to({TYPES[wanted]})"
 
 
+def _bits(params: Mapping[str, Any], x: Scalar) -> str | None:
+    wanted = np.dtype(params["new_dtype"])
+    if wanted.name not in TYPES or wanted.itemsize != x.dtype.itemsize:
+        return None
+    return f"{_typed(x)}.to({TYPES[wanted.name]}, bitcast=True)"
+
+
 def _rounded(params: Mapping[str, Any], x: Scalar) -> str:
     even = params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN
     return f"{'round_to_even' if even else 'round_from_zero'}({x.text})"
@@ -137,6 +149,7 @@ _SPECIAL: dict[str, Callable[..., str | None]] = {
     "select_n": lambda _, which, *cases: chosen(which, cases),
     "clamp": _clamped,
     "convert_element_type": _converted,
+    "bitcast_convert_type": _bits,
     "integer_pow": lambda params, x: _integer_power(x.text, params["y"]),
     "round": _rounded,
 }

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _STORED = ("float16", "bfloat16")
 _CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr"}
 _CALLS |= {"checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 _CALLS |= {"custom_vjp_call_jaxpr": "fun_jaxpr"}
+_WHOLE = ("exp_neg_sq",)
+"""Functions of JAX's own that are made of bits (jax 0.12's derivative of erf), by name."""
 _SHAPES = ("squeeze", "reshape", "broadcast_in_dim", "expand_dims")
 
 
@@ -112,6 +115,9 @@ class _Writer:
         if name in _CALLS:
             inner = eqn.params[_CALLS[name]]
             jaxpr, constants = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+            if _function(jaxpr) in _WHOLE:
+                text = elementwise.expression(_function(jaxpr), {}, [*map(self.scalar, inputs)])
+                return [self.line(eqn, text or "")]
             return self.walk(jaxpr, constants, inputs)
         if name == "cond":
             return self.branches(eqn, inputs)
@@ -290,10 +296,17 @@ def _fill(value: Any, dtype: Any) -> Scalar:
     return number(np.asarray(value, np.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype))
 
 
+def _function(jaxpr: Any) -> str:
+    """What the function is called that a jaxpr is of, if JAX wrote it."""
+    info = getattr(jaxpr, "debug_info", None)
+    file = getattr(info, "func_filename", None) or ""
+    return getattr(info, "func_name", "") if file.startswith(os.path.dirname(jax.__file__)) else ""
+
+
 def _where(eqn: Any) -> str:
     """The caller's line."""
     text = source_info_util.summarize(eqn.source_info) if eqn is not None else "unknown"
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() else "?" for c in text) or "JAX keeps no line of it"
 
 
 _numbers = itertools.count()
