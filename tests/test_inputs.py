@@ -111,6 +111,17 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("dtype", "far"), [(np.int64, 2**40), (np.uint32, 2**31 + 5)])
+def test_wide_positions_do_not_wrap(dtype, far):
+    """One that int32 does not hold is far away, also where its value is not known."""
+    x, rows = jnp.zeros((1, 4, 1, 16)), np.arange(4)
+    options = {"causal": True, "q_positions": rows, "return_lse": True}
+    with jax.enable_x64(True):
+        f = jax.jit(lambda at: flash_attention(x, x, x, kv_positions=at, **options)[1])
+        lse = f(np.where(rows > 2, far, rows).astype(dtype))
+    np.testing.assert_allclose(np.exp(lse[0, 0]), [1, 2, 3, 3], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_message(name):
     function, kind, message = WRONG[name]

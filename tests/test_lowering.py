@@ -139,6 +139,9 @@ def test_specialised_warps_are_started(monkeypatch):
     assert f".reqntid {32 * warps}" in ptx
     with pytest.raises(ValueError, match="for chips with tensor memory, sm_100 and sm_103, got sm_90"):
         lower(functools.partial(flash_attention, config=config), x, x, x)
+    monkeypatch.setattr(launch, "_COMPILER", None)
+    with pytest.raises(ValueError, match="needs a jax-triton that is known here"):
+        lower(functools.partial(flash_attention, config=config), x, x, x, capability=100)
 
 
 @pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.thorough), 100])

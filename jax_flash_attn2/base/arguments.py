@@ -148,7 +148,7 @@ def lengths(name: str, x: Any, batch: tuple[int, ...]) -> Array:
         x = min(max(int(x), 0), _INT32.max)  # no sequence is longer
     elif isinstance(x, np.ndarray) and _are_integers(x):
         x = np.clip(x, 0, _INT32.max).astype(np.int32)
-    return _clipped(integers(name, x, batch, (), "[*batch]")).reshape(-1, 1, 1, 1)
+    return _clipped(integers(name, x, batch, (), "[*batch]"), 0).reshape(-1, 1, 1, 1)
 
 
 def positions(q: Any, kv: Any, batch: tuple[int, ...], seqlen_q: int, seqlen_k: int) -> dict[str, Array]:
@@ -156,17 +156,18 @@ def positions(q: Any, kv: Any, batch: tuple[int, ...], seqlen_q: int, seqlen_k: 
     if (q is None) != (kv is None):
         missing = "q_positions" if q is None else "kv_positions"
         raise ValueError(f"q_positions and kv_positions go together, got no {missing}; of an index it is jnp.arange(S)")
-    made = {}
+    made: dict[str, Array] = {}
     for name, x, seqlen in (("q_positions", q, seqlen_q), ("kv_positions", kv, seqlen_k)) if q is not None else ():
         wanted = f"[*batch, {'seqlen_q' if name[0] == 'q' else 'seqlen_k'}]"
-        x = integers(name, int32_array(name, x, wanted), batch, (seqlen,), wanted).astype(jnp.int32)
+        x = _clipped(integers(name, int32_array(name, x, wanted), batch, (seqlen,), wanted), _INT32.min)
         made[name] = x[:, None, :, None] if name[0] == "q" else x[:, None, None, :]
     return made
 
 
-@functools.partial(jax.jit, inline=True)
-def _clipped(x: Array) -> Array:
-    return (jnp.clip(x, 0, _INT32.max) if _is_wide(x.dtype) else x).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _clipped(x: Array, least: int) -> Array:
+    least = max(least, int(jnp.iinfo(x.dtype).min))
+    return (jnp.clip(x, least, _INT32.max) if _is_wide(x.dtype) else x).astype(jnp.int32)
 
 
 def _are_integers(x: Any) -> bool:

@@ -43,6 +43,11 @@ def run(
         raise ValueError(
             f"the arrays are too large: {kernel.__name__} would need {programs} programs, at most 2**31 - 1"
         )
+    if config.warp_specialize and _COMPILER is None:  # it would be started with too few threads
+        raise ValueError(
+            f"config.warp_specialize=True needs a jax-triton that is known here (0.4.1), got {jt.__version__}; "
+            "leave it None"
+        )
     absent = {name: None for name, x in zip(_output_names(kernel, outputs), outputs, strict=True) if x is None}
     results = jt.triton_call(
         *(_operand(x, target, config) for x in operands),

@@ -2,8 +2,8 @@
 
 `translate(f)` walks the jaxpr of f(score, b, h, i, j). What does not depend on these five is computed by JAX, before
 the kernel, and handed to it as arrays; each of the other equations becomes a line. Scalars become tiles by themselves:
-Triton broadcasts. The text is made of this file's templates, of numbers, and of the names of arguments: nothing that is
-in an array can reach it.
+Triton broadcasts. The text is made of templates (`elementwise.py`), of numbers, and of the names of arguments: nothing
+that is in an array can reach it.
 """
 
 import dataclasses
