@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .fwd import distance, load_scale, logits, scaled
+from .fwd import distance, load_scale, logits, place_of, scaled
 from .mask import key_span, phase, place, query_span, tile_at
 from .tile import (
     LOG2E,
@@ -49,6 +49,26 @@ def row_constants(own, here, start_m, M: tl.constexpr, SPEC: tl.constexpr):
     else:
         lse = load_vector(own[3], float("-inf"), here, start_m, M, SPEC)
         return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), 1.0
+
+
+@triton.jit
+def through_score(
+    ds,
+    p,
+    scores,
+    x,
+    here,
+    start_m,
+    start_n,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    SPEC: tl.constexpr,
+):
+    """What a derivative of the score function makes of the gradient of a tile; 0 where p is, whatever it is there."""
+    b, h, i, j = place_of(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
+    return tl.where(p == 0.0, 0.0, ds * FUNCTION(scores, b, h, i, j, x[SPEC.score.at :]))
 
 
 @triton.jit
@@ -106,7 +126,7 @@ def attn_bwd_dq_kernel(
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             v_tile = tile(v, n, N, SPEC.v_rows, WHOLE if BARE else EDGE_K)  # [N, Dv]
-            s, unit, capped = logits(
+            s, unit, capped, scores = logits(
                 q_scaled, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
             )  # [M, N]
             p = tl.exp2(s * unit - shift[:, None])
@@ -123,6 +143,8 @@ def attn_bwd_dq_kernel(
                 slope_acc -= tl.sum(ds * distance(x, here, start_m, n, M, N, False, SPEC), 1)
             if SPEC.rules.soft_cap is not None:
                 ds *= 1.0 - capped * capped
+            if SPEC.score is not None and SPEC.score.slope is not None:
+                ds = through_score(ds, p, scores, x, here, start_m, n, M, N, False, SPEC.score.slope, SPEC)
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=CFG.precision)
     if dbias is not None:
         zero_unmet(dbias, here, start_m, span, SPEC, CFG)
@@ -167,12 +189,16 @@ def attn_bwd_dkdv_kernel(
                 i, part = tile_at(j, span, x, SPEC.col_tiles, SPEC.tile_rows, M, BARE, SPEC)
                 q_tile = tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q)  # [M, D]
                 do_tile = tile(queries(do, here), i, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
-                s, unit, capped = logits(
+                s, unit, capped, scores = logits(
                     k_tile, tl.trans(q_tile), x, here, i, start_n, part, scale_log2, True, not BARE, SPEC, CFG
                 )  # [N, M]
                 p = tl.exp2(s * unit - load_constants(constants, here, i, M, SHIFT, SPEC)[None, :])
                 if SPEC.reshapes:
                     p *= load_constants(constants, here, i, M, NORM, SPEC)[None, :]
+                if (
+                    SPEC.score is not None and EDGE_Q != WHOLE
+                ):  # a score function may make NaN of rows that there are not
+                    p = tl.where(load_constants(constants, here, i, M, SHIFT, SPEC)[None, :] == float("inf"), 0.0, p)
                 if CFG.overlaps and BARE:  # before dv, which waits for p: then wgmma runs while p is computed
                     dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=CFG.precision)  # [N, M]
                 kept = p  # what v was multiplied by
@@ -187,6 +213,8 @@ def attn_bwd_dkdv_kernel(
                 ds = p * (dp - load_constants(constants, here, i, M, DELTA, SPEC)[None, :])
                 if SPEC.rules.soft_cap is not None:
                     ds *= 1.0 - capped * capped
+                if SPEC.score is not None and SPEC.score.slope is not None:
+                    ds = through_score(ds, p, scores, x, here, i, start_n, M, N, True, SPEC.score.slope, SPEC)
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=CFG.precision)
     scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32)
     store_tile(Rows(dk, b, group, here.seqlen_k, here.end_k), dk_acc * scale, start_n, SPEC.dk_rows)
@@ -195,19 +223,26 @@ def attn_bwd_dkdv_kernel(
 
 @triton.jit
 def attn_bwd_dbias_kernel(
-    q, k, v, x, sizes, do, constants, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, x, sizes, do, constants, window, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
-    """One tile of the bias gradient: ds summed over the axes that `SPEC.dbias` lacks.
+    """One tile of the bias gradient: ds summed over the axes that `SPEC.dbias` lacks. Or of the gradient of what a
+    score function read (`SPEC.score.read`), which is summed likewise.
 
     A bias with both sequence axes is summed over batches and heads here. One that lacks a sequence axis is small
     even per batch and head, so that is what comes out ([B, H, Sq or 1, Sk or 1]), and its programs are many.
+
+    window: the first of the rows that come out, and how many; None: all of them.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     OUT: tl.constexpr = SPEC.dbias
+    READS: tl.constexpr = SPEC.score is not None and SPEC.score.read is not None
     batch, seqlen_q, seqlen_k = sizes
+    row_from, height = 0, seqlen_q
+    if window is not None:
+        row_from, height = tl.load(window[0]), window[1]
     pid = tl.program_id(0)
     m_begin, m_end, n_begin, n_end = 0, seqlen_q, 0, seqlen_k
     if OUT.cols:
@@ -216,8 +251,8 @@ def attn_bwd_dbias_kernel(
         n_end = tl.minimum(n_begin + N, seqlen_k)
         pid = pid // blocks
     if OUT.rows:
-        blocks = tl.cdiv(seqlen_q, M)
-        m_begin = pid % blocks * M
+        blocks = tl.cdiv(height, M)
+        m_begin = row_from + pid % blocks * M
         m_end = tl.minimum(m_begin + M, seqlen_q)
         pid = pid // blocks
     h_begin, h_end, b_begin, b_end = 0, SPEC.heads, 0, batch
@@ -248,20 +283,27 @@ def attn_bwd_dbias_kernel(
                     if not SPEC.listed or (n >= n_begin and n < n_end):  # a list has all of the row's tiles
                         k_tile = tile(keys(k, here, SPEC), n, N, SPEC.k_rows, EDGE_K)  # [N, D]
                         v_tile = tile(keys(v, here, SPEC), n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
-                        s, unit, _ = logits(
+                        s, unit, capped, scores = logits(
                             q_tile, tl.trans(k_tile), x, here, i, n, part, scale_log2, False, True, SPEC, CFG
                         )  # [M, N]
                         p = tl.exp2(s * unit - shift[:, None]) * norm[:, None]
+                        if SPEC.score is not None and EDGE_Q != WHOLE:  # of rows that there are not
+                            p = tl.where(shift[:, None] == float("inf"), 0.0, p)
                         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)
                         if SPEC.drops:
                             dp = drop(dp, keep(x, here, i, n, M, N, False, SPEC), SPEC)
-                        acc += p * (dp - delta[:, None])
-    rows, cols = m_begin + tl.arange(0, M)[:, None], n_begin + tl.arange(0, N)[None, :]
+                        ds = p * (dp - delta[:, None])
+                        if READS and SPEC.rules.soft_cap is not None:
+                            ds *= 1.0 - capped * capped
+                        if READS:
+                            ds = through_score(ds, p, scores, x, here, i, n, M, N, False, SPEC.score.read, SPEC)
+                        acc += ds
+    rows, cols = m_begin - row_from + tl.arange(0, M)[:, None], n_begin + tl.arange(0, N)[None, :]
     if not OUT.rows:
         acc = tl.sum(acc, 0)[None, :]
         rows = tl.zeros([1, 1], tl.int32)
     if not OUT.cols:
         acc = tl.sum(acc, 1)[:, None]
         cols = tl.zeros([1, 1], tl.int32)
-    base, offsets, inside = operand_offsets(b_begin, h_begin, rows, cols, seqlen_q, seqlen_k, OUT, SPEC)
+    base, offsets, inside = operand_offsets(b_begin, h_begin, rows, cols, height, seqlen_k, OUT, SPEC)
     tl.store(dbias + base + offsets, acc, mask=inside)

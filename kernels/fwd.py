@@ -89,7 +89,8 @@ def logits(
     first, second, x, here, start_m, start_n, part, scale_log2, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr,
     SPEC: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits, the unit that makes them base-2 logits, and the tanh of the soft cap.
+    """A tile of logits, the unit that makes them base-2 logits, the tanh of the soft cap, and the scores that a score
+    function was given.
 
     exp2(s * unit - m) is one FMA and one EX2. What is loaded, a bias or a mask, is where the product starts from, if
     the config says so: added to the product, Triton may compute all up to exp2 in both layouts. A tile is the product
@@ -99,20 +100,25 @@ def logits(
     N: tl.constexpr = CFG.block_n
     LOADS: tl.constexpr = SPEC.bias is not None or (MASKED and SPEC.mask is not None)
     STARTS: tl.constexpr = LOADS and CFG.starts and (divides(SPEC, CFG) or not SPEC.reshapes)
-    unit, inverse, capped = scale_log2, 1.0 / scale_log2, 0.0
+    unit, inverse, capped, scores = scale_log2, 1.0 / scale_log2, 0.0, 0.0
     if STARTS:
         s = start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG) * inverse
         s = tl.broadcast_to(s, [N, M] if TRANSPOSED else [M, N])
         s = tl.dot(first, second, s, input_precision=CFG.precision)
     else:
         s = tl.dot(first, second, input_precision=CFG.precision)
-        if SPEC.reshapes:
+        if SPEC.score is not None:
+            scores = s * (scale_log2 * LN2)
+            b, h, i, j = place_of(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
+            s = tl.broadcast_to(SPEC.score.value(scores, b, h, i, j, x[SPEC.score.at :]), scores.shape)
+            unit, inverse = LOG2E, LN2
+        elif SPEC.reshapes:
             s *= scale_log2
             unit, inverse = 1.0, 1.0
         if SPEC.rules.soft_cap is not None:
-            s, capped = soft_cap(s, SPEC.rules.soft_cap * LOG2E)
+            s, capped = soft_cap(s, SPEC.rules.soft_cap * (LOG2E if SPEC.score is None else 1.0))
         if LOADS:
-            s += start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG)
+            s += start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG) * inverse
     if SPEC.slopes is not None:
         slope = load_scalar(x, here.b, here.h, SPEC.slopes, SPEC) * LOG2E
         s -= slope * inverse * distance(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
@@ -120,7 +126,7 @@ def logits(
         s -= log_weights(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC) * (LOG2E * inverse)
     if MASKED:
         s = tl.where(visible(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC), s, float("-inf"))
-    return s, unit, capped
+    return s, unit, capped, scores
 
 
 @triton.jit
@@ -146,6 +152,18 @@ def with_sink(m, l, acc, x, b, h, SPEC: tl.constexpr):
     pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - pivot)
     return m_new, l * alpha + tl.exp2(sink - pivot), acc * alpha[:, None]
+
+
+@triton.jit
+def place_of(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
+    """What a score function is told of a tile: batch, head, rows and keys, as the caller counts them."""
+    i, j = tile_indices(M, N, TRANSPOSED)
+    b, h = here.b, here.h
+    i += start_m
+    if SPEC.origin is not None:  # where this device's share begins
+        at = x[SPEC.origin.at]
+        b, h, i = b + tl.load(at), h + tl.load(at + 1), i + tl.load(at + 2)
+    return b, h, i, start_n + j
 
 
 @triton.jit
@@ -191,7 +209,7 @@ def attn_fwd_kernel(
         for i in tl.range(first, last, 1 if SPEC.listed else N, warp_specialize=CFG.warp_specialize):
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
-            s, unit, _ = logits(
+            s, unit, _, _ = logits(
                 q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
             )  # [M, N]
             if CFG.overlaps and BARE:  # runs while this tile's p is computed

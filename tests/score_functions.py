@@ -71,6 +71,11 @@ FUNCTIONS = {
 }
 
 
+def value_of(function):
+    """A traced function, as one of its arrays too."""
+    return lambda score, b, h, i, j, *arrays: function.bound(arrays, False, False).value(score, b, h, i, j)
+
+
 def drawn(rng, depth, real=True):
     """A function of (score, b, h, i, j), as a tree of what a person might write; the text of it, to be read."""
     if real:

@@ -21,6 +21,7 @@ pytest.importorskip("jax_cuda13_plugin", reason="lowering for CUDA needs JAX's C
 import score_functions
 
 from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.functions.trace import trace
 from jax_flash_attn2.gpu import launch, translate
 from jax_flash_attn2.gpu.target import Target
 
@@ -152,15 +153,16 @@ def test_translated_functions_compile(capability):
     )
     with jax.numpy_dtype_promotion("standard"):
         for f in (function, jax.grad(function)):
-            made = translate.translate(f)
-            spec, config = score_functions.Spec(translate.jitted(made.source)), Tuned(16, 32, 4, 1)
+            traced, arrays = trace(f, "score_mod", jnp.float32)
+            source = translate.translate(score_functions.value_of(traced), arrays)
+            spec, config = score_functions.Spec(translate.jitted(source)), Tuned(16, 32, 4, 1)
 
             def call(scores, *arrays, spec=spec, config=config):
                 out = jax.ShapeDtypeStruct(scores.shape, scores.dtype)
                 operands = (scores, arrays)
                 return launch.run(Target(capability), score_functions.apply_kernel, 6, operands, (out,), spec, config)
 
-            assert lower(call, score_functions.SCORES, *made.arrays, capability=capability).count(TRITON_CALL) == 1
+            assert lower(call, score_functions.SCORES, *arrays, capability=capability).count(TRITON_CALL) == 1
 
 
 def test_implementation_is_taken_at_its_word():

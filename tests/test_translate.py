@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import score_functions
 from jax import lax
-from score_functions import FUNCTIONS, SCORES, SLOPES, TABLE, B, H, M, N, Spec, apply_kernel, drawn
+from score_functions import FUNCTIONS, SCORES, SLOPES, TABLE, B, H, M, N, Spec, apply_kernel, drawn, value_of
 
 from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.functions.trace import trace
 from jax_flash_attn2.gpu import interpret, translate
 from jax_flash_attn2.gpu.target import Target
 
@@ -23,11 +24,17 @@ def as_people_write():
 
 def translated(function):
     """What the kernel makes of `SCORES`."""
-    made = translate.translate(function)
-    spec, out = Spec(translate.jitted(made.source)), jax.ShapeDtypeStruct(SCORES.shape, jnp.float32)
-    operands = (jnp.asarray(SCORES), made.arrays)
+    source, arrays = sourced(function)
+    spec, out = Spec(translate.jitted(source)), jax.ShapeDtypeStruct(SCORES.shape, jnp.float32)
+    operands = (jnp.asarray(SCORES), arrays)
     (result,) = interpret.run(Target(80), apply_kernel, B * H, operands, (out,), spec, Tuned(M, N, 4, 1))
     return np.asarray(result)
+
+
+def sourced(function, name="score_mod"):
+    """The source of a function, and what it reads."""
+    traced, arrays = trace(function, "score_mod", jnp.float32)
+    return translate.translate(value_of(traced), arrays, name), tuple(arrays)
 
 
 def wanted(function):
@@ -69,29 +76,37 @@ def test_traced_arrays_are_closed_over():
     @jax.jit
     def both(slopes):
         f = lambda s, b, h, i, j: s - (slopes * 2)[h] * jnp.abs(i - j) * jnp.sqrt(2.0)
-        made = translate.translate(f)
-        return made.arrays
+        return sourced(f)[1]
 
     (array,) = both(SLOPES)
     np.testing.assert_array_equal(array, SLOPES * 2)
-    assert "SLOPES" not in translate.translate(FUNCTIONS["alibi"]).source
+    assert "SLOPES" not in sourced(FUNCTIONS["alibi"])[0]
 
 
 def test_source_can_be_read():
-    made = translate.translate(FUNCTIONS["alibi"], "alibi")
-    assert made.source.startswith("def alibi(score, b, h, i, j, x):\n")
-    assert "tl.load(x[0] + (tl.minimum(tl.maximum(" in made.source
-    assert all("score_functions.py:" in line for line in made.source.splitlines()[1:-1])
-    assert translate.jitted(made.source) is translate.jitted(made.source)
+    source, _ = sourced(FUNCTIONS["alibi"], "alibi")
+    assert source.startswith("def alibi(score, b, h, i, j, x):\n")
+    assert "tl.load(x[0] + t" in source
+    assert all("score_functions.py:" in line for line in source.splitlines()[1:-1])
+    assert translate.jitted(source) is translate.jitted(source)
 
 
 REFUSED = {
     "sorts": (lambda s, b, h, i, j: jnp.sort(TABLE[h] + s)[0], "score_mod uses "),
     "loops": (lambda s, b, h, i, j: lax.fori_loop(0, i, lambda _, s: s * 2, s), "score_mod uses while, which has no"),
-    "a row": (lambda s, b, h, i, j: s + TABLE[h].sum(), "takes more than one element at a time; index every axis"),
+    "a row": (
+        lambda s, b, h, i, j: s + TABLE[h].sum(),
+        "takes a whole array, where a kernel reads elements",
+    ),
     "prints": (lambda s, b, h, i, j: (jax.debug.print("{}", s), s)[1], "has a side effect"),
-    "two": (lambda s, b, h, i, j: (s, s), "score_mod must return one scalar, got 2"),
-    "a shape": (lambda s, b, h, i, j: s * jnp.ones(3), "score_mod must return one scalar, got 1 of shapes [(3,)]"),
+    "two": (
+        lambda s, b, h, i, j: (s, s),
+        "must return one scalar of float32, and <lambda> returned float32[], float32[]",
+    ),
+    "a shape": (
+        lambda s, b, h, i, j: s * jnp.ones(3),
+        "and <lambda> returned float32[3] (",
+    ),
     "half": (
         lambda s, b, h, i, j: (s.astype(jnp.float16) * 2).astype(jnp.float32),
         "makes float16, where a kernel has",
@@ -104,7 +119,7 @@ REFUSED = {
 def test_refused(name):
     function, message = REFUSED[name]
     with pytest.raises(TypeError) as caught:
-        translate.translate(function)
+        sourced(function)
     assert message in str(caught.value)
     if " uses " in str(caught.value):
         assert "test_translate.py:" in str(caught.value)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
@@ -22,6 +22,7 @@ OPERANDS = (
     "slopes",
     "dropout_key0",
     "dropout_key1",
+    "origin",
     "row_ends",
     "row_tiles",
     "col_ends",
@@ -39,6 +40,7 @@ q_segments `[n, 1, Sq, 1]`, kv_segments `[n, 1, 1, Sk]`: int32, seen where equal
 kv_lengths `[n, 1, 1, 1]`: int32. q_positions `[n, 1, Sq, 1]`, kv_positions `[n, 1, 1, Sk]`: int32, both or neither.
 offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its position among the keys, where positions are
 not given. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64). dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32.
+origin `[1, 1, 1, 3]`: int32, the batch, head and row that a score function shall count from: those of a device.
 
 The last six are a block mask (`block_lists.py`). Their last two axes are no sequences, the first two are as above.
 """
@@ -55,6 +57,25 @@ ONLY_FOR = {"overlaps": ("fwd", "dkdv"), "warp_specialize": ("fwd", "dq")}
 DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
 """Which of them have a gradient."""
 
+_SCORE_ARRAY = "score_array_"
+
+
+def score_arrays(count: int) -> tuple[str, ...]:
+    """The names of the arrays `[n, ...]` that a score function reads, which a call carries behind `OPERANDS`. Floating
+    ones have a gradient. n divides the number of calls whose batches these are (`functions.function`)."""
+    return tuple(f"{_SCORE_ARRAY}{n}" for n in range(count))
+
+
+def is_score_array(name: str) -> bool:
+    """Whether an operand is one of `score_arrays`."""
+    return name.startswith(_SCORE_ARRAY)
+
+
+def names_of(operands: Collection[str]) -> tuple[str, ...]:
+    """Their names, in order."""
+    arrays = sum(map(is_score_array, operands))
+    return (*(name for name in OPERANDS if name in operands), *score_arrays(arrays))
+
 
 def next_power_of_two(n: int) -> int:
     """The least power of two that is not below n."""
@@ -64,7 +85,8 @@ def next_power_of_two(n: int) -> int:
 def reshapes(rules: "Rules", names: Iterable[str]) -> bool:
     """Whether logits are more than scale * q kᵀ, with operands of these names: then the scale cannot wait for the
     exponential, and a maximum may be so large that log2 of the sum is lost beside it."""
-    return rules.soft_cap is not None or not {"bias", "slopes", "tile_weights"}.isdisjoint(names)
+    logits = rules.soft_cap is not None or rules.score is not None
+    return logits or not {"bias", "slopes", "tile_weights"}.isdisjoint(names)
 
 
 def _whole(multiple: int, block: int, lengths: Any) -> int:
@@ -84,6 +106,8 @@ class Rules:
     """Logits become c * tanh(logits / c)."""
     dropout_rate: float = 0.0
     """The probability that a key is dropped from a row."""
+    score: Any = None
+    """What a score function makes of scaled products: a `functions.function.Function`."""
     max_logits: bool = False
     """Whether each row's largest logit is a result."""
     tiles: tuple[int, int] | None = None
@@ -151,6 +175,8 @@ class Spec:
     padded: int = 1
     """What the backward kernels tell each other of rows is as long as a multiple of this: of a tile of each kernel, and
     of a block mask's."""
+    score: Any = None
+    """In kernels, the score function as Triton has it (`gpu.scores.Score`); the rules have none then."""
     one_head: bool = False
     """Whether dk and dv are of one query head each, to be summed over those of a group afterwards."""
 
@@ -208,6 +234,7 @@ class Spec:
     row_tiles = property(lambda self: self._operand("row_tiles"))
     col_ends = property(lambda self: self._operand("col_ends"))
     col_tiles = property(lambda self: self._operand("col_tiles"))
+    origin = property(lambda self: self._operand("origin"))
     tile_bits = property(lambda self: self._operand("tile_bits"))
     tile_weights = property(lambda self: self._operand("tile_weights"))
 
@@ -263,12 +290,17 @@ class Spec:
     @property
     def hides(self) -> bool:
         """Whether a row may see no key in a tile that it meets."""
-        return self.spans or self.listed or self.bias is not None
+        return self.spans or self.listed or self.bias is not None or self.scores
 
     @property
     def reshapes(self) -> bool:
         """`reshapes` of this call."""
-        return reshapes(self.rules, [name for name, _ in self.operands])
+        return self.score is not None or reshapes(self.rules, [name for name, _ in self.operands])
+
+    @property
+    def scores(self) -> bool:
+        """Whether there is a score function."""
+        return self.rules.score is not None or self.score is not None
 
     @property
     def drops(self) -> bool:

@@ -14,7 +14,8 @@ from jax.custom_derivatives import SymbolicZero
 from .. import primitives, xla
 from ..base import arguments, errors
 from ..base.arguments import Alignment, Implementation, WindowSize
-from ..base.spec import DIFFERENTIABLE, Config, Spec
+from ..base.spec import DIFFERENTIABLE, Config, Spec, is_score_array
+from ..functions.trace import ScoreFunction
 from ..masks.block import BlockMask
 from ..masks.mask import Mask
 from ..masks.predicates import ElementPredicate
@@ -33,6 +34,7 @@ def flash_attention(
     v: Array,
     bias: Array | None = None,
     *,
+    score_mod: ScoreFunction | None = None,
     causal: bool = False,
     causal_alignment: Alignment = "top_left",
     window_size: WindowSize | None = None,
@@ -134,18 +136,20 @@ def flash_attention(
         too large for the GPU's shared memory, and "triton" where there is no GPU, raise when the call is compiled.
       ImportError: on a GPU without jax-triton and triton installed.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         **{"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks, "alibi_slopes": alibi_slopes},
         **{"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "q_lengths": q_lengths},
-        **{"q_positions": q_positions, "kv_positions": kv_positions},
+        **{"q_positions": q_positions, "kv_positions": kv_positions, "score_arrays": ()},
         **{"kv_lengths": kv_lengths, "softmax_scale": softmax_scale, "dropout_seed": dropout_seed},
     }
-    options = {
+    options: dict[str, Any] = {
         **{"causal": causal, "causal_alignment": causal_alignment, "window_size": window_size},
         **{"logits_soft_cap": logits_soft_cap, "dropout_rate": dropout_rate, "higher_order": higher_order},
         **{"implementation": implementation, "block_ptr": block_ptr, "config": config},
-        **{"return_lse": return_lse, "return_max_logits": return_max_logits},
+        **{"return_lse": return_lse, "return_max_logits": return_max_logits, "score_mod": None},
     }
+    if score_mod is not None:  # traced here, among the arrays that it closes over
+        options["score_mod"], arrays["score_arrays"] = inputs.score_of(score_mod, q)
     results = sharding.on_auto_axes(_flash_attention, arrays, options)
     return results[0] if len(results) == 1 else results
 
@@ -207,7 +211,8 @@ class _Wanted(tuple):
 def _attention_fwd(call: Call, q, k, v, operands):
     if "tile_weights" in operands and operands["tile_weights"].perturbed:
         raise errors.no_gradient_of_weights_error()
-    wanted = _Wanted(name for name in DIFFERENTIABLE if name in operands and operands[name].perturbed)
+    differentiable = (name for name in operands if name in DIFFERENTIABLE or is_score_array(name))
+    wanted = _Wanted(name for name in differentiable if operands[name].perturbed)
     q, k, v = q.value, k.value, v.value
     operands = {name: x.value for name, x in operands.items()}
     o, lse, row_max, stats = _results(call, primitives.forward(call, q, k, v, operands))

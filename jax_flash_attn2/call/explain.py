@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 from .. import xla
 from ..base import errors
 from ..base.spec import PASSES, Spec, Tuned
-from ..gpu import interpret, passes, tuning
+from ..gpu import interpret, passes, scores, tuning
 from ..gpu.target import Target, present
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
@@ -54,6 +55,8 @@ class Explanation:
     passes: tuple[Pass, ...]
     reasons: tuple[str, ...]
     """Why it is not something else."""
+    score_mod: str | None = None
+    """The Triton source of a score function and, if that is not 1, of its derivative by the score."""
 
     def __str__(self) -> str:
         lines = [f"{self.implementation} on {self.where}", *(f"  {reason}" for reason in self.reasons)]
@@ -70,6 +73,8 @@ class Explanation:
                 tiles = f"{p.visited} of {p.tiles} tiles visited ({share:.1%}), {p.masked} through the mask"
             work = "" if p.flops is None else f", {p.flops / 1e9:.4g} GFLOP"
             lines.append(f"  {p.name:5} {how}: {tiles}{work}, {p.bytes / 2**20:.4g} MiB")
+        if self.score_mod is not None:
+            lines += [f"    {line}" for line in self.score_mod.splitlines()]
         return "\n".join(lines)
 
 
@@ -99,8 +104,22 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
             if name != "dbias" or ("bias" in operands and not dq_does)
         ]
         result = Explanation("triton", target.name, tuple(kernels), reasons)
+    if spec.scores:
+        result = _with_source(result, spec, operands, q.shape[0])
     print(result)
     return result
+
+
+def _with_source(result: Explanation, spec: Spec, operands: Mapping[str, Array], batch: int) -> Explanation:
+    """With what kernels make of the score function; with why that is nothing, where XLA runs it."""
+    try:
+        score = scores.for_kernels(spec, operands, batch, backward=True).score
+    except TypeError as error:
+        if result.implementation == "triton":
+            raise
+        return dataclasses.replace(result, reasons=(*result.reasons, f"on a GPU this would raise: {error}"))
+    text = "\n".join(x for x in (score.source, score.slope_source) if x is not None)
+    return dataclasses.replace(result, score_mod=text)
 
 
 def supported(q, k, v, bias=None, **options: Any) -> bool:

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base import arguments
+from ..base import arguments, spec
 from ..base.arguments import Implementation
 from ..base.known import is_known
 from ..base.spec import ONLY_FOR, PASSES, Config, Precision, Rules
+from ..functions.function import Function
+from ..functions.trace import trace
 from ..gpu import target
 from ..masks import entries, weighing
 from ..masks.block import BlockMask, cached
@@ -28,8 +30,9 @@ _MAX_BLOCK = 512
 def prepare(
     q, k, v, bias, *, causal, causal_alignment, window_size, mask, q_segment_ids, kv_segment_ids, q_positions,
     kv_positions, q_lengths, kv_lengths,
+    score_mod,
     logits_soft_cap, sinks, alibi_slopes, dropout_rate, dropout_seed, softmax_scale, implementation, block_ptr, config,
-    higher_order, return_lse, return_max_logits,
+    higher_order, return_lse, return_max_logits, score_arrays=(),
 ) -> tuple[Call, tuple[Array, Array, Array, dict[str, Array]], tuple[int, ...]]:  # fmt: skip
     """Checks the arguments of `flash_attention` and brings them into the form that the primitives take.
 
@@ -42,7 +45,11 @@ def prepare(
     batch, (seqlen_q, heads), seqlen_k = q.shape[:-3], q.shape[-3:-1], k.shape[-3]
     left, right = arguments.window(window_size, arguments.boolean("causal", causal))
     soft_cap, rate = arguments.soft_cap(logits_soft_cap), arguments.rate(dropout_rate)
-    rules = Rules(left, right, soft_cap, rate, arguments.boolean("return_max_logits", return_max_logits))
+    if score_mod is not None:
+        if not isinstance(score_mod, Function):
+            score_mod, score_arrays = score_of(score_mod, q)
+        score_mod = dataclasses.replace(score_mod, batch=math.prod(batch))
+    rules = Rules(left, right, soft_cap, rate, score_mod, arguments.boolean("return_max_logits", return_max_logits))
     arguments.boolean("return_lse", return_lse)
     implementation = check_implementation(implementation)
     if arguments.boolean("higher_order", higher_order) and implementation == "triton":
@@ -68,6 +75,7 @@ def prepare(
         operands["sinks"] = arguments.per_head("sinks", sinks, (), heads, q.dtype)
     if alibi_slopes is not None:
         operands["slopes"] = arguments.per_head("alibi_slopes", alibi_slopes, batch, heads, q.dtype)
+    operands |= {name: x[None] for name, x in zip(spec.score_arrays(len(score_arrays)), score_arrays, strict=True)}
     if rules.dropout_rate:
         operands |= arguments.dropout_keys(dropout_seed, batch, heads)
     positions = arguments.positions(q_positions, kv_positions, batch, seqlen_q, seqlen_k)
@@ -84,6 +92,13 @@ def prepare(
         operands["offset"] = arguments.full(seqlen_k - seqlen_q, jnp.dtype(jnp.int32), (1, 1, 1, 1))
     q, k, v = (x.reshape(-1 if x.size else math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
     return call, (q, k, v, operands), batch
+
+
+def score_of(function: Any, q: Any) -> tuple[Function, tuple[Array, ...]]:
+    """A caller's score function, traced, and the arrays that it reads."""
+    dtype = jnp.float64 if getattr(q, "dtype", None) == jnp.float64 else jnp.float32
+    traced, arrays = trace(function, "score_mod", dtype)
+    return traced, tuple(arrays)
 
 
 def _add_mask(

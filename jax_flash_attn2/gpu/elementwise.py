@@ -99,6 +99,11 @@ def expression(name: str, params: Mapping[str, Any], inputs: Sequence[Scalar]) -
     if special is not None:
         return special(params, *inputs)
     dtype = inputs[-1].dtype.name
+    if name == "div" and dtype == "float32" and is_number(inputs[1]) and inputs[1].number != 0:
+        with np.errstate(over="ignore"):  # as XLA does; a subnormal has no reciprocal
+            inverse = np.float32(1) / np.float32(inputs[1].number)
+        if np.isfinite(inverse):
+            return f"({inputs[0].text} * {number(inverse).text})"
     own = _FLOAT if dtype == "float32" else _BOOLEAN if dtype == "bool" else _INTEGER if dtype in TYPES else None
     template = None if own is None else own.get(name) or _ANY.get(name)
     if template is None:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base.spec import Operand, Spec, Tuned
+from ..base.spec import Operand, Spec, Tuned, is_score_array
 from ..tiles import block_lists, spans
+from . import scores
 
 LN2 = math.log(2)
 
@@ -64,11 +65,11 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
             q,
             Rows(k, config.block_n, spec.block_d),
             Rows(v, config.block_n, spec.block_dv),
-            (*_ordered(spec, operands), *_query_spans(spec, config, q, k, operands)),
+            (*_ordered(spec, operands), *_query_spans(spec, config, q, k, operands), *scores.arrays_of(spec, operands)),
             (batch, seqlen_q, k.shape[1]),
         ),
         (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, own, own, row if spec.rules.max_logits else None),
-        spec.told_apart(config),
+        scores.for_kernels(spec, operands, batch).told_apart(config),
         config,
     )
 
@@ -104,18 +105,21 @@ def backward(
     seqlen_k = k.shape[1]
     sizes = batch, seqlen_q, seqlen_k
     row = _struct((batch, heads, seqlen_q), jnp.float32)
-    ordered = _ordered(spec, operands)
+    ordered, of_scores = _ordered(spec, operands), scores.arrays_of(spec, operands)
+    translated = scores.for_kernels(spec, operands, batch, backward=True)
 
     config = configs["dq"]
     each = "bias" in wanted and gives_dbias(spec, operands["bias"].shape, q, k)
-    of_dq = dataclasses.replace(spec, dlse=dlse is not None, dbias=Operand(0, 0, True, True, True) if each else None)
+    of_dq = dataclasses.replace(
+        translated, dlse=dlse is not None, dbias=Operand(0, 0, True, True, True) if each else None
+    )
     dq, constants, dscale, dslopes, dbias = run(
         bwd.attn_bwd_dq_kernel,
         _cdiv(seqlen_q, config.block_m) * heads * batch,
         (
             Rows(k, config.block_n, spec.block_d),
             Rows(v, config.block_n, spec.block_dv),
-            (*ordered, *_query_spans(spec, config, q, k, operands)),
+            (*ordered, *_query_spans(spec, config, q, k, operands), *of_scores),
             sizes,
             (q, do, o, *stats, *([] if dlse is None else [dlse])),
         ),
@@ -130,13 +134,13 @@ def backward(
     )
 
     config = configs["dkdv"]
-    of_dkdv = dataclasses.replace(spec, one_head=one_head)
+    of_dkdv = dataclasses.replace(translated, one_head=one_head)
     dk, dv = run(
         bwd.attn_bwd_dkdv_kernel,
         _cdiv(seqlen_k, config.block_n) * (heads // of_dkdv.summed) * batch,
         (
             Rows(q, config.block_m, spec.block_d),
-            *(k, v, (*ordered, *_key_spans(spec, config, q, k, operands)), sizes),
+            *(k, v, (*ordered, *_key_spans(spec, config, q, k, operands), *of_scores), sizes),
             Rows(do, config.block_m, spec.block_dv),
             constants,
         ),
@@ -150,10 +154,26 @@ def backward(
     if one_head:
         dk, dv = (y.reshape(*x.shape[:3], spec.group, x.shape[3]).sum(3).astype(x.dtype) for x, y in ((k, dk), (v, dv)))
 
+    def summed(axes: Operand, out: jax.ShapeDtypeStruct, first: Array | None = None, read: int | None = None) -> Array:
+        """What the last kernel makes: of a bias, or of what a score function read, from row `first` on."""
+        config = configs["dbias"]
+        of_read = scores.for_kernels(spec, operands, batch, backward=True, read=read)
+        (made,) = run(
+            bwd.attn_bwd_dbias_kernel,
+            math.prod((*out.shape[:2], _cdiv(out.shape[2], config.block_m), _cdiv(out.shape[3], config.block_n))),
+            (
+                *(q, k, v, (*ordered, *_query_spans(spec, config, q, k, operands), *of_scores), sizes, do, constants),
+                None if first is None else (first, out.shape[2]),
+            ),
+            (out,),
+            dataclasses.replace(of_read, dbias=axes).told_apart(config),
+            config,
+        )
+        return made
+
     def bias(groups: int) -> Array:
         if dbias is not None:
             return dbias
-        config = configs["dbias"]
         own = operands["bias"].shape
         in_kernel = own[2:] == (seqlen_q, seqlen_k)
         shape = (1 if in_kernel and own[0] * groups == 1 else batch, own[1] if in_kernel else heads, *own[2:])
@@ -162,15 +182,7 @@ def backward(
             groups * own[0],
             *own[1:],
         )  # nothing left to sum: the kernel may round to the bias's own dtype
-        (partial,) = run(
-            bwd.attn_bwd_dbias_kernel,
-            math.prod((*shape[:2], _cdiv(shape[2], config.block_m), _cdiv(shape[3], config.block_n))),
-            (q, k, v, (*ordered, *_query_spans(spec, config, q, k, operands)), sizes, do, constants),
-            (_struct(shape, operands["bias"].dtype if whole else jnp.float32),),
-            dataclasses.replace(spec, dbias=out).told_apart(config),
-            config,
-        )
-        return partial
+        return summed(out, _struct(shape, operands["bias"].dtype if whole else jnp.float32))
 
     def sinks() -> Array:  # a logit like any other, with nothing that it multiplies
         shift, delta, *norm = jnp.moveaxis(constants[..., :seqlen_q], 2, 0)
@@ -183,8 +195,13 @@ def backward(
         "sinks": lambda _: sinks(),
         "slopes": lambda _: dslopes.sum(-1)[..., None, None],
     }
+    read = {name: groups for name, groups in zip(wanted, apart, strict=True) if is_score_array(name)}
+    of_reads = lambda axes, shape, first, n: summed(axes, _struct(shape, jnp.float32), first, n)
+    grads_of_reads = scores.gradients(of_reads, spec, configs["dbias"], operands, q, k, read) if read else {}
     grads = (
-        reduce_to(partials[name](groups), operands[name].shape, groups).astype(operands[name].dtype)
+        grads_of_reads[name].astype(operands[name].dtype)
+        if name in read
+        else reduce_to(partials[name](groups), operands[name].shape, groups).astype(operands[name].dtype)
         for name, groups in zip(wanted, apart, strict=True)
     )
     return dq, dk, dv, *grads

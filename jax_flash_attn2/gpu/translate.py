@@ -1,9 +1,8 @@
 """A function of JAX scalars as the source of a Triton function. Knows jaxprs and Triton's language, and nothing else.
 
-`translate(f)` walks the jaxpr of f(score, b, h, i, j). What does not depend on these five is computed by JAX, before
-the kernel, and handed to it as arrays; each of the other equations becomes a line. Scalars become tiles by themselves:
-Triton broadcasts. The text is made of templates (`elementwise.py`), of numbers, and of the names of arguments: nothing
-that is in an array can reach it.
+`translate(f, arrays)` walks the jaxpr of f(score, b, h, i, j, *arrays), and each equation becomes a line. Scalars
+become tiles by themselves: Triton broadcasts. The text is made of templates (`elementwise.py`), of numbers that are in
+the caller's source, and of the names of arguments: nothing that is in an array can reach it.
 """
 
 import dataclasses
@@ -11,40 +10,25 @@ import functools
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jax.extend import source_info_util
+from jax import Array
 from jax.extend.core import Literal
 
+from ..functions.function import SCALARS, bound, inner_of, where
 from . import elementwise
 from .elementwise import REDUCTIONS, TYPES, Scalar, chosen, is_number, number, place_of_largest
 
-ARGUMENTS = ("score", "b", "h", "i", "j")
-"""What the function is given: an fp32 score, and int32 numbers of batch, head, row and key."""
-
 _STORED = ("float16", "bfloat16")
 """What an array may hold besides `TYPES`: it is read, and made fp32."""
-_CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr"}
-_CALLS |= {"checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
-_CALLS |= {"custom_vjp_call_jaxpr": "fun_jaxpr"}
 _WHOLE = ("exp_neg_sq",)
 """Functions of JAX's own that are made of bits (jax 0.12's derivative of erf), by name."""
 _SHAPES = ("squeeze", "reshape", "broadcast_in_dim", "expand_dims")
-
-
-@dataclasses.dataclass(frozen=True)
-class Translation:
-    """A function, translated."""
-
-    source: str
-    """`def NAME(score, b, h, i, j, x)`; x: pointers to `arrays`."""
-    arrays: tuple[Array, ...]
-    """What it reads: arrays that the function closes over, or that JAX made of them. Row-major."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,41 +39,65 @@ class _Vector:
     shape: tuple[int, ...]
 
 
-_Known = Array | np.ndarray
-"""What depends on none of the arguments: JAX computes it."""
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """One of the arrays."""
+
+    at: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
-def translate(function: Callable[..., Any], name: str = "score_mod", *, argument: str = "score_mod") -> Translation:
-    """The Triton source of `function(score, b, h, i, j)`.
+def translate(
+    function: Callable[..., Any], arrays: Sequence[Any], name: str = "score_mod", *, argument: str = "score_mod"
+) -> str:
+    """The Triton source of a function: `def NAME(score, b, h, i, j, x)`, x being pointers to row-major arrays.
 
     Args:
-      function: of an fp32 and four int32 scalars, to one; may close over arrays, traced ones too, and index them.
+      function: of an fp32 and four int32 scalars, and of arrays, to one scalar. It reads arrays by elements.
+      arrays: their shapes and dtypes.
       name: of the Triton function.
       argument: what the caller calls it, for messages.
 
     Raises:
-      TypeError: it cannot be traced like that, or uses something that has no translation; the message says what, where
-        in the caller's code, and what to do.
+      TypeError: it uses something that has no translation; the message says what, where in the caller's code, and what
+        to do.
     """
     scalars = [jax.ShapeDtypeStruct((), jnp.float32)] + [jax.ShapeDtypeStruct((), jnp.int32)] * 4
-    closed = jax.make_jaxpr(function)(*scalars)
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    closed = jax.make_jaxpr(function)(*scalars, *arrays)
+    given = [Scalar(n, np.dtype(x.dtype)) for n, x in zip(SCALARS, scalars, strict=True)]
+    given += [_Given(n, x.shape, np.dtype(x.dtype)) for n, x in enumerate(arrays)]
     writer = _Writer(argument)
-    given = [Scalar(n, np.dtype(x.dtype)) for n, x in zip(ARGUMENTS, scalars, strict=True)]
-    results = writer.walk(closed.jaxpr, closed.consts, given)
-    if len(results) != 1 or _shape(results[0]) != ():
-        raise TypeError(f"{argument} must return one scalar, got {len(results)} of shapes {[*map(_shape, results)]}")
-    result = writer.scalar(results[0])
-    body = "".join(f"    {line}\n" for line in [*writer.lines, f"return {result.text}"])
-    return Translation(f"def {name}({', '.join(ARGUMENTS)}, x):\n{body}", tuple(writer.arrays))
+    (result,) = writer.walk(closed.jaxpr, closed.consts, given)
+    result = writer.scalar(result)
+    lines = _needed(writer.lines, result.text)
+    body = "".join(f"    {line}\n" for line in [*lines, f"return {result.text}"])
+    return f"def {name}({', '.join(SCALARS)}, x):\n{body}"
+
+
+def is_one(source: str) -> bool:
+    """Whether a source says that the function is 1, whatever it is given."""
+    return source.partition("\n")[2].strip() == "return 1.0"
+
+
+def _needed(lines: Sequence[str], result: str) -> list[str]:
+    """The lines that the result depends on."""
+    needed, names = [], set(re.findall(r"\bt\d+\b", result))
+    for line in reversed(lines):
+        name, _, text = line.partition(" = ")
+        if name in names:
+            needed.append(line)
+            names |= set(re.findall(r"\bt\d+\b", text.partition("  # ")[0]))
+    return needed[::-1]
 
 
 class _Writer:
-    """Lines, and the arrays that they read."""
+    """Lines, and their names."""
 
     def __init__(self, argument: str):
         self.argument = argument
         self.lines: list[str] = []
-        self.arrays: list[Any] = []
         self._names: Iterator[str] = (f"t{n}" for n in itertools.count())
 
     def walk(self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
@@ -105,22 +113,23 @@ class _Writer:
         name = eqn.primitive.name
         if eqn.effects:
             raise self.refusal(eqn, "has a side effect")
-        if all(isinstance(x, _Known) or is_number(x) for x in inputs):
-            known = [x.number if isinstance(x, Scalar) else x for x in inputs]
-            if not all(map(is_number, inputs)):
-                return _computed(eqn, known)
+        if all(map(is_number, inputs)) and all(v.aval.shape == () for v in eqn.outvars):
             with jax.ensure_compile_time_eval():  # now, under jit too
-                made = _computed(eqn, known)
-            return [number(x) if x.shape == () else x for x in made]
-        if name in _CALLS:
-            inner = eqn.params[_CALLS[name]]
-            jaxpr, constants = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+                return [number(x) for x in bound(eqn, [jnp.asarray(x.number) for x in inputs])]
+        if (inner := inner_of(eqn, rules=True)) is not None:
+            jaxpr, constants = inner
             if _function(jaxpr) in _WHOLE:
                 text = elementwise.expression(_function(jaxpr), {}, [*map(self.scalar, inputs)])
                 return [self.line(eqn, text or "")]
             return self.walk(jaxpr, constants, inputs)
         if name == "cond":
             return self.branches(eqn, inputs)
+        if any(isinstance(x, _Given) for x in inputs) and name != "gather":
+            raise self.refusal(
+                eqn, "takes a whole array, where a kernel reads elements: index every axis, table[h, i - j]"
+            )
+        if name == "slice":
+            return [self.sliced(eqn, self.vector(inputs[0]))]
         if name in _SHAPES:
             return [self.reshaped(eqn, inputs[0])]
         if name in ("concatenate", "stack"):
@@ -130,7 +139,7 @@ class _Writer:
             return [self.largest(eqn, self.vector(inputs[0]).items)]
         if name in REDUCTIONS:
             return [self.reduced(eqn, self.vector(inputs[0]).items)]
-        if name in ("dynamic_slice", "gather"):
+        if name == "gather":
             return [self.element(eqn, inputs)]
         if any(_shape(x) != () for x in inputs):
             return [self.each(eqn, inputs)]
@@ -139,11 +148,10 @@ class _Writer:
     def line(self, eqn: Any, text: str) -> Scalar:
         """A name for an expression, with the caller's line beside it."""
         dtype = np.dtype(eqn.outvars[0].aval.dtype)
-        reads = eqn.primitive.name in ("dynamic_slice", "gather")
-        if dtype.name not in TYPES and not (reads and dtype.name in _STORED):
+        if dtype.name not in TYPES and not (eqn.primitive.name == "gather" and dtype.name in _STORED):
             raise self.refusal(eqn, f"makes {dtype.name}, where a kernel has {', '.join(TYPES)}")
         name = next(self._names)
-        self.lines.append(f"{name} = {text}  # {_where(eqn)}")
+        self.lines.append(f"{name} = {text}{_comment(eqn)}")
         return Scalar(name, dtype)
 
     def expression(self, eqn: Any, inputs: Sequence[Scalar]) -> str:
@@ -165,7 +173,7 @@ class _Writer:
             text = chosen(index, [*map(self.scalar, outcomes)])
             dtype = np.dtype(eqn.outvars[n].aval.dtype)
             name = next(self._names)
-            self.lines.append(f"{name} = {text}  # {_where(eqn)}")
+            self.lines.append(f"{name} = {text}{_comment(eqn)}")
             made.append(Scalar(name, dtype))
         return made
 
@@ -198,75 +206,47 @@ class _Writer:
         template = REDUCTIONS[eqn.primitive.name]
         return self.line(eqn, functools.reduce(template.format, [x.text for x in items]))
 
-    def element(self, eqn: Any, inputs: list[Any]) -> Any:
-        """One element of an array: `array[h, i - j]`, by JAX's rules for what is out of range."""
-        array, *where = inputs
-        if not isinstance(array, _Known):
-            raise self.refusal(eqn, "indexes what depends on score, b, h, i or j; index an array of its own")
-        if math.prod(eqn.outvars[0].aval.shape) != 1 or math.prod(eqn.params["slice_sizes"]) != 1:
+    def sliced(self, eqn: Any, x: _Vector) -> _Vector:
+        """Some of a few elements."""
+        if len(x.shape) != 1:
+            raise self.refusal(eqn, "takes a part of an array, where a kernel has scalars")
+        (start,), (limit,) = eqn.params["start_indices"], eqn.params["limit_indices"]
+        (step,) = eqn.params["strides"] or (1,)
+        return _Vector(x.items[start:limit:step], eqn.outvars[0].aval.shape)
+
+    def element(self, eqn: Any, inputs: list[Any]) -> Scalar:
+        """One element of an array, at an index that there is (`functions.views.element`)."""
+        array, at = inputs
+        if not isinstance(array, _Given) or eqn.outvars[0].aval.shape != ():
             raise self.refusal(eqn, "takes more than one element at a time; index every axis: table[h, i - j]")
-        numbers = [item for x in where for item in self.vector(x).items]
-        fill = None
-        if eqn.primitive.name == "gather":
-            axes, mode = eqn.params["dimension_numbers"].start_index_map, eqn.params["mode"]
-            by_axis = dict(zip(axes, numbers, strict=True))
-            numbers = [by_axis.get(axis, number(np.int32(0))) for axis in range(array.ndim)]
-            if mode == lax.GatherScatterMode.FILL_OR_DROP:
-                fill = _fill(eqn.params["fill_value"], array.dtype)
-        text = self.load(eqn, array, numbers, fill)
-        found = self.line(eqn, text)
-        shape = eqn.outvars[0].aval.shape
-        return found if shape == () else _Vector((found,), shape)
-
-    def load(self, eqn: Any, array: Any, numbers: list[Scalar], fill: Scalar | None) -> str:
-        """The text that reads array[numbers]: out of range the nearest element, or `fill`."""
-        at = self.operand(eqn, array)
-        wide = ".to(tl.int64)" if array.size >= 2**31 else ""
-        strides = [math.prod(array.shape[k + 1 :]) for k in range(array.ndim)]
-        near = [f"tl.minimum(tl.maximum({x.text}, 0), {n - 1})" for x, n in zip(numbers, array.shape, strict=True)]
-        terms = [f"{x}{wide} * {s}" if s != 1 else x for x, s in zip(near, strides, strict=True)]
-        text = f"tl.load(x[{at}] + ({' + '.join(terms) or '0'}))"
-        text = f"({text} != 0)" if array.dtype.name == "bool" else text
-        if fill is not None:
-            inside = [f"({x.text} >= 0) & ({x.text} < {n})" for x, n in zip(numbers, array.shape, strict=True)]
-            text = f"tl.where({' & '.join(inside)}, {text}, {fill.text})"
-        return text
-
-    def operand(self, eqn: Any, array: Any) -> int:
-        """The place of an array among those that are read."""
-        if np.dtype(array.dtype).name not in (*TYPES, *_STORED):
+        if array.dtype.name not in (*TYPES, *_STORED):
             raise self.refusal(eqn, f"reads an array of {array.dtype}, where a kernel has {', '.join(TYPES)}")
-        for n, known in enumerate(self.arrays):
-            if known is array:
-                return n
-        self.arrays.append(array)
-        return len(self.arrays) - 1
+        wide = ".to(tl.int64)" if math.prod(array.shape) >= 2**31 else ""
+        strides = [math.prod(array.shape[k + 1 :]) for k in range(len(array.shape))]
+        places = [x for x in zip(self.vector(at).items, strides, strict=True) if not _is_zero(x[0])]
+        terms = [f"{x.text}{wide}{f' * {stride}' if stride != 1 else ''}" for x, stride in places]
+        text = f"tl.load(x[{array.at}]{''.join(f' + {x}' for x in terms)})"
+        return self.line(eqn, f"({text} != 0)" if array.dtype.name == "bool" else text)
 
     def scalar(self, x: Any) -> Scalar:
         """A value as one of the kernel's."""
         if isinstance(x, Scalar):
             return x
-        if isinstance(x, _Vector):
-            (item,) = x.items
-            return item
-        assert x.ndim == 0, "an array was taken for one of its elements"
-        at = self.operand(None, x)
-        name = next(self._names)
-        self.lines.append(f"{name} = tl.load(x[{at}])" + (" != 0" if x.dtype.name == "bool" else ""))
-        return Scalar(name, np.dtype(x.dtype))
+        (item,) = self.vector(x).items
+        return item
 
     def vector(self, x: Any) -> _Vector:
         """A value as a few of the kernel's."""
         if isinstance(x, _Vector):
             return x
-        if isinstance(x, _Known) and x.ndim:
-            return _Vector(tuple(self.scalar(x.reshape(-1)[n]) for n in range(x.size)), x.shape)
-        return _Vector((self.scalar(x),), ())
+        if isinstance(x, np.ndarray | Array):  # in the caller's source
+            return _Vector(tuple(number(n) for n in np.asarray(x).ravel()), x.shape)
+        return _Vector((x,), ())
 
     def refusal(self, eqn: Any, why: str) -> TypeError:
         """What is raised for what cannot be translated."""
         return TypeError(
-            f"{self.argument} uses {eqn.primitive.name}, which {why} ({_where(eqn)}); write it another way, or pass "
+            f"{self.argument} uses {eqn.primitive.name}, which {why} ({where(eqn)}); write it another way, or pass "
             f'implementation="xla", which runs every function'
         )
 
@@ -280,20 +260,14 @@ def _shape(x: Any) -> tuple[int, ...]:
     return () if isinstance(x, Scalar) else x.shape
 
 
-def _computed(eqn: Any, inputs: list[Any]) -> list[Any]:
-    """By JAX."""
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # the latter from jax 0.11 on
-    made = eqn.primitive.bind(*functions, *map(jnp.asarray, inputs), **params)
-    return [*made] if eqn.primitive.multiple_results else [made]
+def _comment(eqn: Any) -> str:
+    """The caller's line, where JAX knows it."""
+    line = re.search(r"[^/\\\\]*:\d+", where(eqn))
+    return f"  # {line[0]}" if line else ""
 
 
-def _fill(value: Any, dtype: Any) -> Scalar:
-    """What a gather gives out of range."""
-    if value is None:
-        kind = np.dtype(dtype)
-        value = np.nan if jnp.issubdtype(kind, jnp.floating) else False if kind.name == "bool" else jnp.iinfo(kind).min
-    return number(np.asarray(value, np.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype))
+def _is_zero(x: Scalar) -> bool:
+    return x.number is not None and x.number == 0
 
 
 def _function(jaxpr: Any) -> str:
@@ -301,12 +275,6 @@ def _function(jaxpr: Any) -> str:
     info = getattr(jaxpr, "debug_info", None)
     file = getattr(info, "func_filename", None) or ""
     return getattr(info, "func_name", "") if file.startswith(os.path.dirname(jax.__file__)) else ""
-
-
-def _where(eqn: Any) -> str:
-    """The caller's line."""
-    text = source_info_util.summarize(eqn.source_info) if eqn is not None else "unknown"
-    return "".join(c if c.isprintable() else "?" for c in text) or "JAX keeps no line of it"
 
 
 _numbers = itertools.count()

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import batching
 
+from ..base.spec import is_score_array
 from .call import Call
 from .define import backward_p, forward_p
 
@@ -23,6 +24,11 @@ def _fold_operand(size: int, batch: int, x: Array, dim: int | None) -> Array:
     return x.reshape(-1 if x.size else size * batch, *x.shape[3:])
 
 
+def _periods(call: Call, batch: int, names) -> list[int]:
+    """For each operand how many places its first axis may have: batches, or the calls whose batches these are."""
+    return [batch // call.rules.score.batch if is_score_array(name) else batch for name in names]
+
+
 def _mapped_size(operands, dims) -> int:
     return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
 
@@ -31,7 +37,8 @@ def _batch_forward(args, dims, *, call: Call, names):
     size = _mapped_size(args, dims)
     q, k, v = (_fold(size, x, d) for x, d in zip(args[:3], dims[:3], strict=True))
     batch = q.shape[0] // size
-    operands = (_fold_operand(size, batch, x, d) for x, d in zip(args[3:], dims[3:], strict=True))
+    periods = _periods(call, batch, names)
+    operands = (_fold_operand(size, n, x, d) for n, x, d in zip(periods, args[3:], dims[3:], strict=True))
     out = forward_p.bind(q, k, v, *operands, call=call, names=names)
     return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
 
@@ -41,7 +48,9 @@ def _batch_backward(args, dims, *, call: Call, names, wanted, apart):
     end = first + len(names)
     arrays = [_fold(size, x, d) for x, d in zip(args[:first], dims[:first], strict=True)]
     batch = arrays[0].shape[0] // size
-    operands = [_fold_operand(size, batch, x, d) for x, d in zip(args[first:end], dims[first:end], strict=True)]
+    periods = _periods(call, batch, names)
+    mapped = zip(periods, args[first:end], dims[first:end], strict=True)
+    operands = [_fold_operand(size, n, x, d) for n, x, d in mapped]
     dlse = [_fold(size, x, d) for x, d in zip(args[end:], dims[end:], strict=True)]
     # Each of the mapped calls has gradients of its own. An operand that is not mapped is summed apart for each; one
     # that is has them in its batch axis, which may now be longer than it was.

@@ -16,7 +16,7 @@ from jax.interpreters import ad, mlir
 
 from .. import xla
 from ..base.errors import higher_order_error, missing_triton_error, not_on_this_platform_error
-from ..base.spec import OPERANDS, PASSES, Spec
+from ..base.spec import PASSES, Spec, names_of
 from ..gpu import interpret, passes, tuning
 from ..gpu.target import Target, present
 from . import sharding
@@ -26,7 +26,7 @@ from .call import Call
 def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> list[Array]:
     """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`; where lse is not enough for `backward` (`spec.reshapes`), the statistics m
     and l of each row, which nothing else reads; and, if the rules want them, each row's largest logit `[B, H, Sq]`."""
-    names = _names(operands)
+    names = names_of(operands)
     return forward_p.bind(q, k, v, *(operands[n] for n in names), call=call, names=names)
 
 
@@ -34,16 +34,12 @@ def backward(
     call: Call, q, k, v, operands: Mapping[str, Array], o, stats, do, dlse, *, wanted: tuple[str, ...]
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
     """dq, dk, dv, and the gradients of the `wanted` operands. stats: lse, or m and l, of `forward`."""
-    names = _names(operands)
+    names = names_of(operands)
     extra = [*stats, *(operands[n] for n in names), *([] if dlse is None else [dlse])]
     dq, dk, dv, *grads = backward_p.bind(
         q, k, v, o, do, *extra, call=call, names=names, wanted=wanted, apart=(1,) * len(wanted)
     )
     return dq, dk, dv, dict(zip(wanted, grads, strict=True))
-
-
-def _names(operands: Mapping[str, Array]) -> tuple[str, ...]:
-    return tuple(name for name in OPERANDS if name in operands)
 
 
 # Shapes and dtypes.
@@ -113,7 +109,7 @@ def nothing_to_see(q, k, v) -> bool:
 
 def forward_of_nothing(call: Call, q, k, v, operands: Mapping[str, Array]) -> list[Array]:
     """`forward` where there is nothing to see."""
-    names = _names(operands)
+    names = names_of(operands)
     o, row, *_ = (jnp.zeros(x.shape, x.dtype) for x in _forward_shapes(q, k, v, call=call, names=names))
     lse = _lse_of_nothing(operands, row)
     stats = [lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse))] if call.row_stats(names) == 2 else []

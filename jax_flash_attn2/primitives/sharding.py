@@ -11,6 +11,7 @@ widths of a row, 1 an axis along which an operand does not vary.
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base import axes
-from ..base.spec import BLOCK_LISTS
+from ..base.spec import BLOCK_LISTS, is_score_array
 from .call import Call
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
@@ -135,7 +136,7 @@ def _is_arrays(x: Any) -> bool:
 def forward(maths: Maths, *args: Array, call: Call, names: tuple[str, ...]) -> list[Array]:
     """The forward pass, divided."""
     params = {"call": call, "names": names}
-    args = (*args[:3], *_whole_batches(args[3:], args[0].shape[0]))
+    args = (*args[:3], *_whole_batches(names, args[3:], args[0].shape[0]))
     letters = ["bihd", "bjxd", "bjxv", *(_letters(n, x, *args[:2]) for n, x in zip(names, args[3:], strict=True))]
 
     def share(plan: "_Plan", q, k, v, *rest):
@@ -150,8 +151,8 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
     """The backward pass, divided."""
     first, batch = 5 + call.row_stats(names), args[0].shape[0]
     end = first + len(names)
-    args = (*args[:first], *_whole_batches(args[first:end], batch), *args[end:])
-    full = [args[first + names.index(name)].shape[0] == batch for name in wanted]
+    args = (*args[:first], *_whole_batches(names, args[first:end], batch), *args[end:])
+    full = [not is_score_array(n) and args[first + names.index(n)].shape[0] == batch for n in wanted]
     apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
     params = {"call": call, "names": names, "wanted": wanted, "apart": apart}
     letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bhi"] * (first - 5)]
@@ -175,14 +176,18 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
 
 
 def _letters(name: str, x: Array, q: Array, k: Array) -> str:
-    """Of an operand `[1|B, 1|H, 1|Sq, 1|Sk]`; the last two axes of a block mask's are no sequences."""
+    """Of an operand `[1|B, 1|H, 1|Sq, 1|Sk]`; the last two axes of a block mask's are no sequences, and each device
+    needs all of what a score function reads."""
+    if is_score_array(name):
+        return "1" * x.ndim
     full = (q.shape[0], q.shape[2], *((0, 0) if name in BLOCK_LISTS else (q.shape[1], k.shape[1])))
     return "".join(letter if n == m > 1 else "1" for letter, n, m in zip("bhij", x.shape, full, strict=True))
 
 
-def _whole_batches(operands: Sequence[Array], batch: int) -> list[Array]:
+def _whole_batches(names: Sequence[str], operands: Sequence[Array], batch: int) -> list[Array]:
     """Operands whose batch axis has a period of its own, repeated: their batches must divide as all others do."""
-    return [jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if 1 < x.shape[0] < batch else x for x in operands]
+    parts = [not is_score_array(n) and 1 < x.shape[0] < batch for n, x in zip(names, operands, strict=True)]
+    return [jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if p else x for p, x in zip(parts, operands, strict=True)]
 
 
 def _divided(maths, share, args, letters, results, params, groups: int = 0) -> list[Array]:
@@ -219,7 +224,7 @@ def _rule(letters: list[str], results: list[str], sizes: Mapping[str, int], mesh
     group = sizes["h"] // sizes["x"]
     pairs = group > 1 and sizes["x"] > 1 and all(sizes["x"] % n == 0 for n in mesh.shape.values())
     query = {True: "(x g)", False: "x" if group == 1 else "h"}[pairs]
-    ones = iter(range(4 * len(letters + results)))
+    ones = itertools.count()
 
     def factors(letters: str) -> str:
         return " ".join(query if x == "h" else f"u{next(ones)}" if x == "1" else x for x in letters)
@@ -268,15 +273,24 @@ class _Plan:
     def own_operands(self, call: Call, operands: Mapping[str, Array]) -> dict[str, Array]:
         """Operands as the rows of this device count: its first row is not the first."""
         own = dict(operands)
+        if call.rules.score is not None:
+            origin = jnp.stack([self._first(letter) for letter in "bhi"]).reshape(1, 1, 1, 3)
+            own = {"origin": origin, **own}
         if not self.axes["i"]:
             return own
-        start = lax.axis_index(self.axes["i"]) * (self.sizes["i"] // self.parts("i"))
+        start = self._first("i")
         rules = call.rules
         if rules.left is not None or rules.right is not None or rules.dropout_rate or "slopes" in own:
-            own["offset"] = own.get("offset", jnp.zeros((1, 1, 1, 1), jnp.int32)) + start.astype(jnp.int32)
+            own["offset"] = own.get("offset", jnp.zeros((1, 1, 1, 1), jnp.int32)) + start
         if "q_lengths" in own:
             own["q_lengths"] = jnp.maximum(own["q_lengths"] - start, 0).astype(jnp.int32)
         return own
+
+    def _first(self, letter: str) -> Array:
+        """The first batch, head or row of this device."""
+        if not self.axes[letter]:
+            return jnp.zeros((), jnp.int32)
+        return (lax.axis_index(self.axes[letter]) * (self.sizes[letter] // self.parts(letter))).astype(jnp.int32)
 
     def _head_numbers(self) -> Array:
         """The key head of each of this device's query heads."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..base.spec import Config, Spec
+from ..base.spec import Config, Spec, is_score_array
 from . import layout
 from .logits import Logits
 from .tiling import Tiling, loop
@@ -70,7 +70,7 @@ def backward(
             dq_tile, dkt, dvt, grads = carry
             start_n = t.start_n(j)
             k_tile = t.key_tile(k, start_n)
-            s, capped = logits.of(q_tile, k_tile, start_m, j, masked)
+            s, products, capped = logits.of(q_tile, k_tile, start_m, j, masked)
             p = jnp.exp(s - shift_tile[..., None])
             p_kept, dp = p, t.dot(do_tile, t.key_tile(v, start_n), 3, 3)
             if spec.drops:
@@ -80,6 +80,11 @@ def backward(
             grads = _add_grads(grads, ds, logits, start_m, start_n)
             if capped is not None:
                 ds *= 1 - capped * capped
+            if logits.score is not None:
+                of_scores = {name: x for name, x in grads.items() if is_score_array(name)}
+                if of_scores:
+                    grads = grads | logits.score.add_gradients(of_scores, products, p, ds, start_m, start_n)
+                ds = logits.score.back(products, p, ds, start_m, start_n)
             dq_tile += t.dot(ds, k_tile, 3, 2)
             dkt = layout.add(dkt, t.dot(qt_tile, ds, 3, 2), start_n, 3)
             dvt = layout.add(dvt, t.dot(dot_tile, p_kept, 3, 2), start_n, 3)
@@ -89,7 +94,8 @@ def backward(
         put = layout.add if t.seqlen_q % t.block_m else layout.put
         return put(dq, dq_tile, start_m * spec.group, 2), *sums
 
-    grads = {name: _grad_zeros(operands[name], n, t) for name, n in apart_of.items() if name in ("bias", "slopes")}
+    tiled = [name for name in apart_of if name in ("bias", "slopes") or is_score_array(name)]
+    grads = {name: _grad_zeros(name, operands[name], apart_of[name], t) for name in tiled}
     carry = (jnp.zeros_like(q), *(jnp.zeros_like(x).swapaxes(2, 3) for x in (k, v)), grads)
     dq, dkt, dvt, grads = loop(0, t.blocks_q, query_block, carry)
     dq = layout.rows_out(dq, t.seqlen_q)
@@ -117,11 +123,11 @@ def _shift_and_norm(spec: Spec, stats: Sequence[Array]) -> tuple[Array, Array | 
     return jnp.where(l > 0, m, jnp.inf), jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1), 0)
 
 
-def _grad_zeros(operand: Array, apart: int, t: Tiling) -> Array:
+def _grad_zeros(name: str, operand: Array, apart: int, t: Tiling) -> Array:
     """Where the gradient of an operand is summed."""
-    dtype = operand.dtype  # with rows and columns each element is added to once, and needs no wider one
-    if 1 in operand.shape[2:]:
-        dtype = t.dtype
+    dtype = t.dtype
+    if name == "bias" and 1 not in operand.shape[2:]:
+        dtype = operand.dtype  # each element is added to once, and needs no wider one
     return jnp.zeros((apart * operand.shape[0], *operand.shape[1:]), dtype)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..base.spec import BLOCK_LISTS, Config, Spec
+from ..base.spec import BLOCK_LISTS, Config, Spec, is_score_array
 from . import layout
 from .logits import HIDDEN, Logits
 from .tiling import Tiling
@@ -37,7 +37,7 @@ def differentiable(
     def query_block(block):
         start_m, q_tile, rows = block
         logits = Logits(t, {**operands, **rows})
-        s, _ = logits.of(q_tile, k, start_m, 0, t.masked)
+        s, *_ = logits.of(q_tile, k, start_m, 0, t.masked)
         m = jnp.maximum(lax.stop_gradient(s).max(-1), HIDDEN)
         row_max = [jnp.where(m > HIDDEN, m, -jnp.inf)] if spec.rules.max_logits else []
         sink = logits.sinks(start_m) if spec.sinks else None
@@ -55,7 +55,8 @@ def differentiable(
         return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *row_max
 
     starts = jnp.minimum(jnp.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m)
-    by_rows = [name for name, x in operands.items() if x.shape[2] > 1 and name not in BLOCK_LISTS]
+    own = [name for name in operands if name not in BLOCK_LISTS and not is_score_array(name)]
+    by_rows = [name for name in own if operands[name].shape[2] > 1]
     rows = {name: layout.cut_rows(operands[name], t.block_m) for name in by_rows}
     out = lax.map(query_block, (starts, layout.cut_rows(q, t.block_m * spec.group), rows))
     o, *stats = (layout.join_rows(x, t.seqlen_q * spec.group) for x in out)

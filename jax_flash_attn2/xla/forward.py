@@ -43,7 +43,7 @@ def forward(
 
         def key_block(masked, j, carry):
             start_n = t.start_n(j)
-            s, _ = logits.of(q_tile, t.key_tile(k, start_n), start_m, j, masked)
+            s, *_ = logits.of(q_tile, t.key_tile(k, start_n), start_m, j, masked)
             m_new = s.max(-1)
             if carry is not None or spec.hides:
                 m_new = jnp.maximum(m_new, HIDDEN if carry is None else carry[0])

@@ -13,6 +13,7 @@ from ..base import dropout
 from ..tiles import block_lists
 from ..tiles.spans import per_batch
 from . import layout
+from .scores import ScoreTiles
 from .tiling import Tiling
 
 HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
@@ -26,11 +27,14 @@ class Logits:
     def __init__(self, tiling: Tiling, operands: Mapping[str, Array]):
         self.tiling, self.operands = tiling, operands
         self.spec, self.dtype = tiling.spec, tiling.dtype
+        self.score = None if self.spec.rules.score is None else ScoreTiles(tiling, operands)
 
-    def of(self, q_tile: Array, k_tile: Array, start_m, j, masked: bool) -> tuple[Array, Array | None]:
-        """Logits of one tile [B, Hkv, M * G, N], -inf where hidden; and the tanh of the soft cap, or None."""
+    def of(self, q_tile: Array, k_tile: Array, start_m, j, masked: bool) -> tuple[Array, Array, Array | None]:
+        """Logits of one tile [B, Hkv, M * G, N], -inf where hidden; the products that they are made of; and the tanh
+        of the soft cap, or None."""
         t, operands = self.tiling, self.operands
-        s, capped, start_n = t.dot(q_tile, k_tile, 3, 3), None, t.start_n(j)
+        products, capped, start_n = t.dot(q_tile, k_tile, 3, 3), None, t.start_n(j)
+        s = products if self.score is None else self.score.of(products, start_m, start_n)
         if (cap := self.spec.rules.soft_cap) is not None:
             capped = jnp.tanh(s / cap)
             s = cap * capped
@@ -47,7 +51,7 @@ class Logits:
                 # So that what follows is the code of tiles without a mask, compiled once; fused with the mask, the
                 # exponential is half as fast. One tile in all is left to XLA's fusions (`choose_blocks`).
                 s = lax.optimization_barrier(s)
-        return s, capped
+        return s, products, capped
 
     def visible(self, start_m, j) -> Array | None:
         """[1|B, 1|Hkv, M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held.

@@ -1,0 +1,313 @@
+"""A function of one logit and its place, as a part of a call: what it is, and what is made of it.
+
+A `Function` is a jaxpr of (score, b, h, i, j, *arrays) that reads arrays by elements (`views.element`). What it makes
+of a score, its derivatives, and where it reads are functions of the same scalars, which the XLA path maps over a tile
+and `gpu.translate` writes as Triton source.
+
+Under `vmap` the batch of a call is that of several: batch b of them all is batch `b % Function.batch` of the call
+`b // Function.batch`. So an array gets one axis more in front, of length n: call g reads `array[g % n]`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax._src import source_info_util
+from jax.extend.core import Literal
+
+from . import views
+
+SCALARS = ("score", "b", "h", "i", "j")
+
+_CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr"}
+_CALLS |= {"checkpoint": "jaxpr", "remat2": "jaxpr"}
+_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+
+
+class Read(NamedTuple):
+    """One read of an element of a floating array, whose gradient it is a part of."""
+
+    array: int
+    """Which of the function's arrays."""
+    varies: frozenset[str]
+    """Which of `SCALARS` decide which element."""
+    relative: bool
+    """Whether i and j decide by their difference alone."""
+
+
+class Bound(NamedTuple):
+    """A function with its arrays: of scalars (score, b, h, i, j)."""
+
+    value: Callable[..., Any]
+    """To the score that it makes."""
+    slope: Callable[..., Any]
+    """To that one's derivative by the score."""
+    slopes: Callable[..., Any]
+    """To its derivatives by each of `Function.reads`, a tuple."""
+    places: Callable[..., Any]
+    """To the element that each of `Function.reads` reads: a tuple of tuples of int32, the call first."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Function:
+    """A function of (score, b, h, i, j), and of arrays. Equal ones compute the same, wherever they were traced."""
+
+    jaxpr: Any
+    batch: int = 1
+    """How many batches b counts."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Function) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        """What it computes, and its derivatives: functions with rules of their own are told apart by these."""
+        key, ruled = _key_of(self.jaxpr)
+        if ruled:
+            scalars = [v.aval for v in self.jaxpr.invars]
+            slopes = lambda *args: self.bound(args[5:], False, False)[1](*args[:5])
+            reads = lambda *args: self.bound(args[5:], False, False)[2](*args[:5])
+            key = (key, *(_key_of(jax.make_jaxpr(f)(*scalars).jaxpr)[0] for f in (slopes, reads)))
+        return self.batch, key
+
+    @property
+    def arrays(self) -> int:
+        """How many arrays it reads."""
+        return len(self.jaxpr.invars) - len(SCALARS)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether it has functions whose derivatives are given (`jax.custom_jvp`): equal ones have equal first
+        derivatives, no more."""
+        return any(eqn.primitive.name in _RULES for eqn in self.jaxpr.eqns)
+
+    def bound(self, arrays: Sequence[Any], mapped: bool, grouped: bool = True) -> Bound:
+        """With its arrays.
+
+        Args:
+          arrays: `[n, ...]` each; `[...]` if not grouped.
+          mapped: whether there are more batches than `batch`.
+          grouped: see arrays.
+        """
+
+        def evaluated(read: Callable[..., Any]) -> Callable[..., Any]:
+            """The function, each of its reads done by `read(array, index, ordinary)`."""
+
+            def function(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+                call = np.int32(0)
+                if mapped:
+                    call, b = lax.div(b, np.int32(self.batch)), lax.rem(b, np.int32(self.batch))
+
+                def own(n: int) -> list[Any]:
+                    length = arrays[n].shape[0]
+                    return [lax.rem(call, np.int32(length)) if mapped and length > 1 else np.int32(0)] * grouped
+
+                whole = lambda n: arrays[n][own(n)[0]] if grouped else arrays[n]
+                return self._evaluated((score, b, h, i, j), lambda n, index: read(n, [*own(n), *index]), whole)
+
+            return function
+
+        value = evaluated(lambda n, index: views.element(arrays[n], index))
+
+        def given(reads: Sequence[Any], *scalars: Any) -> Any:
+            waiting = iter(reads)
+            read = lambda n, index: next(waiting) if self._is_float(n) else views.element(arrays[n], index)
+            return evaluated(read)(*scalars)
+
+        def places(*scalars: Any) -> tuple[Any, ...]:
+            found: list[Any] = []
+
+            def read(n: int, index: list[Any]) -> Any:
+                if self._is_float(n):
+                    found.append(tuple(index))
+                return views.element(arrays[n], index)
+
+            evaluated(read)(*scalars)
+            return tuple(found)
+
+        def slopes(score: Any, *place: Any) -> tuple[Any, ...]:
+            at = zip(self._floats, places(score, *place), strict=True)
+            reads = tuple(views.element(arrays[n], index).astype(score.dtype) for n, index in at)
+            return jax.grad(given)(reads, score, *place) if reads else ()
+
+        return Bound(value, jax.grad(value), slopes, places)
+
+    @functools.cached_property
+    def _floats(self) -> tuple[int, ...]:
+        """The array of each read of a floating one."""
+        at = {v: n - 5 for n, v in enumerate(self.jaxpr.invars)}
+        reads = (at[eqn.invars[0]] for eqn in self.jaxpr.eqns if self._is_read(eqn))
+        return tuple(n for n in reads if self._is_float(n))
+
+    def _is_float(self, n: int) -> bool:
+        return jnp.issubdtype(self.jaxpr.invars[5 + n].aval.dtype, jnp.floating)
+
+    def _is_read(self, eqn: Any) -> bool:
+        arrays = self.jaxpr.invars[5:]
+        return (
+            eqn.primitive.name == "gather"
+            and any(eqn.invars[0] is v for v in arrays)
+            and eqn.params["mode"] == lax.GatherScatterMode.PROMISE_IN_BOUNDS
+            and eqn.outvars[0].aval.shape == ()
+        )
+
+    @functools.cached_property
+    def reads(self) -> tuple[Read, ...]:
+        """The reads of floating arrays."""
+        found, varies = [], dict(zip(self.jaxpr.invars, map(_Varies.of, SCALARS), strict=False))
+        for eqn in self.jaxpr.eqns:
+            own = _Varies.of_equation(eqn, [varies.get(v, _Varies()) for v in eqn.invars if not isinstance(v, Literal)])
+            varies.update(dict.fromkeys(eqn.outvars, own))
+            if self._is_read(eqn):
+                n = self.jaxpr.invars.index(eqn.invars[0]) - 5
+                if self._is_float(n):
+                    found.append(Read(n, own.by, own.relative))
+        return tuple(found)
+
+    @functools.cached_property
+    def whole(self) -> tuple[int, ...]:
+        """The floating arrays that are not only read by elements."""
+        found = set()
+        for eqn in self.jaxpr.eqns:
+            if not self._is_read(eqn):
+                found |= {n for n, v in enumerate(self.jaxpr.invars[5:]) if any(v is x for x in eqn.invars)}
+        return tuple(sorted(n for n in found if self._is_float(n)))
+
+    def _evaluated(self, scalars: Sequence[Any], read: Callable[..., Any], whole: Callable[..., Any]) -> Any:
+        """Its value. read: (number of an array, index) -> element; whole: number -> array."""
+        env: dict[Any, Any] = dict(zip(self.jaxpr.invars, scalars, strict=False))
+        at = {v: n for n, v in enumerate(self.jaxpr.invars[5:])}
+        wider: dict[Any, Any] = {}  # elements of half precision, where fp32 is given for them
+
+        def get(v: Any) -> Any:
+            if isinstance(v, Literal):
+                return v.val
+            if v in wider:
+                return wider[v].astype(v.aval.dtype)
+            return whole(at[v]) if v in at else env[v]
+
+        for eqn in self.jaxpr.eqns:
+            with source_info_util.user_context(eqn.source_info.traceback), eqn.ctx.manager:
+                if self._is_read(eqn):
+                    index = get(eqn.invars[1])
+                    each = [lax.index_in_dim(index, k, keepdims=False) for k in range(index.shape[0])]
+                    results = [read(at[eqn.invars[0]], each)]
+                    if results[0].dtype != eqn.outvars[0].aval.dtype:
+                        wider[eqn.outvars[0]] = results[0]
+                elif eqn.primitive.name == "convert_element_type" and _is_given(eqn, wider):
+                    results = [wider[eqn.invars[0]]]
+                else:
+                    results = bound(eqn, [*map(get, eqn.invars)])
+            env.update(zip(eqn.outvars, results, strict=True))
+        return get(self.jaxpr.outvars[0])
+
+
+def _is_given(eqn: Any, wider: dict[Any, Any]) -> bool:
+    (x,) = eqn.invars
+    return not isinstance(x, Literal) and x in wider and wider[x].dtype == eqn.params["new_dtype"]
+
+
+def bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The results of an equation of other inputs."""
+    made = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = made if isinstance(made, tuple) else ((), made)  # the latter from jax 0.11 on
+    results = eqn.primitive.bind(*functions, *inputs, **params)
+    return [*results] if eqn.primitive.multiple_results else [results]
+
+
+def inner_of(eqn: Any, rules: bool = False) -> tuple[Any, Sequence[Any]] | None:
+    """The jaxpr of a call, and its constants. rules: of a function with a derivative of its own too."""
+    name = _CALLS.get(eqn.primitive.name) or (_RULES.get(eqn.primitive.name) if rules else None)
+    if name is None:
+        return None
+    inner = eqn.params[name]
+    return (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+
+
+def where(eqn: Any) -> str:
+    """The caller's line."""
+    text = source_info_util.summarize(eqn.source_info) if eqn is not None else "unknown"
+    return "".join(c if c.isprintable() else "?" for c in text) or "JAX keeps no line of it"
+
+
+class _Varies(NamedTuple):
+    """What a value depends on."""
+
+    by: frozenset[str] = frozenset()
+    """Which of `SCALARS`."""
+    relative: bool = True
+    """i and j by their difference alone, if at all."""
+    shifted: bool = False
+    """It is one of i and j, plus what depends on nothing."""
+
+    @classmethod
+    def of(cls, name: str) -> "_Varies":
+        return cls(frozenset([name]), name not in "ij", name in "ij")
+
+    @classmethod
+    def of_equation(cls, eqn: Any, inputs: Sequence["_Varies"]) -> "_Varies":
+        by: frozenset[str] = frozenset().union(*(x.by for x in inputs))
+        name = eqn.primitive.name
+        difference = name == "sub" and all(x.shifted for x in inputs) and by == {"i", "j"} and len(inputs) == 2
+        moved = name in ("add", "sub") and inputs and inputs[0].shifted and by == inputs[0].by and len(by) == 1
+        moved = moved and not any(x.by for x in inputs[1:])
+        return cls(by, difference or all(x.relative for x in inputs), bool(moved))
+
+
+def _key_of(jaxpr: Any) -> tuple[tuple[Any, ...], bool]:
+    """What a jaxpr computes, to be compared; and whether it has functions with derivatives of their own."""
+    names: dict[Any, int] = {}
+    number = lambda v: names.setdefault(v, len(names))
+    atom = lambda v: _key_of_value(v.val) if isinstance(v, Literal) else number(v)
+    typed = lambda v: (v.aval.shape, str(v.aval.dtype), getattr(v.aval, "weak_type", False))
+    ruled = False
+    made: list[Any] = [tuple((number(v), typed(v)) for v in (*jaxpr.constvars, *jaxpr.invars))]
+    for eqn in jaxpr.eqns:
+        inner = inner_of(eqn, rules=True)
+        if inner is not None:
+            ruled |= eqn.primitive.name in _RULES
+            own, more = _key_of(inner[0])
+            ruled |= more
+            params: Any = (own, tuple(map(_key_of_value, inner[1])))
+        else:
+            params = tuple((name, _key_of_value(x)) for name, x in sorted(eqn.params.items()))
+        outs = tuple((number(v), typed(v)) for v in eqn.outvars)
+        made.append((eqn.primitive.name, params, tuple(map(atom, eqn.invars)), outs))
+    return (tuple(made), tuple(map(atom, jaxpr.outvars))), ruled
+
+
+def _key_of_value(x: Any) -> Any:
+    if hasattr(x, "jaxpr") or hasattr(x, "eqns"):
+        inner = getattr(x, "jaxpr", x)
+        return _key_of(inner)[0], tuple(map(_key_of_value, getattr(x, "consts", ())))
+    if isinstance(x, tuple | list):
+        return tuple(map(_key_of_value, x))
+    if isinstance(x, np.ndarray | np.generic | float | Array):
+        x = np.asarray(x)
+        return "array", str(x.dtype), x.shape, x.tobytes()
+    try:
+        hash(x)
+    except TypeError:
+        return _Itself(x)
+    return x if not isinstance(x, bool | int) else (type(x).__name__, x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Itself:
+    """What cannot be compared: equal to itself alone."""
+
+    x: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.x is other.x
+
+    def __hash__(self) -> int:
+        return id(self.x)

@@ -1,0 +1,96 @@
+"""Functions of scalars, mapped over tiles; and what a tile adds to the gradients of the arrays that they read."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .function import Bound, Function
+
+
+def over(function: Callable[..., Any], *args: Any) -> Any:
+    """function, of scalars, of each element of args: arrays of equal rank that broadcast to each other. Results have
+    length 1 along the axes along which no argument varies."""
+    rank = args[0].ndim
+    sizes = [max(x.shape[axis] for x in args) for axis in range(rank)]
+    for axis in reversed(range(rank)):
+        if sizes[axis] > 1:
+            function = jax.vmap(function, tuple(0 if x.shape[axis] > 1 else None for x in args))
+    results = function(*(x.reshape([n for n in x.shape if n > 1]) for x in args))
+    return jax.tree.map(lambda y: jnp.reshape(y, sizes), results)
+
+
+def add_gradient(
+    grad: Array, function: Function, bound: Bound, k: int, part: Array, score: Any, place: Sequence[Any], apart: int
+) -> Array:
+    """Adds what a read gives to the gradient of its array.
+
+    Args:
+      grad: `[apart * n, ...]`, for an array `[n, ...]`.
+      function: what reads.
+      bound: the same, with its arrays.
+      k: which of `function.reads`.
+      part: the gradient of what it read, `[B, H, M, N]`; an axis along which it does not vary may have been summed.
+      score: `[B, H, M, N]`, or None if it does not decide what is read.
+      place: b `[B, 1, 1, 1]`, h `[1, H, 1, 1]`, i `[1, 1, M, 1]` and j `[1, 1, 1, N]`, int32.
+      apart: how many parts of the batch have a gradient of their own.
+    """
+    read = function.reads[k]
+    varies = {*read.varies}
+    if "score" in varies:
+        varies |= {"b", "h", "i", "j"}
+    elif grad.shape[0] > 1:  # each call, or part of the batch, has its own
+        varies.add("b")
+    place = [x if name in varies else x[:1, :1, :1, :1] for name, x in zip("bhij", place, strict=True)]
+    part = part.sum([axis for axis, name in enumerate("bhij") if name not in varies], keepdims=True)
+    if {"i", "j"} <= varies and read.relative and "score" not in varies:
+        b, h, i, j = place
+        part = diagonal_sums(part)
+        place = [b, h, i[:, :, -1:], j[..., :1] + jnp.arange(part.shape[3], dtype=jnp.int32)]
+    if "score" not in varies:
+        score = jnp.zeros((1, 1, 1, 1), jnp.float32)
+    at = [jnp.asarray(x) for x in over(lambda *scalars: bound.places(*scalars)[k], score, *place)]
+    if apart > 1:
+        b = lax.broadcasted_iota(jnp.int32, part.shape, 0)
+        at[0] = at[0] + b // (part.shape[0] // apart) * (grad.shape[0] // apart)
+    return _scattered(grad, at, part)
+
+
+def _scattered(grad: Array, at: Sequence[Array], part: Array) -> Array:
+    """grad with parts added at their places. The same sum each time: XLA adds in order on CPUs, and elsewhere in none,
+    so that there the parts of one place are brought together and summed first."""
+    at = [jnp.broadcast_to(x, part.shape).ravel() for x in at]
+    part = part.ravel().astype(grad.dtype)
+    if part.size == 1:
+        return grad.at[tuple(x[0] for x in at)].add(part[0], mode="promise_in_bounds")
+    numbers = at[0]
+    for x, n in zip(at[1:], grad.shape[1:], strict=True):
+        numbers = numbers * n + x  # fewer than 2**31: see `trace`
+    flat = grad.ravel()
+    in_order = lambda flat, numbers, part: flat.at[numbers].add(part, mode="promise_in_bounds")
+    flat = lax.platform_dependent(flat, numbers, part, cpu=in_order, default=_sorted_sum)
+    return flat.reshape(grad.shape)
+
+
+def _sorted_sum(flat: Array, numbers: Array, part: Array) -> Array:
+    """flat with parts added at their numbers: sorted, summed by a scan that starts anew at each number, and the last
+    of each taken."""
+    numbers, part = lax.sort((numbers, part), num_keys=1, is_stable=True)
+
+    def join(left, right):
+        return right[0], right[1] + jnp.where(left[0] == right[0], left[1], 0)
+
+    _, sums = lax.associative_scan(join, (numbers, part))
+    last = jnp.concatenate([numbers[1:] != numbers[:-1], jnp.ones(1, bool)])
+    where = jnp.where(last, numbers, flat.size)  # out of range: dropped
+    return flat.at[where].add(sums, mode="drop", unique_indices=False)
+
+
+def diagonal_sums(x: Array) -> Array:
+    """`[B, H, M, N]` -> `[B, H, 1, M + N - 1]`: its sums along diagonals. The last row's key 0 is on the first."""
+    *planes, m, n = x.shape
+    x = jnp.pad(x[:, :, ::-1], ((0, 0), (0, 0), (0, 0), (0, m)))  # row r of the reversed ones is to move r to the right
+    x = x.reshape(*planes, m * (n + m))[..., : m * (n + m - 1)]
+    return x.reshape(*planes, m, n + m - 1).sum(2, keepdims=True)

@@ -1,0 +1,146 @@
+"""The score function of a call as kernels have it: Triton source, and the arrays that it reads."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..base.spec import Operand, Spec, Tuned, score_arrays
+from ..functions import mapped
+from ..functions.function import Function
+from . import translate
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A score function as a part of what a kernel is compiled from."""
+
+    source: str
+    slope_source: str | None = None
+    """None: its derivative by the score is 1, or of no use."""
+    read_source: str | None = None
+    at: int = 0
+    """Where its arrays are, behind the operands."""
+
+    value = property(lambda self: translate.jitted(self.source))
+    """What it makes of a score."""
+    slope = property(lambda self: self.slope_source and translate.jitted(self.slope_source))
+    """Its derivative by the score, for the backward pass."""
+    read = property(lambda self: self.read_source and translate.jitted(self.read_source))
+    """Its derivative by what one read gave, for the kernel that sums this up."""
+
+
+def arrays_of(spec: Spec, operands: Mapping[str, Array]) -> tuple[Array, ...]:
+    """What the score function of the rules reads, in order."""
+    function = spec.rules.score
+    return () if function is None else tuple(operands[name] for name in score_arrays(function.arrays))
+
+
+def for_kernels(
+    spec: Spec, operands: Mapping[str, Array], batch: int, *, backward: bool = False, read: int | None = None
+) -> Spec:
+    """The same spec with the score function of its rules as Triton source.
+
+    Args:
+      spec: as the rules say.
+      operands: of the call.
+      batch: B.
+      backward: whether a derivative is wanted.
+      read: of which of the function's reads a derivative is wanted besides; None: of none.
+    """
+    function = spec.rules.score
+    if function is None:
+        return spec
+    arrays = tuple((x.shape, x.dtype.name) for x in arrays_of(spec, operands))
+    several = spec.origin is not None or batch > function.batch
+    value, slope = (_source(function, what, None, arrays, several) for what in ("value", "slope"))
+    of_read = None if read is None else _source(function, "slopes", read, arrays, several)
+    score = Score(
+        value, slope if backward and not translate.is_one(slope) else None, of_read, spec.spans_at + spec.spans
+    )
+    return dataclasses.replace(spec, rules=dataclasses.replace(spec.rules, score=None), score=score)
+
+
+@functools.lru_cache(maxsize=256)
+def _source(function: Function, what: str, place: int | None, arrays: tuple[Any, ...], several: bool) -> str:
+    """The source of one of what a `Function` is `bound` to, or of one result of that."""
+
+    def scalars_and_arrays(score: Any, b: Any, h: Any, i: Any, j: Any, *arrays: Any) -> Any:
+        made = getattr(function.bound(arrays, several), what)(score, b, h, i, j)
+        return made if place is None else made[place]
+
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
+    return translate.translate(scalars_and_arrays, shapes, {"value": "score_mod"}.get(what, f"{what}_of_score_mod"))
+
+
+_AT_ONCE = 2**24
+"""How many elements of what an array's gradient is summed from there are at a time."""
+
+
+def gradients(
+    launch: Callable[..., Array], spec: Spec, config: Tuned, operands: Mapping[str, Array], q: Array, k: Array,
+    wanted: Mapping[str, int],
+) -> dict[str, Array]:  # fmt: skip
+    """The gradients of what a score function reads, fp32: of each read by itself, summed by a kernel over the axes
+    along which it does not vary, and then put where it read.
+
+    A read that i and j both decide has no such axis but batch and heads: as many rows are done at a time as memory that
+    does not grow with the sequences takes.
+
+    Args:
+      launch: `launch(axes, shape, first, read)` runs the kernel that makes an array of this shape, with these axes of
+        an operand, of rows from `first` on (None: of all).
+      spec: with the score function in its rules.
+      config: of that kernel.
+      operands: of the call.
+      q: `[B, Sq, H, D]`.
+      k: `[B, Sk, Hkv, D]`.
+      wanted: the names of the arrays, and how many parts of the batch have a gradient of their own.
+    """
+    function, arrays = spec.rules.score, arrays_of(spec, operands)
+    (batch, rows, heads, _), keys = q.shape, k.shape[1]
+    bound = function.bound(arrays, spec.origin is not None or batch > function.batch)
+    origin = operands["origin"][0, 0, 0] if "origin" in operands else jnp.zeros(3, jnp.int32)
+    names = score_arrays(function.arrays)
+    grads = {
+        n: jnp.zeros((apart * operands[n].shape[0], *operands[n].shape[1:]), jnp.float32) for n, apart in wanted.items()
+    }
+
+    def add(grad: Array, name: str, n: int, part: Array, first: Any) -> Array:
+        numbers = (jnp.arange(size, dtype=jnp.int32) for size in (batch, heads, max(part.shape[2], 1), keys))
+        b, h, i, j = (x + start for x, start in zip(numbers, (*origin[:2], origin[2] + first, 0), strict=True))
+        place = b.reshape(-1, 1, 1, 1), h.reshape(1, -1, 1, 1), i.reshape(1, 1, -1, 1), j.reshape(1, 1, 1, -1)
+        return mapped.add_gradient(grad, function, bound, n, part, None, place, wanted[name])
+
+    for n, read in enumerate(function.reads):
+        name = names[read.array]
+        if name not in wanted:
+            continue
+        if "score" in read.varies:
+            raise TypeError(
+                "score_mod reads an array at an index that the score decides, and the kernels have no gradient of such "
+                'an array, which is asked for; pass implementation="xla", or read jax.lax.stop_gradient(array)'
+            )
+        if not {"i", "j"} <= read.varies:
+            own = Operand(0, 0, True, "j" not in read.varies, "j" in read.varies)
+            part = launch(own, (batch, heads, rows if own.rows else 1, keys if own.cols else 1), None, n)
+            grads[name] = add(grads[name], name, n, part, 0)
+            continue
+        each = "b" in read.varies or grads[name].shape[0] > 1
+        planes = (batch if each else 1, heads if "h" in read.varies else 1)
+        own = Operand(0, 0 if each else 1, planes[1] > 1, True, True)
+        size = max(_AT_ONCE // (planes[0] * planes[1] * keys) // config.block_m, 1) * config.block_m
+        size = min(size, -(-rows // config.block_m) * config.block_m)
+
+        def some_rows(
+            grad: Array, first: Array, own=own, shape=(*planes, size, keys), name=name, n=n
+        ) -> tuple[Array, None]:
+            return add(grad, name, n, launch(own, shape, first, n), first[0]), None
+
+        starts = jnp.arange(0, rows, size, dtype=jnp.int32)[:, None]
+        grads[name], _ = lax.scan(some_rows, grads[name], starts)
+    return grads
