@@ -29,7 +29,7 @@ TINY = tl.constexpr(1e-20)
 @triton.constexpr_function
 def divides(spec, config):
     """Whether products start from a bias, which is then divided by the scale."""
-    return config.starts and spec.bias is not None and spec.rules.soft_cap is None
+    return config.starts and spec.bias is not None and spec.rules.soft_cap is None and spec.score is None
 
 
 @triton.jit

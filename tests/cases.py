@@ -13,14 +13,26 @@ from reference import kept
 
 ARRAYS = (
     *("mask", "weights", "q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions", "q_lengths", "kv_lengths"),
-    *("sinks", "alibi_slopes"),
+    *("sinks", "alibi_slopes", "read"),
 )
-"""The options of `flash_attention` that are arrays, and the weights that a mask may have; in a case's `inputs`, or None
-there."""
+"""The options of `flash_attention` that are arrays, the weights that a mask may have, and what a score function reads;
+in a case's `inputs`, or None there."""
 
 
 MASKS = ("block", "block_weights", "weights")
 """A `BlockMask`, one of weights, a `Mask` of weights."""
+
+
+_FOLDS = 7
+SCORES = {
+    "slopes": lambda x: lambda s, b, h, i, j: s - x[h] * jnp.abs(i - j).astype(s.dtype),
+    "table": lambda x: lambda s, b, h, i, j: s + x[h, jnp.clip(i - j, -9, 9) + 9].astype(s.dtype),
+    "rows": lambda x: lambda s, b, h, i, j: jnp.where((i + b) % 3 == j % 3, -jnp.inf, s * x[b, i]),
+    "folds": lambda x: lambda s, b, h, i, j: 3 * jnp.tanh(s / 3 + x[i // 3 % _FOLDS, j % _FOLDS]) * x[0, 0],
+    "undefined": lambda x: lambda s, b, h, i, j: s - jnp.log((i - j + 1).astype(s.dtype)) * x[j],
+}
+"""Score functions, of an array: one element for each head, by distance for each head (half precision), by row, which
+also hides; by row and key in no simple way, through a tanh; NaN where a later key is seen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,8 @@ class Case:
     alibi: str = ""
     """The axes of the slopes: "h" or "bh"."""
     dropout: float = 0.0
+    score: str = ""
+    """One of `SCORES`."""
     lse: bool = True
     """Whether lse is a result, and something depends on it."""
     max_logits: bool = False
@@ -145,6 +159,12 @@ class Case:
         if self.alibi:
             shape = (*self.batch, self.heads) if self.alibi == "bh" else (self.heads,)
             x["alibi_slopes"] = rng.uniform(0.01, 0.5, shape).astype(np.float32)
+        if self.score:
+            flat = int(np.prod(self.batch))
+            shapes = {"slopes": (self.heads,), "table": (self.heads, 19), "rows": (flat, self.seqlen_q)}
+            shapes |= {"folds": (_FOLDS, _FOLDS), "undefined": (self.seqlen_k,)}
+            read = rng.uniform(0.1, 0.6, shapes[self.score])
+            x["read"] = read.astype(jnp.bfloat16 if self.score == "table" else np.float32)
         if self.dropout:
             shape = self.batch, self.heads, self.seqlen_q, self.seqlen_k
             x["keep"] = kept(self.seed, *shape, self.dropout, self.offset)
@@ -252,6 +272,11 @@ def _options() -> list[Case]:
         case("dropout", 40, 50, dropout=0.3, **two),
         case("dropout_much", dropout=0.9, causal=True, bias="qk", block=(32, 16)),
         case("dropout_bottom_right", 50, 30, dropout=0.3, causal=True, dtype="float16", **low),
+        case("score_slopes", 40, 50, score="slopes", causal=True, **two, **low),
+        case("score_table", 50, 70, score="table", heads=4, kv_heads=2, batch=(2, 2), block=(32, 16)),
+        case("score_rows", 50, 40, score="rows", lengths="qk", sinks=True, batch=(3,)),
+        case("score_folds", 40, 50, score="folds", soft_cap=3.0, bias="hk", dropout=0.2, **two),
+        case("score_undefined", 40, 50, score="undefined", causal=True, max_logits=True, **two),
         case("max_logits_only", scale=-0.3, lse=False, max_logits=True),
         # Models: Mistral, Gemma 2, gpt-oss, DeepSeek's MLA over packed documents, a BERT with padding, decoding.
         case("sliding", 70, 70, window=(24, 0), causal=True, heads=2, dtype="bfloat16"),
@@ -292,6 +317,7 @@ FACTORS: dict[str, tuple] = {
     "lengths": ("", "q", "k", "qk"),
     "soft_cap": (None, 2.0),
     "sinks": (False, True),
+    "score": ("", "table", "rows", "folds"),
     "alibi": ("", "h", "bh"),
     "dropout": (0.0, 0.3),
     "bias": ("", "hqk", "bk", "q", "bhqk"),

@@ -14,14 +14,14 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Case
-from reference import attention, by_query_head, capped, distance, logits, probabilities, visible
+from cases import SCORES, Case
+from reference import attention, by_query_head, capped, distance, everywhere, logits, probabilities, visible
 
 from jax_flash_attn2 import Config, flash_attention
 from jax_flash_attn2.masks import BlockMask, Mask
 
-DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes")
-SUMS = ("dscale", "dsinks", "dalibi_slopes")
+DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes", "read")
+SUMS = ("dscale", "dsinks", "dalibi_slopes", "dread")
 """A few numbers each, with no neighbours whose largest would be a fair measure: the terms that they sum are."""
 TIMES, ROUNDINGS = 2, 4
 BLOCK = 32
@@ -62,11 +62,19 @@ def flash_function(case: Case, **options):
     def function(inner, given):
         arrays = {"softmax_scale" if name == "scale" else name: x for name, x in (inner | given).items()}
         arrays.pop("keep", None)
-        arrays = with_mask(case, arrays)
+        arrays = with_mask(case, with_score(case, arrays))
         out = flash_attention(**arrays, **options, return_lse=case.lse, return_max_logits=case.max_logits)
         return dict(zip(case.results, out if isinstance(out, tuple) else (out,), strict=True))
 
     return function
+
+
+def with_score(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays, a score function in place of what it reads."""
+    if not case.score:
+        return arrays
+    arrays = dict(arrays)
+    return arrays | {"score_mod": SCORES[case.score](arrays.pop("read"))}
 
 
 def with_mask(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +98,8 @@ def definition(case: Case, **precision):
     """`attention` likewise."""
 
     def function(inner, given):
-        o, *rest = attention(**inner, **given, **_options(case), dropout_rate=case.dropout, **precision)
+        arrays = with_score(case, inner | given)
+        o, *rest = attention(**arrays, **_options(case), dropout_rate=case.dropout, **precision)
         out = {"o": o.astype(precision.get("round_p", o.dtype)), **dict(zip(("lse", "max_logits"), rest, strict=True))}
         return {name: out[name] for name in case.results}
 
@@ -140,28 +149,39 @@ def _logits_and_terms(case: Case, inner, given, cotangents, o):
     """
     q, k, scale, do = inner["q"], inner["k"], inner["scale"], cotangents["o"]
     keep = given.get("keep")
-    p, lse, _ = probabilities(**{n: x for n, x in (inner | given).items() if n not in ("v", "keep")}, **_options(case))
+    arrays = {n: x for n, x in with_score(case, inner | given).items() if n not in ("v", "keep")}
+    p, lse, _ = probabilities(**arrays, **_options(case))
     dp = jnp.einsum("...qhd,...khd->...hqk", do, by_query_head(inner["v"], q))
     dp = dp if keep is None else jnp.where(keep, dp / (1 - case.dropout), 0)
     delta = jnp.einsum("...qhd,...qhd->...hq", do, o)[..., None]
     squares = (p * (abs(dp) + abs(delta))) ** 2
     ahead = distance(q, k, case.alignment, given.get("q_positions"), given.get("kv_positions"))
     qk = logits(q, k, scale=1.0)
-    through_cap = squares
+    made, through_cap, seen = scale * qk, squares, squares > 0
+    if case.score:
+        made = everywhere(arrays["score_mod"], made, seen)
     if case.soft_cap is not None:
-        slope = jax.jvp(lambda s: capped(s, case.soft_cap), (scale * qk,), (jnp.ones_like(qk),))[1]
+        slope = jax.jvp(lambda s: capped(s, case.soft_cap), (made,), (jnp.ones_like(qk),))[1]
         through_cap = squares * slope**2
+    through_score = through_cap
+    if case.score:
+        slope = everywhere(jax.grad(arrays["score_mod"]), scale * qk, seen)
+        through_score = jnp.where(seen, through_cap * slope**2, 0)
 
     def summed(function, x, squares):
         """Over all that an element of x is broadcast to."""
         return jax.linear_transpose(lambda x: jnp.broadcast_to(function(x), squares.shape), x)(squares)[0]
 
-    dk = jnp.einsum("...hqk,...qhd->...khd", through_cap, (scale * q) ** 2)
+    dk = jnp.einsum("...hqk,...qhd->...khd", through_score, (scale * q) ** 2)
     terms = {
-        "dq": jnp.einsum("...hqk,...khd->...qhd", through_cap, (scale * by_query_head(k, q)) ** 2),
+        "dq": jnp.einsum("...hqk,...khd->...qhd", through_score, (scale * by_query_head(k, q)) ** 2),
         "dk": summed(lambda k: by_query_head(k, q), k, dk),
-        "dscale": jnp.sum(through_cap * qk**2),
+        "dscale": jnp.sum(through_score * qk**2),
     }
+    if "read" in inner:
+        by_read = lambda *place: jax.grad(lambda x: SCORES[case.score](x)(*place))(inner["read"])
+        slopes = everywhere(by_read, scale * qk, seen)
+        terms["dread"] = jnp.tensordot(jnp.where(seen, through_cap, 0), slopes**2, seen.ndim)
     if "bias" in inner:
         terms["dbias"] = summed(lambda x: x, inner["bias"], squares)
     if "alibi_slopes" in inner:
@@ -172,8 +192,11 @@ def _logits_and_terms(case: Case, inner, given, cotangents, o):
         p_sink = jnp.where(lse == -jnp.inf, 0, 1 - p.sum(-1))
         dlse = cotangents["lse"] if case.lse else 0.0  # all there is in a row that sees nothing
         terms["dsinks"] = summed(lambda x: x[:, None], inner["sinks"], (p_sink * (abs(delta[..., 0]) + abs(dlse))) ** 2)
-    s = logits(q, k, None, scale, ahead, case.soft_cap, inner.get("alibi_slopes"))
-    largest = jnp.max(abs(s), initial=0.0) * math.log2(math.e)
+    s = logits(q, k, None, scale, ahead, case.soft_cap, inner.get("alibi_slopes"), arrays.get("score_mod"), seen)
+    s = jnp.where(jnp.isfinite(s), abs(s), 0)
+    if case.score:  # what a product was rounded by is multiplied
+        s = jnp.maximum(s, jnp.where(seen, abs(scale * qk * slope), 0))
+    largest = jnp.max(s, initial=0.0) * math.log2(math.e)
     return largest, {name: jnp.sqrt(jnp.max(t, initial=0.0)) for name, t in terms.items()}
 
 

@@ -21,17 +21,18 @@ def attention(
 
 
 def probabilities(
-    q, k, bias=None, scale=None, *, logits_soft_cap=None, alibi_slopes=None, sinks=None, q_lengths=None, weights=None,
-    q_positions=None, kv_positions=None, **sight,
+    q, k, bias=None, scale=None, *, score_mod=None, logits_soft_cap=None, alibi_slopes=None, sinks=None, q_lengths=None,
+    weights=None, q_positions=None, kv_positions=None, **sight,
 ):  # fmt: skip
     """The softmax before dropout, p `[*batch, H, Sq, Sk]`; lse and max_logits; in q's dtype."""
     ahead = distance(q, k, sight.get("causal_alignment"), q_positions, kv_positions)
-    s = logits(q, k, bias, scale, ahead, logits_soft_cap, alibi_slopes)
-    if weights is not None:  # a key kept with probability w stands for 1 / w of its kind
-        s = s - jnp.log(jnp.where(weights > 0, weights, 1).astype(s.dtype))
     rows = jnp.arange(q.shape[-3], dtype=jnp.int32)[:, None]
     rows = rows >= 0 if q_lengths is None else rows < q_lengths[..., None, None, None]  # those there are
-    s = jnp.where(rows & visible(ahead, **sight), s, -jnp.inf)
+    seen = rows & visible(ahead, **sight)
+    s = logits(q, k, bias, scale, ahead, logits_soft_cap, alibi_slopes, score_mod, seen)
+    if weights is not None:  # a key kept with probability w stands for 1 / w of its kind
+        s = s - jnp.log(jnp.where(weights > 0, weights, 1).astype(s.dtype))
+    s = jnp.where(seen, s, -jnp.inf)
     max_logits = jax.lax.stop_gradient(jnp.max(s, (-2, -1), initial=-jnp.inf))
     if sinks is not None:  # one more key, whose value is 0
         sink = jnp.where(rows, sinks.astype(s.dtype)[:, None, None], -jnp.inf)
@@ -46,13 +47,25 @@ def probabilities(
     return (e / l)[..., : k.shape[-3]], lse, max_logits
 
 
-def logits(q, k, bias=None, scale=None, ahead=None, soft_cap=None, slopes=None):
+def logits(q, k, bias=None, scale=None, ahead=None, soft_cap=None, slopes=None, score_mod=None, seen=True):
     """What is compared, seen or not: `[*batch, H, Sq, Sk]`."""
     scale = jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     s = jnp.einsum("...qhd,...khd->...hqk", q, by_query_head(k, q), precision="highest") * scale
+    s = s if score_mod is None else everywhere(score_mod, s, seen)
     s = s if soft_cap is None else capped(s, soft_cap)
     s = s if bias is None else s + bias.astype(s.dtype)
     return s if slopes is None else s - slopes.astype(s.dtype)[..., None, None] * jnp.abs(ahead).astype(s.dtype)
+
+
+def everywhere(function, s, seen):
+    """function(score, b, h, i, j), of scalars, of all scores `[*batch, H, Sq, Sk]` that are seen; b counts batches.
+    What is hidden is as the first row's first key, which is hidden in its turn: it may be NaN where it is."""
+    whole = s.reshape(-1, *s.shape[-3:])
+    seen = jnp.broadcast_to(seen, s.shape).reshape(whole.shape)
+    b, h, i, j = jnp.indices(whole.shape, dtype=jnp.int32)
+    places = (jnp.where(seen, x, 0).ravel() for x in (i, j))
+    made = jax.vmap(function)(jnp.where(seen, whole, 0).ravel(), b.ravel(), h.ravel(), *places)
+    return made.reshape(*s.shape, *made.shape[1:])
 
 
 def capped(s, soft_cap):

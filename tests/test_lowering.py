@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import ARRAYS, CASES
-from checks import with_mask
+from checks import with_mask, with_score
 
 from jax_flash_attn2 import EXPORT_DISABLED_CHECKS, Config, flash_attention, get_cached_flash_attention, gpu_target
 from jax_flash_attn2.base.spec import PASSES
@@ -99,7 +99,7 @@ def test_cases(number, case):
 
     def loss(some, others):
         out = flash_attention(
-            **with_mask(case, some | others), **case.static, config=Config(*case.block), softmax_scale=case.scale,
+            **with_mask(case, with_score(case, some | others)), **case.static, config=Config(*case.block), softmax_scale=case.scale,
             block_ptr=number % 3 != 0 and not any(w % 16 for w in widths), return_max_logits=case.max_logits,
         )  # fmt: skip
         return jax.tree.leaves(out)[0].astype(jnp.float32).sum()
@@ -111,8 +111,9 @@ def test_cases(number, case):
     added = [y.shape for y in added if y is not None]
     whole = case.seqlen_q * case.seqlen_k * case.heads * math.prod(case.batch)
     less = math.prod(np.broadcast_shapes(*added)) < whole
-    summed = bool(added) and (less or case.mask_kind.startswith("block"))
-    assert text.count(TRITON_CALL) == 3 + summed
+    summed = x["bias"] is not None and (less or case.mask_kind.startswith("block"))
+    reads = {"": 0, "folds": 2}.get(case.score, 1)  # each element that a score function reads has a kernel, too
+    assert text.count(TRITON_CALL) == 3 + summed + reads
 
 
 @pytest.mark.in_thirds

@@ -1,13 +1,15 @@
 """Which kernels are compiled: the rows of the tuning table, and what is chosen where a call has more, or odd shapes."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_flash_attn2.base.spec import Config, Rules, Spec, Tuned
+from jax_flash_attn2.base.spec import Config, Rules, Spec, Tuned, score_arrays
+from jax_flash_attn2.functions.trace import trace
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target
 
@@ -24,6 +26,8 @@ class Extra:
     widths: tuple[int, int] | None = None
     """Of q and k, and of v; else both are the row's."""
     dtype: str = "bfloat16"
+    score: str | None = None
+    """One of `_SCORES`."""
     dlse: bool = False
     wanted: tuple[str, ...] = ()
     """The operands whose gradients are wanted."""
@@ -37,6 +41,12 @@ _BLOCKS = {
     "tile_bits": (1, 1, 64, 128 * 128 // 32, "int32"),
 }
 _BIAS = {"bias": ("b", "h", "q", "k", None)}
+_SCORES = {
+    "score-softcap": lambda _: lambda score, b, h, i, j: 30.0 * jnp.tanh(score / 30.0),
+    "score-alibi": lambda slopes: lambda score, b, h, i, j: score - slopes[h] * jnp.abs(i - j).astype(jnp.float32),
+    "score-table": lambda table: lambda score, b, h, i, j: score + table[h, jnp.clip(i - j, -128, 128) + 128],
+}
+_READS = {"score-alibi": (8,), "score-table": (8, 257)}
 EXTRAS = {
     "": Extra(),
     "bias": Extra(operands=_BIAS, mixes=True),
@@ -68,6 +78,8 @@ EXTRAS = {
     "ds": Extra(operands=_BIAS, wanted=("bias",), mixes=True),
     "fp32": Extra(dtype="float32", mixes=True),
     "mla": Extra(widths=(192, 128)),
+    **{name: Extra(score=name, mixes=True) for name in _SCORES},
+    "dtable": Extra(score="score-table", wanted=("score_array_0",), mixes=True),
 }
 """By the name that a point has it by."""
 
@@ -124,7 +136,7 @@ def points() -> list[Point]:
     ]
     tuned = list(dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain if not p.extra))
     chips = {"bias": (80, 86, 90, 100), "blocks": (80, 86, 90, 100)}
-    options = [name for name, extra in EXTRAS.items() if extra.mixes and name not in ("fp32", "dbias", "ds")]
+    options = [name for name, extra in EXTRAS.items() if extra.mixes and name not in ("fp32", "dbias", "ds", "dtable")]
     chosen = [
         (*key, True, extra)
         for key in tuned
@@ -140,6 +152,7 @@ def points() -> list[Point]:
         if name == "dq":
             chosen.append((arch, name, width, True, "dlse"))
     chosen += [(arch, "dq", width, True, "ds") for arch in (80, 90, 100) for width in (64, 128)]
+    chosen += [(arch, "dbias", 128, True, "dtable") for arch in (80, 90, 100)]
     chosen += [(arch, name, 64, True, "fp32") for arch in (80, 90) for name in ("fwd", "dq", "dkdv")]
     chosen += [(arch, name, 256, True, "mla") for arch in (80, 90, 100) for name in ("fwd", "dq", "dkdv")]
     chosen += [(120, name, width, True, "") for width in (64, 128) for name in ("fwd", "dq", "dkdv")]
@@ -174,4 +187,22 @@ def arrays(point: Point) -> tuple:
     operands = {"scale": jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)}
     for name, (*axes, kind) in extra.operands.items():
         operands[name] = jax.ShapeDtypeStruct([sizes.get(axis, axis) for axis in axes], kind or dtype)
-    return Rules(**{"right": 0 if point.causal else None} | extra.rules), q, k, v, operands
+    rules = {"right": 0 if point.causal else None} | extra.rules
+    if extra.score is not None:
+        rules["score"], shapes = _traced(extra.score)
+        operands |= dict(zip(score_arrays(len(shapes)), shapes, strict=True))
+    return Rules(**rules), q, k, v, operands
+
+
+@functools.cache
+def _traced(name: str) -> tuple[Any, list[Any]]:
+    """A score function, and the arrays of a call that it reads; on no device, so that processes may be forked."""
+    found = []
+
+    def look(array: Any) -> None:
+        traced, arrays = trace(_SCORES[name](array), "score_mod", jnp.float32)
+        shapes = [jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in arrays]
+        found.append((dataclasses.replace(traced, batch=2), shapes))
+
+    jax.eval_shape(look, jax.ShapeDtypeStruct(_READS.get(name, ()), jnp.float32))
+    return found[0]

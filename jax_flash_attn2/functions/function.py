@@ -24,6 +24,11 @@ from . import views
 
 SCALARS = ("score", "b", "h", "i", "j")
 
+_LIGHT = {"add", "sub", "mul", "neg", "abs", "max", "min", "clamp", "sign", "floor", "convert_element_type"}
+_LIGHT |= {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n", "squeeze", "reshape"}
+_LIGHT |= {"gather", "stack", "concatenate", "slice", "broadcast_in_dim"}
+"""What costs little beside a product."""
+
 _CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr"}
 _CALLS |= {"checkpoint": "jaxpr", "remat2": "jaxpr"}
 _RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
@@ -143,9 +148,7 @@ class Function:
     @functools.cached_property
     def _floats(self) -> tuple[int, ...]:
         """The array of each read of a floating one."""
-        at = {v: n - 5 for n, v in enumerate(self.jaxpr.invars)}
-        reads = (at[eqn.invars[0]] for eqn in self.jaxpr.eqns if self._is_read(eqn))
-        return tuple(n for n in reads if self._is_float(n))
+        return tuple(read.array for read in self.reads)
 
     def _is_float(self, n: int) -> bool:
         return jnp.issubdtype(self.jaxpr.invars[5 + n].aval.dtype, jnp.floating)
@@ -162,15 +165,24 @@ class Function:
     @functools.cached_property
     def reads(self) -> tuple[Read, ...]:
         """The reads of floating arrays."""
+        return tuple(read for read in self._all_reads if self._is_float(read.array))
+
+    @functools.cached_property
+    def _all_reads(self) -> tuple[Read, ...]:
         found, varies = [], dict(zip(self.jaxpr.invars, map(_Varies.of, SCALARS), strict=False))
         for eqn in self.jaxpr.eqns:
             own = _Varies.of_equation(eqn, [varies.get(v, _Varies()) for v in eqn.invars if not isinstance(v, Literal)])
             varies.update(dict.fromkeys(eqn.outvars, own))
             if self._is_read(eqn):
-                n = self.jaxpr.invars.index(eqn.invars[0]) - 5
-                if self._is_float(n):
-                    found.append(Read(n, own.by, own.relative))
+                found.append(Read(self.jaxpr.invars.index(eqn.invars[0]) - 5, own.by, own.relative))
         return tuple(found)
+
+    @functools.cached_property
+    def heavy(self) -> bool:
+        """Whether a tile of it takes as many registers as a second tile of logits: it reads one, or computes more than
+        a few sums and products."""
+        names = [eqn.primitive.name for eqn in self.jaxpr.eqns]
+        return any({"i", "j"} <= read.varies for read in self._all_reads) or not _LIGHT.issuperset(names)
 
     @functools.cached_property
     def whole(self) -> tuple[int, ...]:

@@ -10,16 +10,16 @@ from jax import Array, lax
 from .function import Bound, Function
 
 
-def over(function: Callable[..., Any], *args: Any) -> Any:
-    """function, of scalars, of each element of args: arrays of equal rank that broadcast to each other. Results have
-    length 1 along the axes along which no argument varies."""
-    rank = args[0].ndim
-    sizes = [max(x.shape[axis] for x in args) for axis in range(rank)]
-    for axis in reversed(range(rank)):
-        if sizes[axis] > 1:
-            function = jax.vmap(function, tuple(0 if x.shape[axis] > 1 else None for x in args))
-    results = function(*(x.reshape([n for n in x.shape if n > 1]) for x in args))
-    return jax.tree.map(lambda y: jnp.reshape(y, sizes), results)
+def over(function: Callable[..., Any], score: Array, *place: Array) -> Any:
+    """function, of scalars, of each element of its arguments: arrays of equal rank that broadcast to each other.
+    Results have all axes, also those of length 1, without which XLA:CPU would not fuse them with the product before."""
+    args = (score, *place)
+    sizes = [max(x.shape[axis] for x in args) for axis in range(score.ndim)]
+    mapped = [[x.shape[axis] == n and (n > 1 or x is score) for axis, n in enumerate(sizes)] for x in args]
+    for axis in reversed(range(score.ndim)):
+        function = jax.vmap(function, tuple(0 if own[axis] else None for own in mapped))
+    kept = ([n for n, has in zip(x.shape, own, strict=True) if has] for x, own in zip(args, mapped, strict=True))
+    return function(*(x.reshape(shape) if len(shape) < x.ndim else x for x, shape in zip(args, kept, strict=True)))
 
 
 def add_gradient(

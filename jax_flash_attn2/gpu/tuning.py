@@ -148,7 +148,10 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
     row = _find(name, architecture(target), spec, bits, wanted.block_ptr)
     if wanted.block_ptr is None and row.block_ptr and any(n * bits // 8 % 16 for n in (spec.head_dim, spec.v_dim)):
         row = dataclasses.replace(row, block_ptr=False)  # a descriptor's rows are multiples of 16 bytes
-    if name != "dbias" and (spec.bias is not None or spec.mask is not None or spec.rules.soft_cap or spec.drops):
+    heavy = spec.rules.score is not None and spec.rules.score.heavy
+    if name == "dbias" and heavy:
+        row = dataclasses.replace(row, block_n=min(row.block_n, 32))
+    elif name != "dbias" and (spec.bias or spec.mask or spec.rules.soft_cap or spec.drops or heavy):
         row = _halved(name, row)
         if name == "fwd" and spec.mask is not None:  # wider ones have ptxas serialise wgmma
             row = dataclasses.replace(row, block_n=min(row.block_n, 32))
@@ -206,7 +209,7 @@ def _can_overlap(name: str, spec: Spec, row: Tuned) -> bool:
     """Whether it is possible, and registers hold one tile more without a spill in a loop."""
     if name == "fwd":
         wide_bias = spec.bias is not None and max(spec.block_d, spec.block_dv) > 128
-        return row.block_ptr and not (spec.listed or spec.slopes or wide_bias)
+        return row.block_ptr and not (spec.listed or spec.slopes or spec.scores or wide_bias)
     return not (spec.summed > 1 and spec.masks)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ..base.spec import Config, Spec
 from . import layout
@@ -44,9 +44,10 @@ def forward(
         def key_block(masked, j, carry):
             start_n = t.start_n(j)
             s, *_ = logits.of(q_tile, t.key_tile(k, start_n), start_m, j, masked)
-            m_new = s.max(-1)
-            if carry is not None or spec.hides:
-                m_new = jnp.maximum(m_new, HIDDEN if carry is None else carry[0])
+            # From HIDDEN on, and not the larger of both, which XLA would not fuse with the exponential.
+            m_new = lax.reduce(s, jnp.asarray(HIDDEN, s.dtype), lax.max, (3,)) if spec.hides else s.max(-1)
+            if carry is not None:
+                m_new = jnp.maximum(m_new, carry[0])
             p = jnp.exp(s - m_new[..., None])
             l_tile = p.sum(-1)
             if spec.drops:
