@@ -19,7 +19,7 @@ OTHER_triton38 := triton==3.8.0
 OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
 .PHONY: help demo test test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
-.PHONY: test-ptxas lock clean
+.PHONY: test-drawn test-ptxas lock clean
 .PRECIOUS: %/bin/pip
 
 help: ## list the targets
@@ -54,6 +54,10 @@ test-xla: .venv/dev.stamp
 
 test-kernels: .venv/dev.stamp
 	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_kernels.py tests/test_translate.py $(SOME)
+
+test-drawn: .venv/dev.stamp ## 300 drawn score functions, on both backends
+	DRAWN=300 $(CPU) $(PYTEST) $(WORKERS) tests/test_score_mod.py -k drawn
+	DRAWN=300 TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_translate.py -k drawn
 
 test-codegen: .venv/dev.stamp
 	$(CPU) .venv/bin/python -m benchmarks.codegen --check $(if $(NINTH),--ninth $(NINTH))

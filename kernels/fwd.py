@@ -158,7 +158,7 @@ def with_sink(m, l, acc, x, b, h, SPEC: tl.constexpr):
 def place_of(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
     """What a score function is told of a tile: batch, head, rows and keys, as the caller counts them."""
     i, j = tile_indices(M, N, TRANSPOSED)
-    b, h = here.b, here.h
+    b, h = here.b + tl.zeros((), tl.int32), here.h + tl.zeros((), tl.int32)  # tensors, which a loop's number may not be
     i += start_m
     if SPEC.origin is not None:  # where this device's share begins
         at = x[SPEC.origin.at]

@@ -1,13 +1,17 @@
 """Functions of a score and of where it is, as people write them; and a kernel that puts scores through one."""
 
 import dataclasses
+import os
+import random
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import triton
 import triton.language as tl
+from checks import QUICK
 from jax import lax
 
 B, H, M, N = 2, 3, 16, 32
@@ -74,6 +78,43 @@ FUNCTIONS = {
 def value_of(function):
     """A traced function, as one of its arrays too."""
     return lambda score, b, h, i, j, *arrays: function.bound(arrays, False, False).value(score, b, h, i, j)
+
+
+DRAWN = [
+    pytest.param(range(n, n + 6), id=f"from_{n}", marks=[pytest.mark.thorough] if n else [])
+    for n in range(0, int(os.environ.get("DRAWN", "60")), 6)
+]
+"""Which are drawn: six in `make test`, 60 in `make test-all`, 300 in `make test-drawn`."""
+
+
+def drawn_attention(number):
+    """The text of a score function, drawn; and of q, k, v and the arrays that it may read: a function that attends with
+    it, by `attend(q, k, v, score_mod)`."""
+    rng = random.Random(number)
+    text = drawn(rng, rng.randint(1, 4))
+    if rng.random() < 0.3:  # hides
+        text = f"jnp.where({drawn(rng, 2, real=False)} % 3 != 1, {text}, -jnp.inf)"
+
+    def function(attend, q, k, v, table, slopes):
+        names = {**globals(), "TABLE": table, "SLOPES": slopes}
+        return attend(q, k, v, eval(f"lambda s, b, h, i, j: {text} + 0.0 * s", names))
+
+    return text, function
+
+
+def assert_drawn_agree(numbers, ours, definition):
+    """Values and all gradients of attention with drawn score functions, by `ours` and by the definition."""
+    rng = np.random.default_rng(0)
+    q, k, v, w = (rng.standard_normal((B, n, H, 16)).astype(np.float32) for n in (M, N, N, M))
+    for number in numbers:
+        text, function = drawn_attention(number)
+        results = []
+        for attend in (ours, definition):
+            loss = lambda *args, attend=attend, function=function: (function(attend, *args) * w).sum()
+            grad = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4)), compiler_options=QUICK)
+            results.append(jax.tree.leaves(grad(q, k, v, TABLE, SLOPES)))
+        for name, got, want in zip(("o", "dq", "dk", "dv", "dtable", "dslopes"), *results, strict=True):
+            assert np.abs(got - want).max() <= 1e-4 * max(1, np.abs(want).max()), f"{number}: {text}: {name}"
 
 
 def drawn(rng, depth, real=True):

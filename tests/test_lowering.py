@@ -99,7 +99,8 @@ def test_cases(number, case):
 
     def loss(some, others):
         out = flash_attention(
-            **with_mask(case, with_score(case, some | others)), **case.static, config=Config(*case.block), softmax_scale=case.scale,
+            **with_mask(case, with_score(case, some | others)), **case.static,
+            config=Config(*case.block), softmax_scale=case.scale,
             block_ptr=number % 3 != 0 and not any(w % 16 for w in widths), return_max_logits=case.max_logits,
         )  # fmt: skip
         return jax.tree.leaves(out)[0].astype(jnp.float32).sum()

@@ -80,6 +80,8 @@ CASES = {
     ),
     "block_mask": (HEADS, HEADS, 8, {"mask": (blocks(1, 8), P())}, {"causal": True}),
     "block_mask_rows": (ROWS, BATCH, 8, {"mask": (blocks(4, 1), P())}, {}),
+    "score": (HEADS, HEADS, 4, {"table": (draw(8, 19), P("model")), "rows": (draw(4, 64), BATCH)}, {}),
+    "score_rows": (ROWS, BATCH, 8, {"table": (draw(8, 19), P()), "rows": (draw(4, 64), P())}, {"causal": True}),
     "indivisible": (HEADS, HEADS, 8, {}, {"heads": 8, "batch": 3}),
 }  # fmt: skip
 
@@ -93,7 +95,13 @@ TILES = Config(block_m=16, block_n=16)
 
 
 def step(options):
+    def score_mod(table, rows):
+        return lambda score, b, h, i, j: score * rows[b, i] + table[h, jnp.clip(i - j, -9, 9) + 9]
+
     def loss(q, k, v, w, floats, others):
+        read = [floats[name] for name in ("table", "rows") if name in floats]
+        floats = {name: x for name, x in floats.items() if name not in ("table", "rows")}
+        floats |= {"score_mod": score_mod(*read)} if read else {}
         o, lse = flash_attention(q, k, v, return_lse=True, config=TILES, **floats, **others, **options)
         return (o * w).sum() + jnp.where(lse > -jnp.inf, jnp.sin(lse), 0).sum()
 
@@ -133,6 +141,7 @@ def test_sharded(name):
         "only_k",
         "operands",
         "block_mask_rows",
+        "score",
         "indivisible",
     ):  # there, gathering is asked for by how they lie
         assert not re.search(r" all-gather(-start)?\(", text)

@@ -97,7 +97,7 @@ def prepare(
 def score_of(function: Any, q: Any) -> tuple[Function, tuple[Array, ...]]:
     """A caller's score function, traced, and the arrays that it reads."""
     dtype = jnp.float64 if getattr(q, "dtype", None) == jnp.float64 else jnp.float32
-    traced, arrays = trace(function, "score_mod", dtype)
+    traced, arrays = trace(function, "score_mod", dtype, beside=q)
     return traced, tuple(arrays)
 
 

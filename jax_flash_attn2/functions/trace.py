@@ -40,16 +40,18 @@ class _Number:
 _COMPUTED, _APART = object(), object()
 
 
-def trace(function: Any, argument: str, dtype: Any) -> tuple[Function, list[Array]]:
+def trace(function: Any, argument: str, dtype: Any, beside: Any = None) -> tuple[Function, list[Array]]:
     """`function(score, b, h, i, j)`, of scalars, and the arrays that it reads.
 
     Args:
       function: of a score in `dtype` and four int32, to a score.
       argument: what the caller calls it, for messages.
       dtype: fp32, or fp64.
+      beside: an array on whose devices those must be that it reads; None: on any.
 
     Raises:
       TypeError: it is no such function; the message says what it is, and where in the caller's code.
+      ValueError: it reads an array of another device.
     """
     if not callable(function):
         raise TypeError(f"{argument} must be a function (score, b, h, i, j) -> score of scalars, got {function!r}")
@@ -61,6 +63,7 @@ def trace(function: Any, argument: str, dtype: Any) -> tuple[Function, list[Arra
         walk = _Walk()
         results = walk.beforehand(closed.jaxpr, closed.consts, [_COMPUTED] * 5)
         walk.use(results)
+        walk.check_devices(argument, beside)
         arrays = [jnp.asarray(x) for x in walk.used]
         arrays = [x.reshape(1) if x.ndim == 0 else x for x in arrays]
         again = lambda *args: walk.again(closed.jaxpr, closed.consts, args[:5], args[5:])
@@ -99,16 +102,29 @@ class _Walk:
     def __init__(self):
         self.used: list[Any] = []
         """The arrays that the function reads."""
+        self._readers: list[Any] = []
         self._found: list[Any] = []
         """What became of each equation, in the order in which they are met."""
         self._replay: Iterator[Any] = iter(())
         self._arrays: Sequence[Any] = ()
 
-    def use(self, values: Sequence[Any]) -> None:
-        """Notes the arrays among values that something computed reads."""
+    def use(self, values: Sequence[Any], reader: Any = None) -> None:
+        """Notes the arrays among values that an equation reads."""
         for x in values:
             if _is_array(x) and not any(known is x for known in self.used):
                 self.used.append(x)
+                self._readers.append(reader)
+
+    def check_devices(self, argument: str, beside: Any) -> None:
+        """Raises unless all arrays are where that one is; those that are being traced, or bound to no device, are."""
+        there = _devices(beside)
+        for x, reader in zip(self.used, self._readers, strict=True):
+            own = _devices(x)
+            if own is not None and there is not None and own != there:
+                raise ValueError(
+                    f"{argument} reads an array of shape {x.shape} on {sorted(map(str, own))} ({where(reader)}), and q "
+                    f"is on {sorted(map(str, there))}; jax.device_put it there"
+                )
 
     # The first walk.
 
@@ -126,15 +142,15 @@ class _Walk:
             inner = inner_of(eqn)
             branches = eqn.params["branches"] if eqn.primitive.name == "cond" else ()
             if inner is None and not branches:
-                self.use(inputs)
+                self.use(inputs, eqn)
                 self._found.append(computed)
                 return computed
             self._found.append(_APART)
             if inner is not None:
                 return self.beforehand(*inner, inputs)
-            self.use(inputs[:1])
+            self.use(inputs[:1], eqn)
             for branch in branches:
-                self.use(self.beforehand(branch.jaxpr, branch.consts, inputs[1:]))
+                self.use(self.beforehand(branch.jaxpr, branch.consts, inputs[1:]), eqn)
             return computed
         if all(map(_is_number, inputs)) and all(v.aval.shape == () for v in eqn.outvars):
             results: list[Any] = [_Number(eqn, tuple(inputs), n) for n in range(len(eqn.outvars))]
@@ -190,6 +206,13 @@ class _Walk:
             return x
         n = next((n for n, known in enumerate(self.used) if known is x), None)
         return x if n is None else views.View.of(self._arrays[n], np.ndim(x))
+
+
+def _devices(x: Any) -> frozenset[Any] | None:
+    """Of an array that is there, and bound to them."""
+    if not isinstance(x, Array) or isinstance(x, jax.core.Tracer) or not x.committed:
+        return None
+    return frozenset(x.devices())
 
 
 def _literal(v: Any) -> Any:

@@ -1,0 +1,237 @@
+"""Score functions under transforms, kept apart from each other, refused where they are none."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import attention
+from score_functions import DRAWN, assert_drawn_agree
+
+from jax_flash_attn2 import Config, flash_attention
+from jax_flash_attn2.functions.trace import trace
+from jax_flash_attn2.primitives import define
+
+B, S, H, D = 2, 24, 4, 16
+RNG = np.random.default_rng(0)
+TILES = Config(block_m=16, block_n=16)
+
+
+@pytest.fixture(autouse=True)
+def as_people_write():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def draw(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+Q, W = draw(B, S, H, D), draw(B, S, H, D)
+READ = {"table": draw(H, 9), "rows": draw(B, S), "factor": draw()}
+
+
+def biased(read):
+    return lambda s, b, h, i, j: s * read["factor"] + read["table"][h, jnp.clip(i - j, -4, 4) + 4] * read["rows"][b, j]
+
+
+def loss(q, read, function=flash_attention, options=None):
+    """Of ours by default; `attention` is the definition."""
+    o = function(q, q, q, score_mod=biased(read), **(options or {"config": TILES}))
+    return ((o if function is flash_attention else o[0]) * W).sum()
+
+
+def of_definition(q, read):
+    return loss(q, read, attention, {"compute": jnp.float32})
+
+
+def assert_near(got, want, tolerance=2e-5):
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("mapped", ["q", "read", "both", "nested"])
+def test_vmap(mapped):
+    """Of several calls each has its own batches, and its own arrays or the same; so has each gradient."""
+    many = 3
+    q = draw(many, *Q.shape) if mapped != "read" else Q
+    read = {n: draw(many, *x.shape) if mapped != "q" and n != "rows" else x for n, x in READ.items()}
+    axes = (0 if mapped != "read" else None, {n: None if mapped == "q" or n == "rows" else 0 for n in READ})
+    if mapped == "nested":
+        q, axes = draw(2, many, *Q.shape), ((0, None), (0, axes[1]))
+        read["factor"] = draw(2, many)
+        axes = ((0, {n: 0 if n == "factor" else None for n in READ}), (0, axes[1][1]))
+
+    def total(q, read, one):
+        f = one
+        for each in reversed(axes) if mapped == "nested" else [axes]:
+            f = jax.vmap(f, each)
+        return jnp.sin(f(q, read)).sum()
+
+    got, want = (jax.jit(jax.grad(functools.partial(total, one=f), (0, 1)))(q, read) for f in (loss, of_definition))
+    assert_near(got, want)
+
+
+@pytest.mark.parametrize("how", ["remat", "scan", "higher_order", "export"])
+def test_transforms(how):
+    grad = jax.grad(loss, (0, 1))
+    want = jax.grad(of_definition, (0, 1))(Q, READ)
+    if how == "remat":
+        got = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(Q, READ)
+    elif how == "scan":
+        step = lambda total, _: (jax.tree.map(jnp.add, total, grad(Q, READ)), None)
+        zeros = jax.tree.map(jnp.zeros_like, (Q, READ))
+        got = jax.tree.map(lambda x: x / 2, jax.jit(lambda: jax.lax.scan(step, zeros, None, 2)[0])())
+    elif how == "higher_order":
+        got = jax.grad(lambda q, read: loss(q, read, options={"higher_order": True}), (0, 1))(Q, READ)
+        forward = jax.jvp(lambda q: loss(q, READ, options={"higher_order": True}), (Q,), (W,))[1]
+        assert_near(forward, jax.jvp(lambda q: of_definition(q, READ), (Q,), (W,))[1])
+    else:
+        got = jax.export.export(jax.jit(grad))(Q, READ).call(Q, READ)
+    assert_near(got, want)
+
+
+@pytest.mark.parametrize("numbers", DRAWN)
+def test_drawn_functions(numbers):
+    """Values and all gradients, over several tiles; the kernels' are in `test_translate`."""
+    ours = lambda *args: flash_attention(*args[:3], score_mod=args[3], config=TILES)
+    assert_drawn_agree(numbers, ours, lambda *args: attention(*args[:3], score_mod=args[3], compute=jnp.float32)[0])
+
+
+def test_results_repeat():
+    grad = jax.jit(jax.grad(loss, (0, 1)))
+    for a, b in zip(*(jax.tree.leaves(grad(Q, READ)) for _ in range(2)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_equal_functions_are_compiled_once():
+    """Outside jit: one that was written anew with other arrays in it, and one that differs by a number."""
+    make = lambda x, c: lambda s, b, h, i, j: jax.nn.relu(s - x[h] * jnp.abs(i - j)) * c
+    first, again, other = (trace(make(draw(H), c), "score_mod", jnp.float32)[0] for c in (2.0, 2.0, 3.0))
+    assert first == again
+    assert hash(first) == hash(again)
+    assert first != other
+    flash_attention(Q, Q, Q, score_mod=make(draw(H), 2.0))
+    before = define._eager.cache_info().misses
+    flash_attention(Q, Q, Q, score_mod=make(draw(H), 2.0))
+    assert define._eager.cache_info().misses == before
+
+
+def test_functions_with_rules_are_told_apart_by_them():
+    """Two with the same value and different derivatives."""
+
+    def ruled(slope):
+        f = jax.custom_jvp(lambda s: s * 1.0)
+        f.defjvp(lambda primals, tangents: (f(*primals), slope * tangents[0]))
+        return lambda s, b, h, i, j: f(s)
+
+    one, two = (
+        jax.grad(lambda q, c=c: (flash_attention(q, Q, Q, score_mod=ruled(c)) * W).sum())(Q) for c in (1.0, 2.0)
+    )
+    assert_near(2 * one, two)
+
+
+def test_position_in_the_order():
+    """Scaled products, the score function, the soft cap, the bias."""
+    bias, options = draw(1, H, S, S), {"logits_soft_cap": 1.5, "softmax_scale": 0.7}
+    s = 0.7 * jnp.einsum("bqhd,bkhd->bhqk", Q, Q)
+    s = 1.5 * jnp.tanh((s + jnp.arange(S)[:, None] * 0.1) * 2 / 1.5) + bias
+    want = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(s), Q)
+    got = flash_attention(Q, Q, Q, bias, score_mod=lambda s, b, h, i, j: (s + i * 0.1) * 2, **options)
+    assert_near(got, want)
+
+
+def t5_bucket(distance):
+    """As T5 (Raffel et al. 2020) has it, both ways: 32 buckets, half of them exact, the rest logarithmic up to 128."""
+    side = jnp.where(distance > 0, 16, 0)
+    distance = jnp.abs(distance)
+    far = 8 + (jnp.log(distance.astype(jnp.float32) / 8 + 1e-6) / np.log(128 / 8) * 8).astype(jnp.int32)
+    return side + jnp.where(distance < 8, distance, jnp.minimum(far, 15))
+
+
+def test_t5_layer():
+    """A table of 32 buckets by head, its gradient and those of the layer's projections, as a T5 layer computes them."""
+    length, heads, width = 150, 4, 16
+    x, table = draw(2, length, heads * width), draw(32, heads)
+    weights = [draw(heads * width, heads * width) / 8 for _ in range(4)]
+
+    def layer(x, table, weights, attend):
+        q, k, v = ((x @ w).reshape(2, length, heads, width) for w in weights[:3])
+        return attend(q, k, v, table).reshape(2, length, -1) @ weights[3]
+
+    def plainly(q, k, v, table):
+        places = jnp.arange(length)
+        bias = table[t5_bucket(places[None, :] - places[:, None])].transpose(2, 0, 1)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) + bias), v)
+
+    def ours(q, k, v, table):
+        score_mod = lambda s, b, h, i, j: s + table[t5_bucket(j - i), h]
+        return flash_attention(q, k, v, score_mod=score_mod, softmax_scale=1.0, config=Config(block_m=64, block_n=64))
+
+    got, want = (
+        jax.jit(jax.grad(lambda *a, f=f: (layer(*a, f) ** 2).sum(), (0, 1, 2)))(x, table, weights)
+        for f in (ours, plainly)
+    )
+    assert_near(got, want, 1e-4)
+
+
+def test_hidden_keys_reach_nothing():
+    """NaN where the mask hides, in the value, its derivatives, and an array: as if it were not there."""
+    clean, x = draw(S), {"softmax_scale": 0.5, "causal": True, "config": TILES}
+
+    def grads(function, tables):
+        return jax.value_and_grad(
+            lambda q, t: (flash_attention(q, Q, Q, score_mod=function(t), **x) * W).sum(), (0, 1)
+        )(Q, tables)
+
+    dirty = jnp.where(jnp.arange(2 * S) < S, jnp.nan, jnp.concatenate([clean, clean]))  # by i - j + S; hidden below S
+    seen = lambda t: lambda s, b, h, i, j: s * jnp.sqrt((i - j).astype(jnp.float32) + 1) + t[jnp.maximum(i - j + S, 0)]
+    got = grads(seen, dirty)
+    want = grads(seen, jnp.nan_to_num(dirty))
+    assert not np.isnan(np.concatenate([np.ravel(a) for a in jax.tree.leaves(got)])).any()
+    assert_near(got, want)
+
+
+F = jnp.float32
+REFUSED = {
+    "no function": (3, "score_mod must be a function (score, b, h, i, j) -> score of scalars, got 3"),
+    "four arguments": (lambda s, b, h, i: s, "score_mod must take five arguments, (score, b, h, i, j), got <function"),
+    "two results": (lambda *x: (x[0], x[0]), "must return one scalar of float32, and <lambda> returned float32[], flo"),
+    "an array": (lambda s, b, h, i, j: s + Q[0, 0, 0], "and <lambda> returned float32[16] ("),
+    "an integer": (lambda s, b, h, i, j: i + j, "and <lambda> returned int32[] ("),
+    "half": (lambda s, b, h, i, j: s.astype(jnp.bfloat16), "and <lambda> returned bfloat16[] ("),
+    "prints": (lambda s, b, h, i, j: [jax.debug.print("{}", s), s][1], "score_mod has a side effect, debug_print ("),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    function, message = REFUSED[name]
+    with pytest.raises(TypeError) as caught:
+        flash_attention(Q, Q, Q, score_mod=function)
+    assert message in str(caught.value)
+    assert "(" not in message[-1] or "test_score_mod.py:" in str(caught.value)
+
+
+def test_arrays_that_lie_elsewhere():
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("needs two devices")
+    q, there = jax.device_put(Q, devices[0]), jax.device_put(READ["table"], devices[1])
+    with pytest.raises(
+        ValueError, match=r"score_mod reads an array of shape \(4, 9\) on .*test_score_mod.py:.*device_put"
+    ):
+        flash_attention(q, q, q, score_mod=lambda s, b, h, i, j: s * there[h, 0])
+
+
+def test_integers_have_no_gradient():
+    """A differentiated integer is JAX's own error; one that is only read changes nothing."""
+    ids = jnp.arange(S, dtype=jnp.int32) // 5
+    call = lambda ids: flash_attention(
+        Q, Q, Q, score_mod=lambda s, b, h, i, j: jnp.where(ids[i] == ids[j], s, -jnp.inf)
+    )
+    with pytest.raises(TypeError, match="int32"):
+        jax.grad(lambda ids: call(ids).sum())(ids)
+    want = flash_attention(Q, Q, Q, q_segment_ids=jnp.broadcast_to(ids, (B, S)))
+    assert_near(call(ids), want)
