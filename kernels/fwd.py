@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .mask import key_span, log_weights, phase, place, positions, shown_by_mask, tile_at, visible
+from .mask import key_span, log_weights, phase, place, place_of, positions, shown_by_mask, tile_at, visible
 from .tile import (
     LN2,
     LOG2E,
@@ -152,18 +152,6 @@ def with_sink(m, l, acc, x, b, h, SPEC: tl.constexpr):
     pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - pivot)
     return m_new, l * alpha + tl.exp2(sink - pivot), acc * alpha[:, None]
-
-
-@triton.jit
-def place_of(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
-    """What a score function is told of a tile: batch, head, rows and keys, as the caller counts them."""
-    i, j = tile_indices(M, N, TRANSPOSED)
-    b, h = here.b + tl.zeros((), tl.int32), here.h + tl.zeros((), tl.int32)  # tensors, which a loop's number may not be
-    i += start_m
-    if SPEC.origin is not None:  # where this device's share begins
-        at = x[SPEC.origin.at]
-        b, h, i = b + tl.load(at), h + tl.load(at + 1), i + tl.load(at + 2)
-    return b, h, i, start_n + j
 
 
 @triton.jit

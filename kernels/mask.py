@@ -232,6 +232,18 @@ def near_enough(
 
 
 @triton.jit
+def place_of(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
+    """What a function of the caller's is told of a tile: batch, head, rows and keys, as the caller counts them."""
+    i, j = tile_indices(M, N, TRANSPOSED)
+    b, h = here.b + tl.zeros((), tl.int32), here.h + tl.zeros((), tl.int32)  # tensors, which a loop's number may not be
+    i += start_m
+    if SPEC.origin is not None:  # where this device's share begins
+        at = x[SPEC.origin.at]
+        b, h, i = b + tl.load(at), h + tl.load(at + 1), i + tl.load(at + 2)
+    return b, h, i, start_n + j
+
+
+@triton.jit
 def visible(
     x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
@@ -250,6 +262,9 @@ def visible(
         seen = seen & (own == other) & (own >= 0)
     if SPEC.q_lengths is not None:  # such a row has nothing to say whatever is in it, or in its row of a bias
         seen = seen & (start_m + i < here.end_q)
-    if SPEC.listed:
+    if SPEC.mask_function is not None:
+        b, h, i, j = place_of(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
+        seen = seen & SPEC.mask_function.value(0.0, b, h, i, j, x[SPEC.mask_function.at :])
+    elif SPEC.listed:
         seen = seen & shown_by_bits(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC)
     return seen

@@ -243,7 +243,7 @@ WRONG = {
     "no_shape": (lambda: BlockMask.from_predicate(masks.causal(), (SQ, SK)), ValueError, "shape must be four lengths (B, H, Sq, Sk), got (150, 210)"),
     "no_keys": (lambda: BlockMask.from_predicate(masks.causal(), (1, 1, SQ, 0)), ValueError, "a block mask needs at least one batch, head, row and key, got shape (1, 1, 150, 0)"),
     "not_a_mask": (lambda: BlockMask.from_mask(masks.causal()), TypeError, "mask must be a Mask or an array [B, H, Sq, Sk], got _Causal"),
-    "traced": (lambda: jax.jit(lambda n: call(lambda b, h, i, j: j < n))(3), ValueError, "this block mask depends on traced values, so that jit cannot know how many tiles it has"),
+    "traced": (lambda: jax.jit(lambda n: BlockMask.from_predicate(lambda b, h, i, j: j < n, (1, 1, SQ, SK)).row_ends)(3), ValueError, "this block mask depends on traced values, so that jit cannot know how many tiles it has"),
 }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash_attn2.base.spec import Config, Rules, Spec, Tuned, score_arrays
+from jax_flash_attn2.base.operands import score_arrays
+from jax_flash_attn2.base.spec import Config, Rules, Spec, Tuned
 from jax_flash_attn2.functions.trace import trace
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target

@@ -2,79 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from .operands import BLOCK_LISTS, OPERANDS
+
 Precision = Literal["ieee", "tf32", "tf32x3"]
-
-OPERANDS = (
-    "scale",
-    "bias",
-    "mask",
-    "q_segments",
-    "kv_segments",
-    "q_lengths",
-    "kv_lengths",
-    "q_positions",
-    "kv_positions",
-    "offset",
-    "sinks",
-    "slopes",
-    "dropout_key0",
-    "dropout_key1",
-    "origin",
-    "row_ends",
-    "row_tiles",
-    "col_ends",
-    "col_tiles",
-    "tile_bits",
-    "tile_weights",
-)
-"""All that a call may carry besides q, k and v, in the order in which kernels take them.
-
-Each has the four axes `[B, H, Sq, Sk]`, of length 1 where it does not vary, so that one rule serves them all under
-vmap, under sharding and in memory. A batch axis may also have a length n that divides B: batch b reads `b % n`.
-
-scale: `[n, 1, 1, 1]` fp32 (fp64 for fp64), at least 0. bias: any axes, floating. mask: any axes, bool, True = seen.
-q_segments `[n, 1, Sq, 1]`, kv_segments `[n, 1, 1, Sk]`: int32, seen where equal; negative is padding. q_lengths,
-kv_lengths `[n, 1, 1, 1]`: int32. q_positions `[n, 1, Sq, 1]`, kv_positions `[n, 1, 1, Sk]`: int32, both or neither.
-offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its position among the keys, where positions are
-not given. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64). dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32.
-origin `[1, 1, 1, 3]`: int32, the batch, head and row that a score function shall count from: those of a device.
-
-The last six are a block mask (`block_lists.py`). Their last two axes are no sequences, the first two are as above.
-"""
-
-BLOCK_LISTS = OPERANDS[-6:]
-"""The operands of a block mask."""
 
 PASSES = ("fwd", "dq", "dkdv", "dbias")
 """Every kernel of the package, by the name that `tuning` and the codegen check know it by."""
 
 ONLY_FOR = {"overlaps": ("fwd", "dkdv"), "warp_specialize": ("fwd", "dq")}
 """Those that have these fields of a `Config`; all have the others."""
-
-DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
-"""Which of them have a gradient."""
-
-_SCORE_ARRAY = "score_array_"
-
-
-def score_arrays(count: int) -> tuple[str, ...]:
-    """The names of the arrays `[n, ...]` that a score function reads, which a call carries behind `OPERANDS`. Floating
-    ones have a gradient. n divides the number of calls whose batches these are (`functions.function`)."""
-    return tuple(f"{_SCORE_ARRAY}{n}" for n in range(count))
-
-
-def is_score_array(name: str) -> bool:
-    """Whether an operand is one of `score_arrays`."""
-    return name.startswith(_SCORE_ARRAY)
-
-
-def names_of(operands: Collection[str]) -> tuple[str, ...]:
-    """Their names, in order."""
-    arrays = sum(map(is_score_array, operands))
-    return (*(name for name in OPERANDS if name in operands), *score_arrays(arrays))
 
 
 def next_power_of_two(n: int) -> int:
@@ -108,10 +47,18 @@ class Rules:
     """The probability that a key is dropped from a row."""
     score: Any = None
     """What a score function makes of scaled products: a `functions.function.Function`."""
+    mask: Any = None
+    """Whether row i sees key j, as a function says it: one of these too, of booleans. Under a block mask in its partial
+    tiles, in place of bits."""
     max_logits: bool = False
     """Whether each row's largest logit is a result."""
     tiles: tuple[int, int] | None = None
     """The rows and keys of a tile of the block mask, if there is one: powers of two, at least 32 keys."""
+
+    @property
+    def own_batch(self) -> int:
+        """How many batches the call had as it was written, before `vmap`, if that matters to its functions; else 1."""
+        return next((f.batch for f in (self.score, self.mask) if f is not None), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +123,9 @@ class Spec:
     """What the backward kernels tell each other of rows is as long as a multiple of this: of a tile of each kernel, and
     of a block mask's."""
     score: Any = None
-    """In kernels, the score function as Triton has it (`gpu.scores.Score`); the rules have none then."""
+    """In kernels, the score function as Triton has it (`gpu.functions.Source`); the rules have none then."""
+    mask_function: Any = None
+    """Likewise the mask function."""
     one_head: bool = False
     """Whether dk and dv are of one query head each, to be summed over those of a group afterwards."""
 
@@ -252,6 +201,8 @@ class Spec:
     def bounded(self) -> bool:
         """Whether data or bounds besides causality and a block mask decide who sees whom."""
         names = ("mask", "q_segments", "q_lengths", "kv_lengths", "q_positions", "offset")
+        if self.by_function and not self.listed:
+            return True
         return self.rules.left is not None or self.rules.right not in (None, 0) or any(map(self._operand, names))
 
     @property
@@ -296,6 +247,11 @@ class Spec:
     def reshapes(self) -> bool:
         """`reshapes` of this call."""
         return self.score is not None or reshapes(self.rules, [name for name, _ in self.operands])
+
+    @property
+    def by_function(self) -> bool:
+        """Whether a function says who sees whom."""
+        return self.rules.mask is not None or self.mask_function is not None
 
     @property
     def scores(self) -> bool:

@@ -14,7 +14,8 @@ from jax.custom_derivatives import SymbolicZero
 from .. import primitives, xla
 from ..base import arguments, errors
 from ..base.arguments import Alignment, Implementation, WindowSize
-from ..base.spec import DIFFERENTIABLE, Config, Spec, is_score_array
+from ..base.operands import DIFFERENTIABLE, is_score_array
+from ..base.spec import Config, Spec
 from ..functions.trace import ScoreFunction
 from ..masks.block import BlockMask
 from ..masks.mask import Mask

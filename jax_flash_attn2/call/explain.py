@@ -14,7 +14,7 @@ from jax import Array
 from .. import xla
 from ..base import errors
 from ..base.spec import PASSES, Spec, Tuned
-from ..gpu import interpret, passes, scores, tuning
+from ..gpu import functions, interpret, passes, tuning
 from ..gpu.target import Target, present
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
@@ -113,7 +113,7 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
 def _with_source(result: Explanation, spec: Spec, operands: Mapping[str, Array], batch: int) -> Explanation:
     """With what kernels make of the score function; with why that is nothing, where XLA runs it."""
     try:
-        score = scores.for_kernels(spec, operands, batch, backward=True).score
+        score = functions.for_kernels(spec, operands, batch, backward=True).score
     except TypeError as error:
         if result.implementation == "triton":
             raise

@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base import arguments, spec
+from ..base import arguments
 from ..base.arguments import Implementation
 from ..base.known import is_known
+from ..base.operands import mask_arrays
+from ..base.operands import score_arrays as names_of_score_arrays
 from ..base.spec import ONLY_FOR, PASSES, Config, Precision, Rules
 from ..functions.function import Function
-from ..functions.trace import trace
+from ..functions.trace import trace, trace_mask
 from ..gpu import target
-from ..masks import entries, weighing
+from ..gpu.functions import translates
+from ..masks import entries, evaluation, predicates, weighing
 from ..masks.block import BlockMask, cached
 from ..masks.mask import Mask
 from ..primitives.call import Call
@@ -37,7 +40,7 @@ def prepare(
     """Checks the arguments of `flash_attention` and brings them into the form that the primitives take.
 
     Returns:
-      The call; q, k, v as `[B, S, H, D]` and the operands of `spec.OPERANDS` that it has; and the batch axes of the
+      The call; q, k, v as `[B, S, H, D]` and the operands (`base.operands`) that it has; and the batch axes of the
       results.
     """
     q, k, v = arguments.array("q", q), arguments.array("k", k), arguments.array("v", v)
@@ -49,7 +52,8 @@ def prepare(
         if not isinstance(score_mod, Function):
             score_mod, score_arrays = score_of(score_mod, q)
         score_mod = dataclasses.replace(score_mod, batch=math.prod(batch))
-    rules = Rules(left, right, soft_cap, rate, score_mod, arguments.boolean("return_max_logits", return_max_logits))
+    largest = arguments.boolean("return_max_logits", return_max_logits)
+    rules = Rules(left, right, soft_cap, rate, score=score_mod, max_logits=largest)
     arguments.boolean("return_lse", return_lse)
     implementation = check_implementation(implementation)
     if arguments.boolean("higher_order", higher_order) and implementation == "triton":
@@ -75,7 +79,8 @@ def prepare(
         operands["sinks"] = arguments.per_head("sinks", sinks, (), heads, q.dtype)
     if alibi_slopes is not None:
         operands["slopes"] = arguments.per_head("alibi_slopes", alibi_slopes, batch, heads, q.dtype)
-    operands |= {name: x[None] for name, x in zip(spec.score_arrays(len(score_arrays)), score_arrays, strict=True)}
+    names = names_of_score_arrays(len(score_arrays))
+    operands |= {name: x[None] for name, x in zip(names, score_arrays, strict=True)}
     if rules.dropout_rate:
         operands |= arguments.dropout_keys(dropout_seed, batch, heads)
     positions = arguments.positions(q_positions, kv_positions, batch, seqlen_q, seqlen_k)
@@ -110,7 +115,10 @@ def _add_mask(
     if isinstance(mask, Mask):
         mask = _of_weights(mask, batch, axes, operands)
     elif callable(mask) and 0 not in (*batch, *axes):
-        mask = cached(mask, math.prod(batch), *axes)
+        mask, rules = _of_function(mask, math.prod(batch), axes, call.rules, q, operands)
+        call = dataclasses.replace(call, rules=rules)
+        if mask is None:
+            return call, q
     elif callable(mask):
         return call, q  # there is nobody to hide
     if not isinstance(mask, BlockMask):
@@ -127,9 +135,26 @@ def _add_mask(
                     f"config.{field} must be at most {own}, as the tiles of the block mask are, got "
                     f"{getattr(config, field)} for {name!r}; leave it None, or make the BlockMask with {field}="
                 )
-    operands |= mask.operands()
+    operands |= {name: x for name, x in mask.operands().items() if call.rules.mask is None or name != "tile_bits"}
     tiles = mask.block_m, mask.block_n
     return dataclasses.replace(call, rules=dataclasses.replace(call.rules, tiles=tiles)), q
+
+
+def _of_function(
+    function: Any, batch: int, axes: tuple[int, int, int], rules: Rules, q: Array, operands: dict[str, Array]
+) -> tuple[BlockMask | None, Rules]:
+    """A mask function: which tiles it leaves, if that can be known, and what evaluates it in those that it divides, if
+    that is cheaper than their bits."""
+    predicate = predicates.as_predicate(function)
+    predicate.check_shape((batch, *axes))
+    traced, arrays = trace_mask(functools.partial(evaluation.seen, predicate), "mask", beside=q)
+    known = is_known(arrays)
+    if known and not translates(traced, [x[None] for x in arrays]):
+        return cached(predicate, batch, *axes), rules
+    names = mask_arrays(len(arrays))
+    operands |= {name: x[None] for name, x in zip(names, arrays, strict=True)}
+    rules = dataclasses.replace(rules, mask=dataclasses.replace(traced, batch=batch))
+    return cached(predicate, batch, *axes) if known else None, rules
 
 
 _DENSE = 2**24

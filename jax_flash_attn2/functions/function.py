@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import lax
 from jax._src import source_info_util
 from jax.extend.core import Literal
 
 from . import views
+from .keys import key_of
 
 SCALARS = ("score", "b", "h", "i", "j")
 
@@ -74,14 +75,14 @@ class Function:
 
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
-        """What it computes, and its derivatives: functions with rules of their own are told apart by these."""
-        key, ruled = _key_of(self.jaxpr)
-        if ruled:
-            scalars = [v.aval for v in self.jaxpr.invars]
-            slopes = lambda *args: self.bound(args[5:], False, False)[1](*args[:5])
-            reads = lambda *args: self.bound(args[5:], False, False)[2](*args[:5])
-            key = (key, *(_key_of(jax.make_jaxpr(f)(*scalars).jaxpr)[0] for f in (slopes, reads)))
-        return self.batch, key
+        """What it computes, and its derivatives if it has functions whose derivatives are given (`jax.custom_jvp`)."""
+        key = (self.batch, key_of(self.jaxpr))
+        if not self.has_rules or self.jaxpr.outvars[0].aval.dtype == jnp.bool_:
+            return key
+        args = [v.aval for v in self.jaxpr.invars]
+        bound = lambda arrays: self.bound(arrays, False, False)
+        slopes = [lambda *x: bound(x[5:]).slope(*x[:5]), lambda *x: bound(x[5:]).slopes(*x[:5])]
+        return (*key, *(key_of(jax.make_jaxpr(f)(*args).jaxpr) for f in slopes))
 
     @property
     def arrays(self) -> int:
@@ -92,7 +93,7 @@ class Function:
     def has_rules(self) -> bool:
         """Whether it has functions whose derivatives are given (`jax.custom_jvp`): equal ones have equal first
         derivatives, no more."""
-        return any(eqn.primitive.name in _RULES for eqn in self.jaxpr.eqns)
+        return _has_rules(self.jaxpr)
 
     def bound(self, arrays: Sequence[Any], mapped: bool, grouped: bool = True) -> Bound:
         """With its arrays.
@@ -165,10 +166,11 @@ class Function:
     @functools.cached_property
     def reads(self) -> tuple[Read, ...]:
         """The reads of floating arrays."""
-        return tuple(read for read in self._all_reads if self._is_float(read.array))
+        return tuple(read for read in self.every_read if self._is_float(read.array))
 
     @functools.cached_property
-    def _all_reads(self) -> tuple[Read, ...]:
+    def every_read(self) -> tuple[Read, ...]:
+        """The reads of all arrays."""
         found, varies = [], dict(zip(self.jaxpr.invars, map(_Varies.of, SCALARS), strict=False))
         for eqn in self.jaxpr.eqns:
             own = _Varies.of_equation(eqn, [varies.get(v, _Varies()) for v in eqn.invars if not isinstance(v, Literal)])
@@ -182,7 +184,7 @@ class Function:
         """Whether a tile of it takes as many registers as a second tile of logits: it reads one, or computes more than
         a few sums and products."""
         names = [eqn.primitive.name for eqn in self.jaxpr.eqns]
-        return any({"i", "j"} <= read.varies for read in self._all_reads) or not _LIGHT.issuperset(names)
+        return any({"i", "j"} <= read.varies for read in self.every_read) or not _LIGHT.issuperset(names)
 
     @functools.cached_property
     def whole(self) -> tuple[int, ...]:
@@ -225,6 +227,14 @@ class Function:
 def _is_given(eqn: Any, wider: dict[Any, Any]) -> bool:
     (x,) = eqn.invars
     return not isinstance(x, Literal) and x in wider and wider[x].dtype == eqn.params["new_dtype"]
+
+
+def _has_rules(jaxpr: Any) -> bool:
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        inner = (x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else [p]))
+        if eqn.primitive.name in _RULES or any(hasattr(x, "eqns") and _has_rules(x) for x in inner):
+            return True
+    return False
 
 
 def bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
@@ -272,54 +282,3 @@ class _Varies(NamedTuple):
         moved = name in ("add", "sub") and inputs and inputs[0].shifted and by == inputs[0].by and len(by) == 1
         moved = moved and not any(x.by for x in inputs[1:])
         return cls(by, difference or all(x.relative for x in inputs), bool(moved))
-
-
-def _key_of(jaxpr: Any) -> tuple[tuple[Any, ...], bool]:
-    """What a jaxpr computes, to be compared; and whether it has functions with derivatives of their own."""
-    names: dict[Any, int] = {}
-    number = lambda v: names.setdefault(v, len(names))
-    atom = lambda v: _key_of_value(v.val) if isinstance(v, Literal) else number(v)
-    typed = lambda v: (v.aval.shape, str(v.aval.dtype), getattr(v.aval, "weak_type", False))
-    ruled = False
-    made: list[Any] = [tuple((number(v), typed(v)) for v in (*jaxpr.constvars, *jaxpr.invars))]
-    for eqn in jaxpr.eqns:
-        inner = inner_of(eqn, rules=True)
-        if inner is not None:
-            ruled |= eqn.primitive.name in _RULES
-            own, more = _key_of(inner[0])
-            ruled |= more
-            params: Any = (own, tuple(map(_key_of_value, inner[1])))
-        else:
-            params = tuple((name, _key_of_value(x)) for name, x in sorted(eqn.params.items()))
-        outs = tuple((number(v), typed(v)) for v in eqn.outvars)
-        made.append((eqn.primitive.name, params, tuple(map(atom, eqn.invars)), outs))
-    return (tuple(made), tuple(map(atom, jaxpr.outvars))), ruled
-
-
-def _key_of_value(x: Any) -> Any:
-    if hasattr(x, "jaxpr") or hasattr(x, "eqns"):
-        inner = getattr(x, "jaxpr", x)
-        return _key_of(inner)[0], tuple(map(_key_of_value, getattr(x, "consts", ())))
-    if isinstance(x, tuple | list):
-        return tuple(map(_key_of_value, x))
-    if isinstance(x, np.ndarray | np.generic | float | Array):
-        x = np.asarray(x)
-        return "array", str(x.dtype), x.shape, x.tobytes()
-    try:
-        hash(x)
-    except TypeError:
-        return _Itself(x)
-    return x if not isinstance(x, bool | int) else (type(x).__name__, x)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Itself:
-    """What cannot be compared: equal to itself alone."""
-
-    x: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self.x is other.x
-
-    def __hash__(self) -> int:
-        return id(self.x)

@@ -56,10 +56,14 @@ def trace(function: Any, argument: str, dtype: Any, beside: Any = None) -> tuple
     if not callable(function):
         raise TypeError(f"{argument} must be a function (score, b, h, i, j) -> score of scalars, got {function!r}")
     _check_arity(function, argument)
+    return _traced(function, argument, jnp.dtype(dtype), jnp.dtype(dtype), beside)
+
+
+def _traced(function: Any, argument: str, dtype: Any, result: Any, beside: Any) -> tuple[Function, list[Array]]:
     scalars = [jax.ShapeDtypeStruct((), dtype), *[jax.ShapeDtypeStruct((), jnp.int32)] * 4]
     with jax.numpy_rank_promotion("allow"):
-        closed = jax.make_jaxpr(function)(*scalars)
-        _check(closed, argument, jnp.dtype(dtype), function)
+        closed = jax.make_jaxpr(lambda *args: function(*args))(*scalars)  # anew: JAX keeps what it traced, by function
+        _check(closed, argument, result, function)
         walk = _Walk()
         results = walk.beforehand(closed.jaxpr, closed.consts, [_COMPUTED] * 5)
         walk.use(results)
@@ -69,6 +73,12 @@ def trace(function: Any, argument: str, dtype: Any, beside: Any = None) -> tuple
         again = lambda *args: walk.again(closed.jaxpr, closed.consts, args[:5], args[5:])
         made = jax.make_jaxpr(again)(*scalars, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
     return Function(made.jaxpr), arrays
+
+
+def trace_mask(predicate: Callable[..., Any], argument: str, beside: Any = None) -> tuple[Function, list[Array]]:
+    """`trace` of (b, h, i, j) -> bool, which has been checked: a function that looks at no score."""
+    given = lambda score, *place: predicate(*place)
+    return _traced(given, argument, jnp.dtype(jnp.float32), jnp.dtype(bool), beside)
 
 
 def _check_arity(function: Any, argument: str) -> None:

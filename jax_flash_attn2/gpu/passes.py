@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base.spec import Operand, Spec, Tuned, is_score_array
+from ..base.operands import is_score_array
+from ..base.spec import Operand, Spec, Tuned
 from ..tiles import block_lists, spans
-from . import scores
+from . import functions
 
 LN2 = math.log(2)
 
@@ -65,11 +66,11 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
             q,
             Rows(k, config.block_n, spec.block_d),
             Rows(v, config.block_n, spec.block_dv),
-            (*_ordered(spec, operands), *_query_spans(spec, config, q, k, operands), *scores.arrays_of(spec, operands)),
+            _read(spec, operands, _query_spans(spec, config, q, k, operands)),
             (batch, seqlen_q, k.shape[1]),
         ),
         (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, own, own, row if spec.rules.max_logits else None),
-        scores.for_kernels(spec, operands, batch).told_apart(config),
+        functions.for_kernels(spec, operands, batch).told_apart(config),
         config,
     )
 
@@ -105,8 +106,7 @@ def backward(
     seqlen_k = k.shape[1]
     sizes = batch, seqlen_q, seqlen_k
     row = _struct((batch, heads, seqlen_q), jnp.float32)
-    ordered, of_scores = _ordered(spec, operands), scores.arrays_of(spec, operands)
-    translated = scores.for_kernels(spec, operands, batch, backward=True)
+    translated = functions.for_kernels(spec, operands, batch, backward=True)
 
     config = configs["dq"]
     each = "bias" in wanted and gives_dbias(spec, operands["bias"].shape, q, k)
@@ -119,7 +119,7 @@ def backward(
         (
             Rows(k, config.block_n, spec.block_d),
             Rows(v, config.block_n, spec.block_dv),
-            (*ordered, *_query_spans(spec, config, q, k, operands), *of_scores),
+            _read(spec, operands, _query_spans(spec, config, q, k, operands)),
             sizes,
             (q, do, o, *stats, *([] if dlse is None else [dlse])),
         ),
@@ -140,7 +140,7 @@ def backward(
         _cdiv(seqlen_k, config.block_n) * (heads // of_dkdv.summed) * batch,
         (
             Rows(q, config.block_m, spec.block_d),
-            *(k, v, (*ordered, *_key_spans(spec, config, q, k, operands), *of_scores), sizes),
+            *(k, v, _read(spec, operands, _key_spans(spec, config, q, k, operands)), sizes),
             Rows(do, config.block_m, spec.block_dv),
             constants,
         ),
@@ -157,12 +157,12 @@ def backward(
     def summed(axes: Operand, out: jax.ShapeDtypeStruct, first: Array | None = None, read: int | None = None) -> Array:
         """What the last kernel makes: of a bias, or of what a score function read, from row `first` on."""
         config = configs["dbias"]
-        of_read = scores.for_kernels(spec, operands, batch, backward=True, read=read)
+        of_read = functions.for_kernels(spec, operands, batch, backward=True, read=read)
         (made,) = run(
             bwd.attn_bwd_dbias_kernel,
             math.prod((*out.shape[:2], _cdiv(out.shape[2], config.block_m), _cdiv(out.shape[3], config.block_n))),
             (
-                *(q, k, v, (*ordered, *_query_spans(spec, config, q, k, operands), *of_scores), sizes, do, constants),
+                *(q, k, v, _read(spec, operands, _query_spans(spec, config, q, k, operands)), sizes, do, constants),
                 None if first is None else (first, out.shape[2]),
             ),
             (out,),
@@ -197,7 +197,7 @@ def backward(
     }
     read = {name: groups for name, groups in zip(wanted, apart, strict=True) if is_score_array(name)}
     of_reads = lambda axes, shape, first, n: summed(axes, _struct(shape, jnp.float32), first, n)
-    grads_of_reads = scores.gradients(of_reads, spec, configs["dbias"], operands, q, k, read) if read else {}
+    grads_of_reads = functions.gradients(of_reads, spec, configs["dbias"], operands, q, k, read) if read else {}
     grads = (
         grads_of_reads[name].astype(operands[name].dtype)
         if name in read
@@ -222,8 +222,9 @@ def reduce_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:
     return x.sum([i for i in range(1, 4) if x.shape[i] != shape[i]], keepdims=True)
 
 
-def _ordered(spec: Spec, operands: Mapping[str, Array]) -> tuple[Array, ...]:
-    return tuple(operands[name] for name, _ in spec.operands)
+def _read(spec: Spec, operands: Mapping[str, Array], table: tuple[Array, ...]) -> tuple[Array, ...]:
+    """What kernels read besides q, k and v: operands, the table of spans if there is one, and what functions read."""
+    return (*(operands[name] for name, _ in spec.operands), *table, *functions.arrays_of(spec, operands))
 
 
 def _query_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> tuple[Array, ...]:

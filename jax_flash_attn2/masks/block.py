@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from ..base import arguments, errors, known
 from ..base.lru import Lru
-from ..base.spec import BLOCK_LISTS
+from ..base.operands import BLOCK_LISTS
 from ..tiles import block_lists
 from ..tiles.block_lists import EMPTY, FULL, PARTIAL
 from . import building, evaluation, predicates, sources
@@ -124,7 +124,7 @@ class BlockMask:
         return share if isinstance(share, jax.core.Tracer) else float(share)
 
     def operands(self) -> dict[str, Array]:
-        """What `spec.BLOCK_LISTS` calls them."""
+        """What `base.operands.BLOCK_LISTS` calls them."""
         held = {name: getattr(self, name) for name in BLOCK_LISTS}
         return {name: x for name, x in held.items() if x is not None}
 

@@ -4,7 +4,6 @@ What it closes over is read anew at each trace, so that nothing is taken for equ
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,9 +13,7 @@ import numpy as np
 from jax import Array
 
 from ..base import known
-
-_ONLY_FOR_DERIVATIVES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")
-"""Parameters of equations that do not matter to values, and are other ones at each trace."""
+from ..functions.keys import Same, contents, key_of
 
 
 class Steps:
@@ -26,7 +23,7 @@ class Steps:
         """A jaxpr with constants, which become its first arguments, so that none is kept."""
         self.args = len(jaxpr.invars)
         self.jaxpr = jex.ClosedJaxpr(jaxpr, [])
-        self.key = _key(self.jaxpr)
+        self.key = key_of(self.jaxpr)
         self._hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:
@@ -63,7 +60,7 @@ class Program:
     def key(self) -> Hashable:
         """Equal for programs that give the same: JAX's arrays are told apart by which they are, NumPy's, which may be
         written to, by what they hold."""
-        return self.steps, tuple(Same(x) if isinstance(x, Array) else _contents(x) for x in self.arrays)
+        return self.steps, tuple(Same(x) if isinstance(x, Array) else contents(x) for x in self.arrays)
 
     def held(self) -> tuple[Array, ...]:
         """The arrays that its key keeps alive."""
@@ -74,66 +71,3 @@ class Program:
         with known.now():
             arrays = tuple(x if isinstance(x, Array) else jax.device_put(x) for x in self.arrays)
         return dataclasses.replace(self, arrays=arrays)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Same:
-    """An array as a key: it equals itself only."""
-
-    array: Array
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.array is other.array
-
-    def __hash__(self) -> int:
-        return id(self.array)
-
-
-def _contents(x: np.ndarray) -> Hashable:
-    x = np.ascontiguousarray(x)
-    if x.nbytes <= 64:
-        return x.shape, x.dtype.name, x.tobytes()
-    return x.shape, x.dtype.name, hashlib.blake2b(x.reshape(-1).view(np.uint8), digest_size=32).digest()
-
-
-def _key(jaxpr: Any) -> Hashable:
-    """What a jaxpr does; its variables are numbered, as they are others at each trace."""
-    number: dict[int, int] = {}
-
-    def new(variables: Any) -> tuple[Any, ...]:
-        for x in variables:
-            number[id(x)] = len(number)
-        return tuple((x.aval.shape, x.aval.dtype, getattr(x.aval, "weak_type", False)) for x in variables)
-
-    def read(x: Any) -> Hashable:
-        if not isinstance(x, jex.Literal):
-            return number[id(x)]
-        return str(x.aval), _contents(np.asarray(x.val))
-
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jaxpr
-    key: list[Hashable] = [new(jaxpr.constvars), new(jaxpr.invars)]
-    for eqn in jaxpr.eqns:
-        params = tuple((n, _parameter(x)) for n, x in sorted(eqn.params.items()) if n not in _ONLY_FOR_DERIVATIVES)
-        key.append((eqn.primitive.name, tuple(map(read, eqn.invars)), params, len(eqn.outvars)))
-        new(eqn.outvars)
-    return (*key, tuple(map(read, jaxpr.outvars)))
-
-
-def _parameter(x: Any) -> Hashable:
-    if isinstance(x, jex.ClosedJaxpr | jex.Jaxpr):
-        return _key(x), tuple(map(_parameter, getattr(x, "consts", ())))
-    if isinstance(x, jax.core.Tracer):
-        return Same(x)
-    if isinstance(x, Array | np.ndarray):
-        return Same(x) if isinstance(x, Array) else _contents(x)
-    if isinstance(x, tuple | list):
-        return tuple(map(_parameter, x))
-    try:
-        hash(x)
-    except TypeError:
-        return _Unlike()
-    return type(x), x  # 1, 1.0 and True are equal in Python
-
-
-class _Unlike:
-    """What nothing equals."""

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import batching
 
-from ..base.spec import is_score_array
+from ..base.operands import is_read
 from .call import Call
 from .define import backward_p, forward_p
 
@@ -26,7 +26,8 @@ def _fold_operand(size: int, batch: int, x: Array, dim: int | None) -> Array:
 
 def _periods(call: Call, batch: int, names) -> list[int]:
     """For each operand how many places its first axis may have: batches, or the calls whose batches these are."""
-    return [batch // call.rules.score.batch if is_score_array(name) else batch for name in names]
+    calls = batch // call.rules.own_batch
+    return [calls if is_read(name) else batch for name in names]
 
 
 def _mapped_size(operands, dims) -> int:

@@ -16,7 +16,8 @@ from jax.interpreters import ad, mlir
 
 from .. import xla
 from ..base.errors import higher_order_error, missing_triton_error, not_on_this_platform_error
-from ..base.spec import PASSES, Spec, names_of
+from ..base.operands import names_of
+from ..base.spec import PASSES, Spec
 from ..gpu import interpret, passes, tuning
 from ..gpu.target import Target, present
 from . import sharding

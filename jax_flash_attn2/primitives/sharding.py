@@ -25,7 +25,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base import axes
-from ..base.spec import BLOCK_LISTS, is_score_array
+from ..base.operands import BLOCK_LISTS, is_read
 from .call import Call
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
@@ -152,7 +152,7 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
     first, batch = 5 + call.row_stats(names), args[0].shape[0]
     end = first + len(names)
     args = (*args[:first], *_whole_batches(names, args[first:end], batch), *args[end:])
-    full = [not is_score_array(n) and args[first + names.index(n)].shape[0] == batch for n in wanted]
+    full = [not is_read(n) and args[first + names.index(n)].shape[0] == batch for n in wanted]
     apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
     params = {"call": call, "names": names, "wanted": wanted, "apart": apart}
     letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bhi"] * (first - 5)]
@@ -177,8 +177,8 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
 
 def _letters(name: str, x: Array, q: Array, k: Array) -> str:
     """Of an operand `[1|B, 1|H, 1|Sq, 1|Sk]`; the last two axes of a block mask's are no sequences, and each device
-    needs all of what a score function reads."""
-    if is_score_array(name):
+    needs all of what a function reads."""
+    if is_read(name):
         return "1" * x.ndim
     full = (q.shape[0], q.shape[2], *((0, 0) if name in BLOCK_LISTS else (q.shape[1], k.shape[1])))
     return "".join(letter if n == m > 1 else "1" for letter, n, m in zip("bhij", x.shape, full, strict=True))
@@ -186,7 +186,7 @@ def _letters(name: str, x: Array, q: Array, k: Array) -> str:
 
 def _whole_batches(names: Sequence[str], operands: Sequence[Array], batch: int) -> list[Array]:
     """Operands whose batch axis has a period of its own, repeated: their batches must divide as all others do."""
-    parts = [not is_score_array(n) and 1 < x.shape[0] < batch for n, x in zip(names, operands, strict=True)]
+    parts = [not is_read(n) and 1 < x.shape[0] < batch for n, x in zip(names, operands, strict=True)]
     return [jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if p else x for p, x in zip(parts, operands, strict=True)]
 
 
@@ -273,7 +273,7 @@ class _Plan:
     def own_operands(self, call: Call, operands: Mapping[str, Array]) -> dict[str, Array]:
         """Operands as the rows of this device count: its first row is not the first."""
         own = dict(operands)
-        if call.rules.score is not None:
+        if call.rules.score is not None or call.rules.mask is not None:
             origin = jnp.stack([self._first(letter) for letter in "bhi"]).reshape(1, 1, 1, 3)
             own = {"origin": origin, **own}
         if not self.axes["i"]:

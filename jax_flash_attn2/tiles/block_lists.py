@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..base.spec import BLOCK_LISTS, Spec
+from ..base.operands import BLOCK_LISTS
+from ..base.spec import Spec
 from . import spans
 from .spans import EMPTY, FULL, PARTIAL
 
@@ -111,7 +112,7 @@ def for_kernels(
         size = part.shape[2] * part.shape[3]
         operands["row_ends"], operands["row_tiles"] = lists(known, part, size)
         operands["col_ends"], operands["col_tiles"] = lists(known.swapaxes(2, 3), part.swapaxes(2, 3), size)
-    bits = operands["tile_bits"]
+    bits = operands.get("tile_bits", jnp.zeros((1, 1, 0, 0), jnp.int32))
     planes = [max(operands[name].shape[axis] for name in BLOCK_LISTS if name in operands) for axis in (0, 1)]
     number = jnp.arange(planes[0] * planes[1], dtype=jnp.int32).reshape(*planes, 1, 1)
     own = jnp.arange(bits.shape[0] * bits.shape[1], dtype=jnp.int32).reshape(*bits.shape[:2], 1, 1)

@@ -33,7 +33,7 @@ def query_spans(
 
     Args:
       spec: what is seen.
-      operands: those of `spec.OPERANDS` that the call has.
+      operands: those of `base.operands.OPERANDS` that the call has.
       batch: B.
       seqlen_q: Sq, at least 1.
       seqlen_k: Sk, at least 1.
@@ -203,7 +203,10 @@ def _bounds(spec: Spec, operands: Mapping[str, Array], batch: int) -> tuple[int 
 
 def _pairs(spec: Spec, operands: Mapping[str, Array], batch: int, rows: _Side, cols: _Side) -> _Pairs:
     """What mask and positions show of each block of rows and tile of keys: `[1|B, 1|H, .., ..]`."""
-    return [*_mask_tiles(operands, batch, rows, cols), *_position_tiles(spec, operands, batch, rows, cols)]
+    pairs = [*_mask_tiles(operands, batch, rows, cols), *_position_tiles(spec, operands, batch, rows, cols)]
+    if spec.by_function and not spec.listed:  # which may hide anything
+        pairs.append((jnp.ones((1, 1, 1, 1), bool), jnp.zeros((1, 1, 1, 1), bool)))
+    return pairs
 
 
 def _in_tiles(span: tuple[Array, Array], y: _Side) -> Array:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..base.spec import Config, Spec, is_score_array
+from ..base.operands import is_score_array
+from ..base.spec import Config, Spec
 from . import layout
 from .logits import Logits
 from .tiling import Tiling, loop
@@ -36,7 +37,7 @@ def backward(
       stats: `[B, H, Sq]` each, likewise: lse, or m and l where `spec.reshapes`.
       do: `[B, Sq, H, Dv]`, the gradient of o.
       dlse: None or `[B, H, Sq]`, the gradient of lse.
-      wanted: the operands to return the gradients of, in the order of `spec.DIFFERENTIABLE`.
+      wanted: the operands to return the gradients of, in the order of `base.operands.DIFFERENTIABLE`.
       apart: for each of them, how many parts of the batch have a gradient of their own.
 
     Returns:

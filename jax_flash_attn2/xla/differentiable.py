@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..base.spec import BLOCK_LISTS, Config, Spec, is_score_array
+from ..base.operands import BLOCK_LISTS, is_read
+from ..base.spec import Config, Spec
 from . import layout
 from .logits import HIDDEN, Logits
 from .tiling import Tiling
@@ -55,7 +56,7 @@ def differentiable(
         return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *row_max
 
     starts = jnp.minimum(jnp.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m)
-    own = [name for name in operands if name not in BLOCK_LISTS and not is_score_array(name)]
+    own = [name for name in operands if name not in BLOCK_LISTS and not is_read(name)]
     by_rows = [name for name in own if operands[name].shape[2] > 1]
     rows = {name: layout.cut_rows(operands[name], t.block_m) for name in by_rows}
     out = lax.map(query_block, (starts, layout.cut_rows(q, t.block_m * spec.group), rows))

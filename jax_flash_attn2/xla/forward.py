@@ -24,7 +24,7 @@ def forward(
       q: `[B, Sq, H, D]`.
       k: `[B, Sk, Hkv, D]`.
       v: `[B, Sk, Hkv, Dv]`.
-      operands: those of `spec.OPERANDS` that the call has. A bias below `HIDDEN` hides its key.
+      operands: those of `base.operands.OPERANDS` that the call has. A bias below `HIDDEN` hides its key.
 
     Returns:
       o `[B, Sq, H, Dv]` in q's dtype; then, `[B, H, Sq]` each, lse; where that is not enough for the backward pass

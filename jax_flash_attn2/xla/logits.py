@@ -10,10 +10,11 @@ import numpy as np
 from jax import Array, lax
 
 from ..base import dropout
+from ..base.operands import mask_arrays, score_arrays
 from ..tiles import block_lists
 from ..tiles.spans import per_batch
 from . import layout
-from .scores import ScoreTiles
+from .functions import FunctionTiles
 from .tiling import Tiling
 
 HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
@@ -27,7 +28,9 @@ class Logits:
     def __init__(self, tiling: Tiling, operands: Mapping[str, Array]):
         self.tiling, self.operands = tiling, operands
         self.spec, self.dtype = tiling.spec, tiling.dtype
-        self.score = None if self.spec.rules.score is None else ScoreTiles(tiling, operands)
+        rules = self.spec.rules
+        self.score = None if rules.score is None else FunctionTiles(tiling, operands, rules.score, score_arrays)
+        self.mask = None if rules.mask is None else FunctionTiles(tiling, operands, rules.mask, mask_arrays)
 
     def of(self, q_tile: Array, k_tile: Array, start_m, j, masked: bool) -> tuple[Array, Array, Array | None]:
         """Logits of one tile [B, Hkv, M * G, N], -inf where hidden; the products that they are made of; and the tanh
@@ -81,7 +84,9 @@ class Logits:
             visible.append(cols < self.per_batch("kv_lengths") - _int32(start_n))
         if "mask" in self.operands:
             visible.append(self.tile("mask", start_m, start_n))
-        if self.spec.listed:
+        if self.mask is not None:
+            visible.append(self.mask.visible(start_m, start_n))
+        elif self.spec.listed:
             visible.append(self.of_block_mask(block_lists.element_masks, start_m, j))
         return functools.reduce(operator.and_, visible) if visible else None
 

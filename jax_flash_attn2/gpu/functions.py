@@ -1,23 +1,24 @@
-"""The score function of a call as kernels have it: Triton source, and the arrays that it reads."""
+"""The score and mask functions of a call as kernels have them: Triton source, and the arrays that they read."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..base.spec import Operand, Spec, Tuned, score_arrays
+from ..base.operands import mask_arrays, score_arrays
+from ..base.spec import Operand, Spec, Tuned
 from ..functions import mapped
 from ..functions.function import Function
 from . import translate
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """A score function as a part of what a kernel is compiled from."""
+class Source:
+    """A function as a part of what a kernel is compiled from."""
 
     source: str
     slope_source: str | None = None
@@ -27,7 +28,7 @@ class Score:
     """Where its arrays are, behind the operands."""
 
     value = property(lambda self: translate.jitted(self.source))
-    """What it makes of a score."""
+    """What it makes of a score; of a mask function, whether it shows it."""
     slope = property(lambda self: self.slope_source and translate.jitted(self.slope_source))
     """Its derivative by the score, for the backward pass."""
     read = property(lambda self: self.read_source and translate.jitted(self.read_source))
@@ -35,46 +36,74 @@ class Score:
 
 
 def arrays_of(spec: Spec, operands: Mapping[str, Array]) -> tuple[Array, ...]:
-    """What the score function of the rules reads, in order."""
-    function = spec.rules.score
-    return () if function is None else tuple(operands[name] for name in score_arrays(function.arrays))
+    """What the functions of the rules read, in the order in which kernels have it."""
+    return (*_arrays(spec.rules.score, score_arrays, operands), *_arrays(spec.rules.mask, mask_arrays, operands))
+
+
+def _arrays(function: Function | None, names: Callable[[int], Any], operands: Mapping[str, Array]) -> tuple[Array, ...]:
+    return () if function is None else tuple(operands[name] for name in names(function.arrays))
 
 
 def for_kernels(
     spec: Spec, operands: Mapping[str, Array], batch: int, *, backward: bool = False, read: int | None = None
 ) -> Spec:
-    """The same spec with the score function of its rules as Triton source.
+    """The same spec with the functions of its rules as Triton source.
 
     Args:
       spec: as the rules say.
       operands: of the call.
       batch: B.
-      backward: whether a derivative is wanted.
-      read: of which of the function's reads a derivative is wanted besides; None: of none.
+      backward: whether derivatives are wanted.
+      read: of which of the score function's reads a derivative is wanted besides; None: of none.
     """
-    function = spec.rules.score
-    if function is None:
+    score, mask = spec.rules.score, spec.rules.mask
+    if score is None and mask is None:
         return spec
-    arrays = tuple((x.shape, x.dtype.name) for x in arrays_of(spec, operands))
-    several = spec.origin is not None or batch > function.batch
-    value, slope = (_source(function, what, None, arrays, several) for what in ("value", "slope"))
-    of_read = None if read is None else _source(function, "slopes", read, arrays, several)
-    score = Score(
-        value, slope if backward and not translate.is_one(slope) else None, of_read, spec.spans_at + spec.spans
-    )
-    return dataclasses.replace(spec, rules=dataclasses.replace(spec.rules, score=None), score=score)
+    several, at = spec.origin is not None or batch > spec.rules.own_batch, spec.spans_at + spec.spans
+    of_score = of_mask = None
+    if score is not None:
+        arrays = _types(_arrays(score, score_arrays, operands))
+        source = functools.partial(_source, score, "score_mod", arrays, several)
+        slope = source("slope") if backward else None
+        slope = None if slope is None or translate.is_one(slope) else slope
+        of_score = Source(source("value"), slope, None if read is None else source("slopes", read), at)
+    if mask is not None:
+        arrays = _types(_arrays(mask, mask_arrays, operands))
+        of_mask = Source(_source(mask, "mask", arrays, several, "value"), at=at + (score.arrays if score else 0))
+    rules = dataclasses.replace(spec.rules, score=None, mask=None)
+    return dataclasses.replace(spec, rules=rules, score=of_score, mask_function=of_mask)
+
+
+def translates(function: Function, arrays: Sequence[Any]) -> bool:
+    """Whether kernels can compute a function of arrays `[n, ...]`, and more cheaply than reading a bit for each
+    element: what it reads varies along rows or along keys, not both."""
+    if any({"i", "j"} <= read.varies for read in function.every_read):
+        return False
+    try:
+        _source(function, "mask", _types(arrays), False, "value")
+    except TypeError:
+        return False
+    return True
+
+
+def _types(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple((x.shape, x.dtype.name) for x in arrays)
 
 
 @functools.lru_cache(maxsize=256)
-def _source(function: Function, what: str, place: int | None, arrays: tuple[Any, ...], several: bool) -> str:
-    """The source of one of what a `Function` is `bound` to, or of one result of that."""
+def _source(
+    function: Function, name: str, arrays: tuple[Any, ...], several: bool, what: str, place: int | None = None
+) -> str:
+    """The source of one of what a `Function` is `bound` to, or of one result of that. name: of the argument that it
+    is."""
 
     def scalars_and_arrays(score: Any, b: Any, h: Any, i: Any, j: Any, *arrays: Any) -> Any:
         made = getattr(function.bound(arrays, several), what)(score, b, h, i, j)
         return made if place is None else made[place]
 
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
-    return translate.translate(scalars_and_arrays, shapes, {"value": "score_mod"}.get(what, f"{what}_of_score_mod"))
+    own = {"value": name, "slope": f"slope_of_{name}", "slopes": f"slope_{place}_of_{name}"}[what]
+    return translate.translate(scalars_and_arrays, shapes, own, argument=name)
 
 
 _AT_ONCE = 2**24
@@ -101,7 +130,8 @@ def gradients(
       k: `[B, Sk, Hkv, D]`.
       wanted: the names of the arrays, and how many parts of the batch have a gradient of their own.
     """
-    function, arrays = spec.rules.score, arrays_of(spec, operands)
+    function = spec.rules.score
+    arrays = _arrays(function, score_arrays, operands)
     (batch, rows, heads, _), keys = q.shape, k.shape[1]
     bound = function.bound(arrays, spec.origin is not None or batch > function.batch)
     origin = operands["origin"][0, 0, 0] if "origin" in operands else jnp.zeros(3, jnp.int32)

@@ -1,23 +1,23 @@
-"""Tiles of scores through a score function, and what its derivatives make of the gradient of what came out."""
+"""Functions of the caller's over tiles: what they make of scores, what their derivatives make of gradients, whom they
+let see whom."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base.spec import score_arrays
 from ..functions import mapped
 from .tiling import Tiling
 
 
-class ScoreTiles:
-    """The score function of a call, mapped over tiles `[B, Hkv, M * G, N]`."""
+class FunctionTiles:
+    """A score function, or a mask function, mapped over tiles `[B, Hkv, M * G, N]`."""
 
-    def __init__(self, tiling: Tiling, operands: Mapping[str, Array]):
-        self.tiling, self.function = tiling, tiling.spec.rules.score
-        self.arrays = {name: operands[name] for name in score_arrays(self.function.arrays)}
+    def __init__(self, tiling: Tiling, operands: Mapping[str, Array], function: Any, names: Callable[..., Any]):
+        self.tiling, self.function = tiling, function
+        self.arrays = {name: operands[name] for name in names(function.arrays)}
         self.origin = operands.get("origin")
         self.several = self.origin is not None or tiling.batch > self.function.batch
         self.bound = self.function.bound([*self.arrays.values()], self.several)
@@ -25,6 +25,11 @@ class ScoreTiles:
     def of(self, s: Array, start_m, start_n) -> Array:
         """What the function makes of a tile of scores."""
         return mapped.over(self.bound.value, s, *self._place(start_m, start_n))
+
+    def visible(self, start_m, start_n) -> Array:
+        """What a mask function shows of a tile; axes along which it does not vary have length 1."""
+        score = jnp.zeros((1, 1, 1, 1), jnp.float32)
+        return mapped.over(self.bound.value, score, *self._place(start_m, start_n))
 
     def back(self, s: Array, p: Array, ds: Array, start_m, start_n) -> Array:
         """The gradient of s, of that of what the function made of it; 0 where p is, whatever its derivative there."""

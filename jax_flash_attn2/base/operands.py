@@ -1,0 +1,77 @@
+"""What a call may carry besides q, k and v: by what names, in what order, with what axes."""
+
+from collections.abc import Collection
+
+OPERANDS = (
+    "scale",
+    "bias",
+    "mask",
+    "q_segments",
+    "kv_segments",
+    "q_lengths",
+    "kv_lengths",
+    "q_positions",
+    "kv_positions",
+    "offset",
+    "sinks",
+    "slopes",
+    "dropout_key0",
+    "dropout_key1",
+    "origin",
+    "row_ends",
+    "row_tiles",
+    "col_ends",
+    "col_tiles",
+    "tile_bits",
+    "tile_weights",
+)
+"""All that a call may carry besides q, k and v, in the order in which kernels take them.
+
+Each has the four axes `[B, H, Sq, Sk]`, of length 1 where it does not vary, so that one rule serves them all under
+vmap, under sharding and in memory. A batch axis may also have a length n that divides B: batch b reads `b % n`.
+
+scale: `[n, 1, 1, 1]` fp32 (fp64 for fp64), at least 0. bias: any axes, floating. mask: any axes, bool, True = seen.
+q_segments `[n, 1, Sq, 1]`, kv_segments `[n, 1, 1, Sk]`: int32, seen where equal; negative is padding. q_lengths,
+kv_lengths `[n, 1, 1, 1]`: int32. q_positions `[n, 1, Sq, 1]`, kv_positions `[n, 1, 1, Sk]`: int32, both or neither.
+offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its position among the keys, where positions are
+not given. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64). dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32.
+origin `[1, 1, 1, 3]`: int32, the batch, head and row that a score function shall count from: those of a device.
+
+The last six are a block mask (`block_lists.py`). Their last two axes are no sequences, the first two are as above.
+"""
+
+BLOCK_LISTS = OPERANDS[-6:]
+"""The operands of a block mask."""
+
+DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
+"""Which of them have a gradient."""
+
+_SCORE_ARRAY, _MASK_ARRAY = "score_array_", "mask_array_"
+
+
+def score_arrays(count: int) -> tuple[str, ...]:
+    """The names of the arrays `[n, ...]` that a score function reads, which a call carries behind `OPERANDS`. Floating
+    ones have a gradient. n divides the number of calls whose batches these are (`functions.function`)."""
+    return tuple(f"{_SCORE_ARRAY}{n}" for n in range(count))
+
+
+def mask_arrays(count: int) -> tuple[str, ...]:
+    """The names of those that a mask function reads, likewise. They have no gradient."""
+    return tuple(f"{_MASK_ARRAY}{n}" for n in range(count))
+
+
+def is_score_array(name: str) -> bool:
+    """Whether an operand is one of `score_arrays`."""
+    return name.startswith(_SCORE_ARRAY)
+
+
+def is_read(name: str) -> bool:
+    """Whether an operand is one of `score_arrays` or `mask_arrays`."""
+    return name.startswith((_SCORE_ARRAY, _MASK_ARRAY))
+
+
+def names_of(operands: Collection[str]) -> tuple[str, ...]:
+    """Their names, in order."""
+    of_scores = sum(map(is_score_array, operands))
+    of_masks = sum(map(is_read, operands)) - of_scores
+    return (*(name for name in OPERANDS if name in operands), *score_arrays(of_scores), *mask_arrays(of_masks))
