@@ -19,8 +19,8 @@ ARRAYS = (
 in a case's `inputs`, or None there."""
 
 
-MASKS = ("block", "block_weights", "weights")
-"""A `BlockMask`, one of weights, a `Mask` of weights."""
+MASKS = ("block", "block_weights", "weights", "function")
+"""A `BlockMask`, one of weights, a `Mask` of weights, a function that reads an array, which is traced."""
 
 
 _FOLDS = 7
@@ -253,6 +253,8 @@ def _options() -> list[Case]:
         case("block_mask_by_head", 100, 70, mask="block:hqk", heads=4, kv_heads=2, batch=(2, 1), block=(32, 16)),
         case("block_mask_weights", 50, 70, mask="block_weights:bqk", causal=True, **two),
         case("mask_weights", 40, 50, mask="weights:hqk", bias="q", **two),
+        case("mask_function", 50, 70, mask="function:hqk", causal=True, **two),
+        case("mask_function_score", 50, 40, mask="function:bk", score="table", lengths="qk", batch=(2, 2), heads=2),
         case("segments_packed", 60, 60, segments="packed", batch=(2,)),
         case("segments_packed_causal", 60, 60, segments="packed", causal=True),
         case("segments_mixed", 40, 50, segments="mixed", batch=(2,)),
@@ -311,7 +313,7 @@ FACTORS: dict[str, tuple] = {
     "causal": (False, True),
     "alignment": ("top_left", "bottom_right"),
     "window": (None, (8, None), (None, 8), (20, 6)),
-    "mask": ("", "qk", "bhqk", "block:qk", "block:bhqk", "block_weights:bhk", "weights:q"),
+    "mask": ("", "qk", "bhqk", "block:qk", "block:bhqk", "block_weights:bhk", "weights:q", "function:bq"),
     "segments": ("", "packed", "mixed", "shared"),
     "positions": ("", "mixed"),
     "lengths": ("", "q", "k", "qk"),

@@ -83,6 +83,8 @@ def with_mask(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
     arrays = {name: x for name, x in arrays.items() if name != "weights"}
     if not kind:
         return arrays
+    if kind == "function":
+        return arrays | {"mask": as_function(jnp.reshape(mask, (-1, *mask.shape[-3:])))}
     axes = case.batch if "b" in case.mask_axes else (1,) * len(case.batch)
     axes = (*axes, case.heads if "h" in case.mask_axes else 1, case.seqlen_q, case.seqlen_k)
     dense = jnp.broadcast_to(mask if weights is None else weights, axes)
@@ -92,6 +94,12 @@ def with_mask(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
     tiles = -(-case.seqlen_q // BLOCK) * -(-case.seqlen_k // BLOCK)
     most = {"max_tiles": tiles, "max_parts": tiles * dense.shape[0] * dense.shape[1]}
     return arrays | {"mask": BlockMask.from_mask(dense, block_m=BLOCK, block_n=BLOCK, **most)}
+
+
+def as_function(mask) -> Any:
+    """The predicate that a mask `[1|B, 1|H, 1|Sq, 1|Sk]` is."""
+    at = lambda n, size: n if size > 1 else 0
+    return lambda *place: mask[tuple(at(n, size) for n, size in zip(place, mask.shape, strict=True))]
 
 
 def definition(case: Case, **precision):

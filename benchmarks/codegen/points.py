@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash_attn2.base.operands import score_arrays
+from jax_flash_attn2.base.operands import mask_arrays, score_arrays
 from jax_flash_attn2.base.spec import Config, Rules, Spec, Tuned
-from jax_flash_attn2.functions.trace import trace
+from jax_flash_attn2.functions.trace import trace, trace_mask
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target
 
@@ -29,6 +29,8 @@ class Extra:
     dtype: str = "bfloat16"
     score: str | None = None
     """One of `_SCORES`."""
+    mask: str | None = None
+    """One of `_MASKS`, in place of the bits of a block mask."""
     dlse: bool = False
     wanted: tuple[str, ...] = ()
     """The operands whose gradients are wanted."""
@@ -41,13 +43,17 @@ _BLOCKS = {
     **{f"{side}_tiles": (1, 1, 64, 2, "int32") for side in ("row", "col")},
     "tile_bits": (1, 1, 64, 128 * 128 // 32, "int32"),
 }
+_LISTS = {name: axes for name, axes in _BLOCKS.items() if name != "tile_bits"}
 _BIAS = {"bias": ("b", "h", "q", "k", None)}
 _SCORES = {
     "score-softcap": lambda _: lambda score, b, h, i, j: 30.0 * jnp.tanh(score / 30.0),
     "score-alibi": lambda slopes: lambda score, b, h, i, j: score - slopes[h] * jnp.abs(i - j).astype(jnp.float32),
     "score-table": lambda table: lambda score, b, h, i, j: score + table[h, jnp.clip(i - j, -128, 128) + 128],
 }
-_READS = {"score-alibi": (8,), "score-table": (8, 257)}
+_MASKS = {
+    "blocks-documents": lambda ids: lambda b, h, i, j: ids[b, i] == ids[b, j],
+}
+_READS = {"score-alibi": (8,), "score-table": (8, 257), "blocks-documents": (2, 1024)}
 EXTRAS = {
     "": Extra(),
     "bias": Extra(operands=_BIAS, mixes=True),
@@ -80,6 +86,7 @@ EXTRAS = {
     "fp32": Extra(dtype="float32", mixes=True),
     "mla": Extra(widths=(192, 128)),
     **{name: Extra(score=name, mixes=True) for name in _SCORES},
+    **{name: Extra({"tiles": (128, 128), "right": None}, _LISTS, mask=name, mixes=True) for name in _MASKS},
     "dtable": Extra(score="score-table", wanted=("score_array_0",), mixes=True),
 }
 """By the name that a point has it by."""
@@ -192,18 +199,25 @@ def arrays(point: Point) -> tuple:
     if extra.score is not None:
         rules["score"], shapes = _traced(extra.score)
         operands |= dict(zip(score_arrays(len(shapes)), shapes, strict=True))
+    if extra.mask is not None:
+        rules["mask"], shapes = _traced(extra.mask)
+        operands |= dict(zip(mask_arrays(len(shapes)), shapes, strict=True))
     return Rules(**rules), q, k, v, operands
 
 
 @functools.cache
 def _traced(name: str) -> tuple[Any, list[Any]]:
-    """A score function, and the arrays of a call that it reads; on no device, so that processes may be forked."""
+    """A score or mask function, and the arrays of a call that it reads; on no device, so that processes may be
+    forked."""
     found = []
 
     def look(array: Any) -> None:
-        traced, arrays = trace(_SCORES[name](array), "score_mod", jnp.float32)
+        if name in _MASKS:
+            traced, arrays = trace_mask(_MASKS[name](array), "mask")
+        else:
+            traced, arrays = trace(_SCORES[name](array), "score_mod", jnp.float32)
         shapes = [jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in arrays]
         found.append((dataclasses.replace(traced, batch=2), shapes))
 
-    jax.eval_shape(look, jax.ShapeDtypeStruct(_READS.get(name, ()), jnp.float32))
+    jax.eval_shape(look, jax.ShapeDtypeStruct(_READS.get(name, ()), jnp.int32 if name in _MASKS else jnp.float32))
     return found[0]

@@ -84,6 +84,14 @@ def flash_attention(
       v: `[*batch, Sk, Hkv, Dv]` in q's dtype. Dv may differ from D.
       bias: added to the logits; a floating array that broadcasts to `[*batch, H, Sq, Sk]`. Its gradient has its own
         shape. -inf (and anything below -2.3e38, where base-2 logits overflow) hides a key.
+      score_mod: a function (score, b, h, i, j) -> score of scalars, in `jax.numpy`: of the scaled product (fp32; fp64
+        for fp64), and of the int32 numbers of batch (all batch axes as one), query head, row and key. Logits are made
+        in this order: softmax_scale * q kᵀ, score_mod, logits_soft_cap, bias, alibi_slopes, masks. It may close over
+        arrays, also traced ones, and index them with b, h, i, j and what it computes of these; floating ones have
+        gradients. -inf hides a key. What a mask hides it changes nothing for: not even a NaN arrives (with
+        higher_order=True, gradients excepted). The kernels take what `explain` can show as Triton source; "xla" takes
+        all that JAX does. Each element of an array that it reads adds, where the array's gradient is wanted, one more
+        pass over the tiles; an index that both i and j decide, other than by i - j, also a sorted sum on GPUs.
       causal: row i sees keys j <= i'.
       causal_alignment: "top_left" or "bottom_right" (the last row sees the last key): what i' is, for causal,
         window_size, alibi_slopes and dropout.
@@ -91,7 +99,8 @@ def flash_attention(
         of them; None: no bound.
       mask: booleans that broadcast to `[*batch, H, Sq, Sk]`, True: attend. Or, over `[B, H, Sq, Sk]` (B is the product
         of the batch axes; B and H may be 1): a `masks.BlockMask`, whose empty tiles are not visited; a function of
-        (b, h, i, j), which is made into one with tiles of 128 and kept (`masks.block_mask_cache`); a
+        (b, h, i, j), which is made into one with tiles of 128 and kept (`masks.block_mask_cache`), and evaluated in
+        partial tiles where that is cheaper than reading bits; if it holds traced arrays, in every tile instead; a
         `masks.Mask` of weights w in [0, 1], whose logits get -log(w): a key that was kept with probability w stands
         for 1 / w of its kind.
       q_segment_ids: integers of any width, `[*batch, Sq]` (each axis 1 or full): row i sees keys of its own segment

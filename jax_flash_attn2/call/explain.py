@@ -55,8 +55,9 @@ class Explanation:
     passes: tuple[Pass, ...]
     reasons: tuple[str, ...]
     """Why it is not something else."""
-    score_mod: str | None = None
-    """The Triton source of a score function and, if that is not 1, of its derivative by the score."""
+    source: str | None = None
+    """The Triton source of a score function, of its derivative by the score if that is not 1, and of a mask function
+    that is evaluated where it masks."""
 
     def __str__(self) -> str:
         lines = [f"{self.implementation} on {self.where}", *(f"  {reason}" for reason in self.reasons)]
@@ -73,8 +74,8 @@ class Explanation:
                 tiles = f"{p.visited} of {p.tiles} tiles visited ({share:.1%}), {p.masked} through the mask"
             work = "" if p.flops is None else f", {p.flops / 1e9:.4g} GFLOP"
             lines.append(f"  {p.name:5} {how}: {tiles}{work}, {p.bytes / 2**20:.4g} MiB")
-        if self.score_mod is not None:
-            lines += [f"    {line}" for line in self.score_mod.splitlines()]
+        if self.source is not None:
+            lines += [f"    {line}".rstrip() for line in self.source.splitlines()]
         return "\n".join(lines)
 
 
@@ -104,22 +105,23 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
             if name != "dbias" or ("bias" in operands and not dq_does)
         ]
         result = Explanation("triton", target.name, tuple(kernels), reasons)
-    if spec.scores:
+    if spec.scores or spec.by_function:
         result = _with_source(result, spec, operands, q.shape[0])
     print(result)
     return result
 
 
 def _with_source(result: Explanation, spec: Spec, operands: Mapping[str, Array], batch: int) -> Explanation:
-    """With what kernels make of the score function; with why that is nothing, where XLA runs it."""
+    """With what kernels make of score and mask functions; with why that is nothing, where XLA runs them."""
     try:
-        score = functions.for_kernels(spec, operands, batch, backward=True).score
+        made = functions.for_kernels(spec, operands, batch, backward=True)
     except TypeError as error:
         if result.implementation == "triton":
             raise
         return dataclasses.replace(result, reasons=(*result.reasons, f"on a GPU this would raise: {error}"))
-    text = "\n".join(x for x in (score.source, score.slope_source) if x is not None)
-    return dataclasses.replace(result, score_mod=text)
+    sources = [made.score and made.score.source, made.score and made.score.slope_source]
+    sources.append(made.mask_function and made.mask_function.source)
+    return dataclasses.replace(result, source="\n".join(x for x in sources if x is not None))
 
 
 def supported(q, k, v, bias=None, **options: Any) -> bool:

@@ -21,7 +21,7 @@ from ..base.spec import ONLY_FOR, PASSES, Config, Precision, Rules
 from ..functions.function import Function
 from ..functions.trace import trace, trace_mask
 from ..gpu import target
-from ..gpu.functions import translates
+from ..gpu.functions import cheaper_than_bits
 from ..masks import entries, evaluation, predicates, weighing
 from ..masks.block import BlockMask, cached
 from ..masks.mask import Mask
@@ -149,7 +149,7 @@ def _of_function(
     predicate.check_shape((batch, *axes))
     traced, arrays = trace_mask(functools.partial(evaluation.seen, predicate), "mask", beside=q)
     known = is_known(arrays)
-    if known and not translates(traced, [x[None] for x in arrays]):
+    if known and not cheaper_than_bits(traced, [x[None] for x in arrays]):
         return cached(predicate, batch, *axes), rules
     names = mask_arrays(len(arrays))
     operands |= {name: x[None] for name, x in zip(names, arrays, strict=True)}

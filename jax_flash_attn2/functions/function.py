@@ -26,8 +26,9 @@ from .keys import key_of
 SCALARS = ("score", "b", "h", "i", "j")
 
 _LIGHT = {"add", "sub", "mul", "neg", "abs", "max", "min", "clamp", "sign", "floor", "convert_element_type"}
-_LIGHT |= {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n", "squeeze", "reshape"}
-_LIGHT |= {"gather", "stack", "concatenate", "slice", "broadcast_in_dim"}
+_LIGHT |= {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n"}
+_SHAPES = {"squeeze", "reshape", "stack", "concatenate", "slice", "broadcast_in_dim"}
+_LIGHT |= {"gather", *_SHAPES}
 """What costs little beside a product."""
 
 _CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr"}
@@ -168,16 +169,30 @@ class Function:
         """The reads of floating arrays."""
         return tuple(read for read in self.every_read if self._is_float(read.array))
 
-    @functools.cached_property
-    def every_read(self) -> tuple[Read, ...]:
-        """The reads of all arrays."""
-        found, varies = [], dict(zip(self.jaxpr.invars, map(_Varies.of, SCALARS), strict=False))
+    def _varies(self) -> dict[Any, "_Varies"]:
+        """What each value depends on."""
+        varies = dict(zip(self.jaxpr.invars, map(_Varies.of, SCALARS), strict=False))
         for eqn in self.jaxpr.eqns:
             own = _Varies.of_equation(eqn, [varies.get(v, _Varies()) for v in eqn.invars if not isinstance(v, Literal)])
             varies.update(dict.fromkeys(eqn.outvars, own))
+        return varies
+
+    @functools.cached_property
+    def every_read(self) -> tuple[Read, ...]:
+        """The reads of all arrays."""
+        found, varies = [], self._varies()
+        for eqn in self.jaxpr.eqns:
             if self._is_read(eqn):
+                own = varies[eqn.outvars[0]]
                 found.append(Read(self.jaxpr.invars.index(eqn.invars[0]) - 5, own.by, own.relative))
         return tuple(found)
+
+    @functools.cached_property
+    def per_element(self) -> int:
+        """How many operations it takes for each pair of row and key; what it makes of one of them is shared by many."""
+        varies = self._varies()
+        both = [eqn for eqn in self.jaxpr.eqns if {"i", "j"} <= varies[eqn.outvars[0]].by]
+        return sum(eqn.primitive.name not in _SHAPES for eqn in both)
 
     @functools.cached_property
     def heavy(self) -> bool:
