@@ -19,7 +19,7 @@ OTHER_triton38 := triton==3.8.0
 OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
 .PHONY: help demo test test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
-.PHONY: test-drawn test-ptxas lock clean
+.PHONY: gallery test-drawn test-ptxas lock clean
 .PRECIOUS: %/bin/pip
 
 help: ## list the targets
@@ -27,6 +27,9 @@ help: ## list the targets
 
 demo: .venv/demo.stamp ## train a small language model with flash attention and with Flax's own; plot both
 	$(if $(GPU),,$(CPU)) .venv/bin/python examples/train_char_lm.py
+
+gallery: .venv/demo.stamp ## check two dozen kinds of attention against their definitions; write their page
+	$(if $(GPU),,$(CPU)) .venv/bin/python examples/attention_gallery.py
 
 # Both run the stages below, one after the other, and end with what each took (tests/stages.py).
 STAGED = MAKE="$(MAKE)" .venv/bin/python tests/stages.py
@@ -53,7 +56,7 @@ test-xla: .venv/dev.stamp
 	$(CPU) $(PYTEST) $(WORKERS) tests --ignore=tests/test_kernels.py $(SOME) $(FULLY)
 
 test-kernels: .venv/dev.stamp
-	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_kernels.py tests/test_translate.py $(SOME)
+	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_kernels.py tests/test_translate.py tests/test_gallery.py $(SOME)
 
 test-drawn: .venv/dev.stamp ## 300 drawn score functions, on both backends
 	DRAWN=300 $(CPU) $(PYTEST) $(WORKERS) tests/test_score_mod.py -k drawn
