@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from .base.arguments import Alignment, Implementation
 from .base.spec import Config
 from .call.api import flash_attention
+from .functions.trace import ScoreFunction
 
 
 def dot_product_attention(
@@ -33,6 +34,7 @@ def dot_product_attention(
     kv_segment_ids: Array | None = None,
     q_positions: Array | None = None,
     kv_positions: Array | None = None,
+    score_mod: ScoreFunction | None = None,
     logits_soft_cap: float | None = None,
     sinks: Array | None = None,
     alibi_slopes: Array | None = None,
@@ -73,6 +75,7 @@ def dot_product_attention(
       kv_segment_ids: `[B, S]`, as in `flash_attention`.
       q_positions: `[B, T]`, as in `flash_attention`; not with a window that is a mask, which counts by index.
       kv_positions: `[B, S]`, as in `flash_attention`.
+      score_mod: as in `flash_attention`.
       logits_soft_cap: as in `flash_attention`.
       sinks: `[N]`, as in `flash_attention`; they count in the residual.
       alibi_slopes: `[N]` or `[B, N]`, as in `flash_attention`.
@@ -115,8 +118,8 @@ def dot_product_attention(
     results = flash_attention(
         q, k, v, _floating(bias), mask=mask, causal=bool(is_causal), causal_alignment=causal_alignment,
         window_size=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_positions=q_positions,
-        kv_positions=kv_positions, q_lengths=q_lengths, kv_lengths=kv_lengths, logits_soft_cap=logits_soft_cap,
-        sinks=sinks, alibi_slopes=alibi_slopes,
+        kv_positions=kv_positions, q_lengths=q_lengths, kv_lengths=kv_lengths, score_mod=score_mod,
+        logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
         dropout_rate=dropout_rate, dropout_seed=dropout_seed, softmax_scale=_floating(scale),
         implementation=implementation, block_ptr=block_ptr, config=config, higher_order=higher_order,
         return_lse=return_residual, return_max_logits=return_max_logits,

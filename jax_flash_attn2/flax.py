@@ -78,8 +78,8 @@ def attention_fn(
       rope: rotates queries and keys before attention: a function of `[*batch, T, H]`, and of positions `[T]` where
         input_positions are given, such as `nnx.RoPE()`.
       **options: arguments of `flash_attention`: causal_alignment, window_size, q_segment_ids, kv_segment_ids,
-        q_positions, kv_positions, q_lengths, kv_lengths, logits_soft_cap, sinks, alibi_slopes, softmax_scale,
-        implementation, block_ptr, config, higher_order.
+        q_positions, kv_positions, q_lengths, kv_lengths, score_mod, logits_soft_cap, sinks, alibi_slopes,
+        softmax_scale, implementation, block_ptr, config, higher_order.
 
     Returns:
       `[*batch, T, N, Hv]`, in dtype or in what query, key and value promote to.
