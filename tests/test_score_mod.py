@@ -11,11 +11,16 @@ from score_functions import DRAWN, assert_drawn_agree
 
 from jax_flash_attn2 import Config, flash_attention
 from jax_flash_attn2.functions.trace import trace
+from jax_flash_attn2.gpu import interpret
 from jax_flash_attn2.primitives import define
 
 B, S, H, D = 2, 24, 4, 16
 RNG = np.random.default_rng(0)
 TILES = Config(block_m=16, block_n=16)
+HOW: dict = {"config": TILES} | ({"implementation": "triton"} if interpret.enabled() else {})
+"""The XLA path, or the kernels where they are interpreted (TRITON_INTERPRET=1)."""
+
+on_xla = pytest.mark.skipif(interpret.enabled(), reason="nothing that a kernel does")
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +43,7 @@ def biased(read):
 
 def loss(q, read, function=flash_attention, options=None):
     """Of ours by default; `attention` is the definition."""
-    o = function(q, q, q, score_mod=biased(read), **(options or {"config": TILES}))
+    o = function(q, q, q, score_mod=biased(read), **(options or HOW))
     return ((o if function is flash_attention else o[0]) * W).sum()
 
 
@@ -51,7 +56,9 @@ def assert_near(got, want, tolerance=2e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("mapped", ["q", "read", "both", "nested"])
+@pytest.mark.parametrize(
+    "mapped", [*(pytest.param(x, marks=on_xla) for x in ("q", "read")), "both", pytest.param("nested", marks=on_xla)]
+)
 def test_vmap(mapped):
     """Of several calls each has its own batches, and its own arrays or the same; so has each gradient."""
     many = 3
@@ -73,6 +80,7 @@ def test_vmap(mapped):
     assert_near(got, want)
 
 
+@on_xla
 @pytest.mark.parametrize("how", ["remat", "scan", "higher_order", "export"])
 def test_transforms(how):
     grad = jax.grad(loss, (0, 1))
@@ -92,6 +100,7 @@ def test_transforms(how):
     assert_near(got, want)
 
 
+@on_xla
 @pytest.mark.parametrize("numbers", DRAWN)
 def test_drawn_functions(numbers):
     """Values and all gradients, over several tiles; the kernels' are in `test_translate`."""
@@ -99,12 +108,14 @@ def test_drawn_functions(numbers):
     assert_drawn_agree(numbers, ours, lambda *args: attention(*args[:3], score_mod=args[3], compute=jnp.float32)[0])
 
 
+@on_xla
 def test_results_repeat():
     grad = jax.jit(jax.grad(loss, (0, 1)))
     for a, b in zip(*(jax.tree.leaves(grad(Q, READ)) for _ in range(2)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@on_xla
 def test_equal_functions_are_compiled_once():
     """Outside jit: one that was written anew with other arrays in it, and one that differs by a number."""
     make = lambda x, c: lambda s, b, h, i, j: jax.nn.relu(s - x[h] * jnp.abs(i - j)) * c
@@ -118,6 +129,7 @@ def test_equal_functions_are_compiled_once():
     assert define._eager.cache_info().misses == before
 
 
+@on_xla
 def test_functions_with_rules_are_told_apart_by_them():
     """Two with the same value and different derivatives."""
 
@@ -132,6 +144,7 @@ def test_functions_with_rules_are_told_apart_by_them():
     assert_near(2 * one, two)
 
 
+@on_xla
 def test_position_in_the_order():
     """Scaled products, the score function, the soft cap, the bias."""
     bias, options = draw(1, H, S, S), {"logits_soft_cap": 1.5, "softmax_scale": 0.7}
@@ -150,6 +163,7 @@ def t5_bucket(distance):
     return side + jnp.where(distance < 8, distance, jnp.minimum(far, 15))
 
 
+@on_xla
 def test_t5_layer():
     """A table of 32 buckets by head, its gradient and those of the layer's projections, as a T5 layer computes them."""
     length, heads, width = 150, 4, 16
@@ -167,7 +181,7 @@ def test_t5_layer():
 
     def ours(q, k, v, table):
         score_mod = lambda s, b, h, i, j: s + table[t5_bucket(j - i), h]
-        return flash_attention(q, k, v, score_mod=score_mod, softmax_scale=1.0, config=Config(block_m=64, block_n=64))
+        return flash_attention(q, k, v, score_mod=score_mod, softmax_scale=1.0, **(HOW | {"config": Config(64, 64)}))
 
     got, want = (
         jax.jit(jax.grad(lambda *a, f=f: (layer(*a, f) ** 2).sum(), (0, 1, 2)))(x, table, weights)
@@ -178,7 +192,7 @@ def test_t5_layer():
 
 def test_hidden_keys_reach_nothing():
     """NaN where the mask hides, in the value, its derivatives, and an array: as if it were not there."""
-    clean, x = draw(S), {"softmax_scale": 0.5, "causal": True, "config": TILES}
+    clean, x = draw(S), {"softmax_scale": 0.5, "causal": True, **HOW}
 
     def grads(function, tables):
         return jax.value_and_grad(
@@ -205,6 +219,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@on_xla
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     function, message = REFUSED[name]
@@ -214,6 +229,7 @@ def test_refused(name):
     assert "(" not in message[-1] or "test_score_mod.py:" in str(caught.value)
 
 
+@on_xla
 def test_arrays_that_lie_elsewhere():
     devices = jax.devices()
     if len(devices) < 2:
@@ -225,6 +241,7 @@ def test_arrays_that_lie_elsewhere():
         flash_attention(q, q, q, score_mod=lambda s, b, h, i, j: s * there[h, 0])
 
 
+@on_xla
 def test_integers_have_no_gradient():
     """A differentiated integer is JAX's own error; one that is only read changes nothing."""
     ids = jnp.arange(S, dtype=jnp.int32) // 5

@@ -215,6 +215,28 @@ def test_shard_map(checked, axes):
     assert not re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", compiled.as_text())
 
 
+def test_functions_of_the_callers_arrays():
+    """A score function and a mask function read arrays that are divided by their types, or within `shard_map`."""
+    x, table, ids_of = draw(4, 64, 8, 16), draw(8, 9), ids(64)
+
+    def loss(x, table, ids_of):
+        score_mod = lambda s, b, h, i, j: s + table[h, jnp.clip(i - j, -4, 4) + 4]
+        mask = lambda b, h, i, j: ids_of[b, i] == ids_of[b, j]
+        return (flash_attention(x, x, x, score_mod=score_mod, mask=mask) ** 2).sum()
+
+    grad = jax.grad(loss, (0, 1))
+    want = grad(x, table, ids_of)
+    specs = ROWS, P("model"), BATCH
+    grid = mesh(AxisType.Explicit)
+    with jax.set_mesh(grid):
+        placed = (jax.device_put(a, NamedSharding(grid, s)) for a, s in zip((x, table, ids_of), specs, strict=True))
+        typed = jax.jit(grad)(*placed)
+    total = lambda *args: jax.lax.psum(loss(*args), "data")
+    within = jax.shard_map(total, mesh=mesh(AxisType.Auto), in_specs=(BATCH, P(), BATCH), out_specs=P())
+    for got in (typed, jax.jit(jax.grad(within, (0, 1)))(x, table, ids_of)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), got, want)
+
+
 def test_shard_map_is_told_what_varies():
     """A result that differs from device to device is not taken for one that does not."""
     grid, x = mesh(AxisType.Auto), draw(4, 16, 1, 16)

@@ -1,10 +1,13 @@
 """Arrays on a mesh whose axes are explicit: that is, arrays whose types say how they are divided."""
 
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+_callers_mesh: contextvars.ContextVar[Any] = contextvars.ContextVar("callers_mesh", default=None)
 
 
 def on_auto_axes(function: Callable[[Any], Any], arrays: Any, types: Callable[[Any], Any]) -> Any:
@@ -19,13 +22,33 @@ def on_auto_axes(function: Callable[[Any], Any], arrays: Any, types: Callable[[A
     mesh = next((mesh for x in jax.tree.leaves(arrays) if (mesh := explicit_mesh(x)) is not None), None)
     if mesh is None:
         return function(arrays)
-    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
-        free = lambda x: x if explicit_mesh(x) is None else jax.sharding.reshard(x, PartitionSpec())
-        results = function(jax.tree.map(free, arrays))
+    outside = _callers_mesh.set(mesh)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
+            results = function(freed(arrays))
+    finally:
+        _callers_mesh.reset(outside)
     is_spec = lambda x: isinstance(x, PartitionSpec)
     return jax.sharding.reshard(
         results, jax.tree.map(lambda spec: NamedSharding(mesh, spec), types(results), is_leaf=is_spec)
     )
+
+
+def freed(arrays: Any) -> Any:
+    """Arrays without the types that say how they are divided."""
+    free = lambda x: x if explicit_mesh(x) is None else jax.sharding.reshard(x, PartitionSpec())
+    return jax.tree.map(free, arrays)
+
+
+def as_called(function: Callable[[], Any]) -> Any:
+    """function(), which runs code of the caller's among the caller's own arrays: on the mesh outside of `on_auto_axes`.
+    What it returns is `freed`."""
+    mesh = _callers_mesh.get()
+    if mesh is None:
+        return function()
+    with jax.sharding.use_abstract_mesh(mesh):
+        results = function()
+    return freed(results)
 
 
 def explicit_mesh(x: Any) -> Any:

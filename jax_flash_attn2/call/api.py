@@ -146,20 +146,18 @@ def flash_attention(
         too large for the GPU's shared memory, and "triton" where there is no GPU, raise when the call is compiled.
       ImportError: on a GPU without jax-triton and triton installed.
     """
-    arrays: dict[str, Any] = {
+    arrays = {
         **{"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks, "alibi_slopes": alibi_slopes},
         **{"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "q_lengths": q_lengths},
-        **{"q_positions": q_positions, "kv_positions": kv_positions, "score_arrays": ()},
+        **{"q_positions": q_positions, "kv_positions": kv_positions},
         **{"kv_lengths": kv_lengths, "softmax_scale": softmax_scale, "dropout_seed": dropout_seed},
     }
-    options: dict[str, Any] = {
+    options = {
         **{"causal": causal, "causal_alignment": causal_alignment, "window_size": window_size},
         **{"logits_soft_cap": logits_soft_cap, "dropout_rate": dropout_rate, "higher_order": higher_order},
         **{"implementation": implementation, "block_ptr": block_ptr, "config": config},
-        **{"return_lse": return_lse, "return_max_logits": return_max_logits, "score_mod": None},
+        **{"return_lse": return_lse, "return_max_logits": return_max_logits, "score_mod": score_mod},
     }
-    if score_mod is not None:  # traced here, among the arrays that it closes over
-        options["score_mod"], arrays["score_arrays"] = inputs.score_of(score_mod, q)
     results = sharding.on_auto_axes(_flash_attention, arrays, options)
     return results[0] if len(results) == 1 else results
 
@@ -277,7 +275,7 @@ def get_cached_flash_attention(
 @functools.cache
 def _cached(blocksize_q, blocksize_k, softmax_scale, implementation, block_ptr) -> Callable[..., Array]:
     config = Config(block_m=blocksize_q, block_n=blocksize_k)
-    options: dict[str, Any] = {
+    options = {
         "softmax_scale": softmax_scale,
         "implementation": implementation,
         "block_ptr": block_ptr,

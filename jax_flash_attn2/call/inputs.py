@@ -14,11 +14,11 @@ from jax import Array
 
 from ..base import arguments
 from ..base.arguments import Implementation
+from ..base.axes import as_called
 from ..base.known import is_known
 from ..base.operands import mask_arrays
 from ..base.operands import score_arrays as names_of_score_arrays
 from ..base.spec import ONLY_FOR, PASSES, Config, Precision, Rules
-from ..functions.function import Function
 from ..functions.trace import trace, trace_mask
 from ..gpu import target
 from ..gpu.functions import cheaper_than_bits
@@ -35,7 +35,7 @@ def prepare(
     kv_positions, q_lengths, kv_lengths,
     score_mod,
     logits_soft_cap, sinks, alibi_slopes, dropout_rate, dropout_seed, softmax_scale, implementation, block_ptr, config,
-    higher_order, return_lse, return_max_logits, score_arrays=(),
+    higher_order, return_lse, return_max_logits,
 ) -> tuple[Call, tuple[Array, Array, Array, dict[str, Array]], tuple[int, ...]]:  # fmt: skip
     """Checks the arguments of `flash_attention` and brings them into the form that the primitives take.
 
@@ -48,10 +48,11 @@ def prepare(
     batch, (seqlen_q, heads), seqlen_k = q.shape[:-3], q.shape[-3:-1], k.shape[-3]
     left, right = arguments.window(window_size, arguments.boolean("causal", causal))
     soft_cap, rate = arguments.soft_cap(logits_soft_cap), arguments.rate(dropout_rate)
+    score_arrays: list[Array] = []
     if score_mod is not None:
-        if not isinstance(score_mod, Function):
-            score_mod, score_arrays = score_of(score_mod, q)
-        score_mod = dataclasses.replace(score_mod, batch=math.prod(batch))
+        dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+        own, score_arrays = as_called(lambda: trace(score_mod, "score_mod", dtype, beside=q))
+        score_mod = dataclasses.replace(own, batch=math.prod(batch))
     largest = arguments.boolean("return_max_logits", return_max_logits)
     rules = Rules(left, right, soft_cap, rate, score=score_mod, max_logits=largest)
     arguments.boolean("return_lse", return_lse)
@@ -99,13 +100,6 @@ def prepare(
     return call, (q, k, v, operands), batch
 
 
-def score_of(function: Any, q: Any) -> tuple[Function, tuple[Array, ...]]:
-    """A caller's score function, traced, and the arrays that it reads."""
-    dtype = jnp.float64 if getattr(q, "dtype", None) == jnp.float64 else jnp.float32
-    traced, arrays = trace(function, "score_mod", dtype, beside=q)
-    return traced, tuple(arrays)
-
-
 def _add_mask(
     mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int], call: Call, q: Array, operands: dict[str, Array]
 ) -> tuple[Call, Array]:
@@ -141,20 +135,20 @@ def _add_mask(
 
 
 def _of_function(
-    function: Any, batch: int, axes: tuple[int, int, int], rules: Rules, q: Array, operands: dict[str, Array]
+    function: Any, batch: int, lengths: tuple[int, int, int], rules: Rules, q: Array, operands: dict[str, Array]
 ) -> tuple[BlockMask | None, Rules]:
     """A mask function: which tiles it leaves, if that can be known, and what evaluates it in those that it divides, if
     that is cheaper than their bits."""
     predicate = predicates.as_predicate(function)
-    predicate.check_shape((batch, *axes))
-    traced, arrays = trace_mask(functools.partial(evaluation.seen, predicate), "mask", beside=q)
-    known = is_known(arrays)
-    if known and not cheaper_than_bits(traced, [x[None] for x in arrays]):
-        return cached(predicate, batch, *axes), rules
-    names = mask_arrays(len(arrays))
-    operands |= {name: x[None] for name, x in zip(names, arrays, strict=True)}
-    rules = dataclasses.replace(rules, mask=dataclasses.replace(traced, batch=batch))
-    return cached(predicate, batch, *axes) if known else None, rules
+    predicate.check_shape((batch, *lengths))
+    traced, arrays = as_called(lambda: trace_mask(functools.partial(evaluation.seen, predicate), "mask", beside=q))
+    block = None
+    if is_known(arrays):
+        block = as_called(lambda: cached(predicate, batch, *lengths))
+        if not cheaper_than_bits(traced, [x[None] for x in arrays]):
+            return block, rules
+    operands |= {name: x[None] for name, x in zip(mask_arrays(len(arrays)), arrays, strict=True)}
+    return block, dataclasses.replace(rules, mask=dataclasses.replace(traced, batch=batch))
 
 
 _DENSE = 2**24

@@ -224,7 +224,7 @@ class Function:
             return whole(at[v]) if v in at else env[v]
 
         for eqn in self.jaxpr.eqns:
-            with source_info_util.user_context(eqn.source_info.traceback), eqn.ctx.manager:
+            with source_info_util.user_context(eqn.source_info.traceback):
                 if self._is_read(eqn):
                     index = get(eqn.invars[1])
                     each = [lax.index_in_dim(index, k, keepdims=False) for k in range(index.shape[0])]

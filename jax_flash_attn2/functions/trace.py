@@ -36,6 +36,8 @@ class _Number:
         return bound(self.eqn, [*map(_value, self.inputs)])[self.place]
 
 
+_TYPES_OF_DEVICES = ("pvary", "pcast", "pbroadcast")
+"""Within `shard_map` these say over which devices a value differs, which is no matter to what is computed of it."""
 # What the first walk says of a value that it does not compute, and of an equation that was taken apart.
 _COMPUTED, _APART = object(), object()
 
@@ -181,7 +183,7 @@ class _Walk:
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
         for eqn in jaxpr.eqns:
             inputs = [_literal(v) if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            with source_info_util.user_context(eqn.source_info.traceback), eqn.ctx.manager:
+            with source_info_util.user_context(eqn.source_info.traceback):
                 env.update(zip(eqn.outvars, self._recorded(eqn, inputs), strict=True))
         return [_literal(v) if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
 
@@ -195,6 +197,8 @@ class _Walk:
         if not (found and (found[0] is _COMPUTED or isinstance(found[0], _Number))):
             return found
         inputs = [*map(self._operand, inputs)]
+        if eqn.primitive.name in _TYPES_OF_DEVICES:
+            return inputs
         if inputs and isinstance(inputs[0], views.View):
             view = views.narrowed(eqn, inputs[0], [*map(views.plain, inputs[1:])])
             if view is not None:
