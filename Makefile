@@ -72,9 +72,9 @@ test-gpu: .venv/dev.stamp
 ALONE := -k "not pair and not bias_"
 
 test-matrix: .venv-triton38/stamp .venv-jax012/stamp test-ptxas ## the oldest Triton, the newest JAX, the oldest CUDA
-	TRITON_INTERPRET=1 $(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_kernels.py $(ALONE)
+	TRITON_INTERPRET=1 $(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_kernels.py tests/test_gallery.py $(ALONE)
 	$(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_lowering.py $(ALONE)
-	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_xla.py tests/test_block_mask.py $(ALONE)
+	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) $(addprefix tests/test_,xla.py block_mask.py score_mod.py) $(ALONE)
 	$(CPU) .venv-jax012/bin/python -m pytest tests/test_lowering.py -k smoke
 	TRITON_INTERPRET=1 $(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_translate.py -k "not drawn"
 

@@ -27,7 +27,8 @@ class Pass:
     """One kernel, or one pass of the XLA path, over one call."""
 
     name: str
-    """"fwd", "dq", "dkdv" or "dbias"; the XLA path has "fwd" and "bwd"."""
+    """"fwd", "dq", "dkdv" or "dbias", which is run for a bias and for each element that a score function reads; the XLA
+    path has "fwd" and "bwd"."""
     config: Tuned | None
     """What the kernel is compiled with; None on the XLA path."""
     block_m: int
@@ -99,10 +100,11 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
         result = Explanation("xla", jax.default_backend(), _xla_passes(call, spec, q, k, v, operands), reasons)
     else:
         dq_does = "bias" in operands and passes.gives_dbias(spec, operands["bias"].shape, q, k)
+        summed = "bias" in operands and not dq_does
+        reads = 0 if call.rules.score is None else len(call.rules.score.reads)
         kernels = [
             _kernel(name, tuning.choose(name, spec, q.dtype, target, call.config(name)), spec, q, k, v, operands)
-            for name in PASSES
-            if name != "dbias" or ("bias" in operands and not dq_does)
+            for name in (*PASSES[:3], *["dbias"] * (summed + reads))
         ]
         result = Explanation("triton", target.name, tuple(kernels), reasons)
     if spec.scores or spec.by_function:

@@ -7,6 +7,7 @@ five and of the arrays that it reads, and brings every read of an element into o
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def trace(function: Any, argument: str, dtype: Any, beside: Any = None) -> tuple
 
     Raises:
       TypeError: it is no such function; the message says what it is, and where in the caller's code.
-      ValueError: it reads an array of another device.
+      ValueError: it reads an array of another device, or of 2**31 elements.
     """
     if not callable(function):
         raise TypeError(f"{argument} must be a function (score, b, h, i, j) -> score of scalars, got {function!r}")
@@ -69,7 +70,7 @@ def _traced(function: Any, argument: str, dtype: Any, result: Any, beside: Any) 
         walk = _Walk()
         results = walk.beforehand(closed.jaxpr, closed.consts, [_COMPUTED] * 5)
         walk.use(results)
-        walk.check_devices(argument, beside)
+        walk.check_arrays(argument, beside)
         arrays = [jnp.asarray(x) for x in walk.used]
         arrays = [x.reshape(1) if x.ndim == 0 else x for x in arrays]
         again = lambda *args: walk.again(closed.jaxpr, closed.consts, args[:5], args[5:])
@@ -127,10 +128,15 @@ class _Walk:
                 self.used.append(x)
                 self._readers.append(reader)
 
-    def check_devices(self, argument: str, beside: Any) -> None:
-        """Raises unless all arrays are where that one is; those that are being traced, or bound to no device, are."""
+    def check_arrays(self, argument: str, beside: Any) -> None:
+        """Raises unless all arrays are where that one is (those that are being traced, or bound to no device, are), and
+        int32 counts their elements."""
         there = _devices(beside)
         for x, reader in zip(self.used, self._readers, strict=True):
+            if math.prod(np.shape(x)) >= 2**31:
+                raise ValueError(
+                    f"{argument} reads an array of 2**31 elements or more, {np.shape(x)} ({where(reader)})"
+                )
             own = _devices(x)
             if own is not None and there is not None and own != there:
                 raise ValueError(
