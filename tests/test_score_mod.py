@@ -10,6 +10,7 @@ from reference import attention
 from score_functions import DRAWN, assert_drawn_agree
 
 from jax_flash_attn2 import Config, flash_attention
+from jax_flash_attn2.functions import mapped
 from jax_flash_attn2.functions.trace import trace
 from jax_flash_attn2.gpu import interpret
 from jax_flash_attn2.primitives import define
@@ -57,22 +58,22 @@ def assert_near(got, want, tolerance=2e-5):
 
 
 @pytest.mark.parametrize(
-    "mapped", [*(pytest.param(x, marks=on_xla) for x in ("q", "read")), "both", pytest.param("nested", marks=on_xla)]
+    "over", [*(pytest.param(x, marks=on_xla) for x in ("q", "read")), "both", pytest.param("nested", marks=on_xla)]
 )
-def test_vmap(mapped):
+def test_vmap(over):
     """Of several calls each has its own batches, and its own arrays or the same; so has each gradient."""
     many = 3
-    q = draw(many, *Q.shape) if mapped != "read" else Q
-    read = {n: draw(many, *x.shape) if mapped != "q" and n != "rows" else x for n, x in READ.items()}
-    axes = (0 if mapped != "read" else None, {n: None if mapped == "q" or n == "rows" else 0 for n in READ})
-    if mapped == "nested":
+    q = draw(many, *Q.shape) if over != "read" else Q
+    read = {n: draw(many, *x.shape) if over != "q" and n != "rows" else x for n, x in READ.items()}
+    axes = (0 if over != "read" else None, {n: None if over == "q" or n == "rows" else 0 for n in READ})
+    if over == "nested":
         q, axes = draw(2, many, *Q.shape), ((0, None), (0, axes[1]))
         read["factor"] = draw(2, many)
         axes = ((0, {n: 0 if n == "factor" else None for n in READ}), (0, axes[1][1]))
 
     def total(q, read, one):
         f = one
-        for each in reversed(axes) if mapped == "nested" else [axes]:
+        for each in reversed(axes) if over == "nested" else [axes]:
             f = jax.vmap(f, each)
         return jnp.sin(f(q, read)).sum()
 
@@ -113,6 +114,17 @@ def test_results_repeat():
     grad = jax.jit(jax.grad(loss, (0, 1)))
     for a, b in zip(*(jax.tree.leaves(grad(Q, READ)) for _ in range(2)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@on_xla
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 2)], ids=str)
+def test_sorted_sums(shape):
+    """What a GPU does in place of adding in any order: the sums, the same ones whatever came first."""
+    at = [jnp.asarray(RNG.integers(0, n, 200), jnp.int32) for n in shape]
+    grad, part = draw(*shape), draw(200)
+    got = mapped.sorted_sum(grad, part, *at)
+    assert_near(got, grad.at[tuple(at)].add(part), 1e-5)
+    assert_near(mapped.sorted_sum(grad, part[:1], *(x[:1] for x in at)), grad.at[tuple(x[0] for x in at)].add(part[0]))
 
 
 @on_xla

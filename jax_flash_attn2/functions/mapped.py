@@ -1,5 +1,7 @@
 """Functions of scalars, mapped over tiles; and what a tile adds to the gradients of the arrays that they read."""
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,29 +65,26 @@ def _scattered(grad: Array, at: Sequence[Array], part: Array) -> Array:
     so that there the parts of one place are brought together and summed first."""
     at = [jnp.broadcast_to(x, part.shape).ravel() for x in at]
     part = part.ravel().astype(grad.dtype)
+    in_order = lambda grad, part, *at: grad.at[at].add(part, mode="promise_in_bounds")
     if part.size == 1:
-        return grad.at[tuple(x[0] for x in at)].add(part[0], mode="promise_in_bounds")
-    numbers = at[0]
-    for x, n in zip(at[1:], grad.shape[1:], strict=True):
-        numbers = numbers * n + x  # fewer than 2**31: see `trace`
-    flat = grad.ravel()
-    in_order = lambda flat, numbers, part: flat.at[numbers].add(part, mode="promise_in_bounds")
-    flat = lax.platform_dependent(flat, numbers, part, cpu=in_order, default=_sorted_sum)
-    return flat.reshape(grad.shape)
+        return in_order(grad, part, *at)
+    return lax.platform_dependent(grad, part, *at, cpu=in_order, default=sorted_sum)
 
 
-def _sorted_sum(flat: Array, numbers: Array, part: Array) -> Array:
-    """flat with parts added at their numbers: sorted, summed by a scan that starts anew at each number, and the last
-    of each taken."""
-    numbers, part = lax.sort((numbers, part), num_keys=1, is_stable=True)
+def sorted_sum(grad: Array, part: Array, *at: Array) -> Array:
+    """grad with parts added at their places: sorted by these, summed by a scan that starts anew at each place, and the
+    last of each taken."""
+    *places, part = lax.sort((*at, part), num_keys=len(at), is_stable=True)
 
     def join(left, right):
-        return right[0], right[1] + jnp.where(left[0] == right[0], left[1], 0)
+        same = functools.reduce(operator.and_, map(jnp.equal, left[:-1], right[:-1]))
+        return (*right[:-1], right[-1] + jnp.where(same, left[-1], 0))
 
-    _, sums = lax.associative_scan(join, (numbers, part))
-    last = jnp.concatenate([numbers[1:] != numbers[:-1], jnp.ones(1, bool)])
-    where = jnp.where(last, numbers, flat.size)  # out of range: dropped
-    return flat.at[where].add(sums, mode="drop", unique_indices=False)
+    *_, sums = lax.associative_scan(join, (*places, part))
+    differs = functools.reduce(operator.or_, (x[1:] != x[:-1] for x in places))
+    last = jnp.concatenate([differs, jnp.ones(1, bool)])
+    first, *others = places
+    return grad.at[(jnp.where(last, first, grad.shape[0]), *others)].add(sums, mode="drop")
 
 
 def diagonal_sums(x: Array) -> Array:
