@@ -7,6 +7,8 @@ from .base.spec import Config
 from .base.version import VERSION as __version__
 from .call.api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
 from .call.explain import Explanation, explain, supported
+from .context.merging import merge
+from .context.orders import from_order, sequence_order, to_order
 from .drop_in import dot_product_attention
 from .gpu.target import EXPORT_DISABLED_CHECKS, gpu_target
 
@@ -19,7 +21,11 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "flash_attention",
+    "from_order",
     "get_cached_flash_attention",
     "gpu_target",
+    "merge",
+    "sequence_order",
     "supported",
+    "to_order",
 ]

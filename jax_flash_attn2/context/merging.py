@@ -1,0 +1,60 @@
+"""Attention over parts of the keys, brought together: the associative half of the online softmax (Milakov and
+Gimelshein 2018, arXiv:1805.02867)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..base.arguments import array
+
+
+def merge(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]:
+    """Attention of the same queries over two sets of keys as that over both: o and lse.
+
+    Exact where one part, or both, saw nothing (o = 0, lse = -inf). Differentiable in all four. Several parts merge in
+    any grouping; sinks and dropout's rate belong to the parts (a sink to one of them).
+
+    Args:
+      o1: `[*batch, Sq, H, Dv]`, as `flash_attention(..., return_lse=True)` gave it for one set of keys.
+      lse1: `[*batch, H, Sq]`, likewise: float32 (float64 for float64), natural logarithm.
+      o2: for the other set, of o1's shape and dtype.
+      lse2: of lse1's shape and dtype.
+
+    Returns:
+      o in o1's dtype, computed in lse1's, and lse.
+
+    Raises:
+      TypeError: one of them is no floating array.
+      ValueError: their shapes or dtypes do not fit.
+    """
+    o1, lse1, o2, lse2 = (array(n, x) for n, x in (("o1", o1), ("lse1", lse1), ("o2", o2), ("lse2", lse2)))
+    _check(o1, lse1, o2, lse2)
+    return _merged(o1, lse1, o2, lse2)
+
+
+@jax.jit
+def _merged(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]:
+    largest = jax.lax.stop_gradient(jnp.maximum(lse1, lse2))
+    largest = jnp.where(largest == -jnp.inf, 0, largest)
+    share1, share2 = jnp.exp(lse1 - largest), jnp.exp(lse2 - largest)
+    total = share1 + share2
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    by_row = lambda share: jnp.moveaxis(share / total, -2, -1)[..., None]  # [*batch, Sq, H, 1]
+    o = o1.astype(total.dtype) * by_row(share1) + o2.astype(total.dtype) * by_row(share2)
+    return o.astype(o1.dtype), jnp.where(seen, largest + jnp.log(total), -jnp.inf)
+
+
+def _check(o1: Any, lse1: Any, o2: Any, lse2: Any) -> None:
+    for name, x, like, of in (("o2", o2, o1, "o1"), ("lse2", lse2, lse1, "lse1")):
+        if x.shape != like.shape or x.dtype != like.dtype:
+            raise ValueError(
+                f"{name} must have {of}'s shape and dtype, {like.shape} {like.dtype}, got {x.shape} {x.dtype}"
+            )
+    wanted = (*o1.shape[:-3], o1.shape[-2], o1.shape[-3]) if o1.ndim >= 3 else None
+    if lse1.shape != wanted:
+        raise ValueError(
+            f"lse1 must be [*batch, H, Sq] for o1 [*batch, Sq, H, Dv] {o1.shape}, that is {wanted}, got {lse1.shape}"
+        )

@@ -1,0 +1,86 @@
+"""Which tokens each device of a sequence axis holds. A data pipeline reorders once, on the host.
+
+Under causality the last rows see most, so that equal shares of a sequence are unequal shares of work: the busiest of 8
+devices has 1.86 times its part of the tiles in contiguous order, and exactly its part in zigzag.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ..base.arguments import describe, is_integer
+
+Order = Literal["contiguous", "zigzag", "striped"]
+"""contiguous: equal parts, one after the other. zigzag: of twice as many parts the first and the last, the second and
+the last but one, ... (Llama 3's context parallelism). striped: device d has the tokens d, d + devices, ... (Brandon et
+al. 2023, arXiv:2311.09431)."""
+
+
+def sequence_order(length: int, devices: int, order: Order) -> np.ndarray:
+    """Which token stands at each place of the reordered sequence, whose equal parts are the devices'.
+
+    So these are the positions of the reordered tokens too: for rotary embeddings, and, along a batch axis of length 1,
+    for `flash_attention`'s q_positions and kv_positions.
+
+    Args:
+      length: T, a multiple of devices; for zigzag of twice that.
+      devices: along the sequence axis of the mesh.
+      order: "contiguous", "zigzag" or "striped".
+
+    Returns:
+      int32 `[T]`.
+
+    Raises:
+      ValueError: there is no such order, or it does not divide the length.
+    """
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
+    for name, n in (("length", length), ("devices", devices)):
+        if not is_integer(n) or n < 1:
+            raise ValueError(f"{name} must be a positive integer, got {describe(n)}")
+    parts = 2 * devices if order == "zigzag" else devices
+    if length % parts:
+        raise ValueError(
+            f"length must be a multiple of {parts} for {devices} devices in {order} order, got {length}; pad the "
+            "sequence (padding has negative segment ids, or lies past the lengths)"
+        )
+    tokens = np.arange(length, dtype=np.int32)
+    if order == "striped":
+        return tokens.reshape(-1, devices).T.ravel()
+    if order == "zigzag":
+        pieces = tokens.reshape(parts, -1)
+        return np.stack([pieces[:devices], pieces[::-1][:devices]], 1).ravel()
+    return tokens
+
+
+def to_order(x: Any, devices: int, order: Order, axis: int | Sequence[int] = 1) -> Any:
+    """x with its sequence reordered: tokens `[B, T]`, labels, segment ids, q `[B, T, H, D]`; with `axis=(-2, -1)` a
+    mask or a bias `[..., T, T]`.
+
+    Args:
+      x: an array of NumPy, which gives one of NumPy, or of JAX.
+      devices: see `sequence_order`, and so is order.
+      order: "contiguous", "zigzag" or "striped".
+      axis: that of the sequence, or several; one of length 1 stays as it is.
+
+    Raises:
+      ValueError: see `sequence_order`; x has no such axis.
+    """
+    return _reordered(x, devices, order, axis, back=False)
+
+
+def from_order(x: Any, devices: int, order: Order, axis: int | Sequence[int] = 1) -> Any:
+    """`to_order` undone."""
+    return _reordered(x, devices, order, axis, back=True)
+
+
+def _reordered(x: Any, devices: int, order: Order, axis: int | Sequence[int], back: bool) -> Any:
+    for one in (axis,) if isinstance(axis, int) else tuple(axis):
+        if not -x.ndim <= one < x.ndim:
+            raise ValueError(f"axis must be one of x, which has {x.ndim}, got {one}")
+        if x.shape[one] == 1 or order == "contiguous":
+            continue
+        places = sequence_order(x.shape[one], devices, order)
+        x = x.take(np.argsort(places) if back else places, axis=one)
+    return x
