@@ -334,7 +334,9 @@ def test_the_same_options_are_one_object():
     assert first == second
     assert make_attention_fn(sinks=jnp.ones(4)) is not make_attention_fn(sinks=jnp.ones(4))
     for name in ("windowsize", "causal", "mask", "deterministic", "return_lse"):
-        with pytest.raises(TypeError, match=f"no option '{name}'; it has rope, causal_alignment, window_size"):
+        with pytest.raises(
+            TypeError, match=f"no option '{name}'; it has rope, score_mod, causal_alignment, window_size"
+        ):
             make_attention_fn(**{name: None})
 
 

@@ -15,7 +15,7 @@ from jax import Array
 from ..base import arguments
 from ..base.arguments import Implementation
 from ..base.axes import as_called
-from ..base.known import is_known
+from ..base.known import is_known, now
 from ..base.operands import mask_arrays
 from ..base.operands import score_arrays as names_of_score_arrays
 from ..base.spec import ONLY_FOR, PASSES, Config, Precision, Rules
@@ -141,10 +141,13 @@ def _of_function(
     that is cheaper than their bits."""
     predicate = predicates.as_predicate(function)
     predicate.check_shape((batch, *lengths))
-    traced, arrays = as_called(lambda: trace_mask(functools.partial(evaluation.seen, predicate), "mask", beside=q))
-    block = None
-    if is_known(arrays):
+    trace_here = lambda: trace_mask(functools.partial(evaluation.seen, predicate), "mask", beside=q)
+    if not as_called(lambda: is_known(predicate) and is_known(evaluation.trace(predicate))):
+        block, (traced, arrays) = None, as_called(trace_here)
+    else:
         block = as_called(lambda: cached(predicate, batch, *lengths))
+        with now():
+            traced, arrays = as_called(trace_here)
         if not cheaper_than_bits(traced, [x[None] for x in arrays]):
             return block, rules
     operands |= {name: x[None] for name, x in zip(mask_arrays(len(arrays)), arrays, strict=True)}

@@ -71,7 +71,7 @@ def _traced(function: Any, argument: str, dtype: Any, result: Any, beside: Any) 
         results = walk.beforehand(closed.jaxpr, closed.consts, [_COMPUTED] * 5)
         walk.use(results)
         walk.check_arrays(argument, beside)
-        arrays = [jnp.asarray(x) for x in walk.used]
+        arrays = [x if isinstance(x, Array) else jax.device_put(x) for x in walk.used]
         arrays = [x.reshape(1) if x.ndim == 0 else x for x in arrays]
         again = lambda *args: walk.again(closed.jaxpr, closed.consts, args[:5], args[5:])
         made = jax.make_jaxpr(again)(*scalars, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
