@@ -82,9 +82,9 @@ def value_of(function):
 
 DRAWN = [
     pytest.param(range(n, n + 6), id=f"from_{n}", marks=[pytest.mark.thorough] if n else [])
-    for n in range(0, int(os.environ.get("DRAWN", "60")), 6)
+    for n in range(0, int(os.environ.get("DRAWN", "24")), 6)
 ]
-"""Which are drawn: six in `make test`, 60 in `make test-all`, 300 in `make test-drawn`."""
+"""Which are drawn: six in `make test`, 24 in `make test-all`, 300 in `make test-drawn`."""
 
 
 def drawn_attention(number):

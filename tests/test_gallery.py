@@ -32,9 +32,9 @@ def test_agrees_with_its_definition(number, make):
 
 
 @pytest.mark.skipif(interpret.enabled(), reason="interprets")
-@pytest.mark.parametrize(("number", "make"), EACH)
+@pytest.mark.parametrize(("number", "make"), EACH[::2])
 def test_compiles(number, make):
-    """For sm_80, 90 and 100 by turns."""
+    """Every other one, for sm_80, 90 and 100 by turns."""
     pytest.importorskip("jax_triton")
     variant = make()
     (q, k, v, w), floats, others = inputs(variant)
