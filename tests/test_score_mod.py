@@ -116,6 +116,35 @@ def test_results_repeat():
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+INDICES = {
+    "of a difference": (lambda i, j: i - j, True),
+    "of the other": (lambda i, j: jnp.abs(j - i) // 2, True),
+    "of one that is moved": (lambda i, j: i + 3 - j, True),
+    "of a sum": (lambda i, j: i + j, False),
+    "of a multiple": (lambda i, j: 2 * i - j, False),
+    "of quotients": (lambda i, j: i // 2 - j // 2, False),
+    "of a difference and a row": (lambda i, j: i - j + i, False),
+    "of data": (lambda i, j: PLACES[i] - PLACES[j], False),
+    "of products": (lambda i, j: (i - j) * (i - j), True),
+}
+PLACES = jnp.asarray(RNG.integers(0, S, S), jnp.int32)
+
+
+@on_xla
+@pytest.mark.parametrize("name", INDICES)
+def test_what_decides_an_index(name):
+    """A difference alone, or not: sums along diagonals are right for the first only."""
+    index, relative = INDICES[name]
+    table = draw(3 * S * S)
+    make = lambda table: lambda s, b, h, i, j: s + table[index(i, j) + S]
+    traced, _ = trace(make(table), "score_mod", jnp.float32)
+    (read,) = traced.reads
+    assert (read.varies, read.relative) == ({"i", "j"}, relative)
+    ours = jax.grad(lambda table: (flash_attention(Q, Q, Q, score_mod=make(table), **HOW) * W).sum())(table)
+    want = jax.grad(lambda t: (attention(Q, Q, Q, score_mod=make(t), compute=jnp.float32)[0] * W).sum())(table)
+    assert_near(ours, want)
+
+
 @on_xla
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 2)], ids=str)
 def test_sorted_sums(shape):
