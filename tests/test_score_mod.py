@@ -186,6 +186,24 @@ def test_functions_with_rules_are_told_apart_by_them():
 
 
 @on_xla
+def test_rules_of_any_order():
+    """Two whose values and first derivatives are the same, and whose second are not, in one process."""
+
+    def ruled(second):
+        slope = jax.custom_jvp(lambda s: 1.0 + 0.0 * s)
+        slope.defjvp(lambda primals, tangents: (slope(*primals), second * tangents[0]))
+        f = jax.custom_jvp(lambda s: s * 1.0)
+        f.defjvp(lambda primals, tangents: (f(*primals), slope(primals[0]) * tangents[0]))
+        return lambda s, b, h, i, j: f(s)
+
+    def twice(second):
+        loss = lambda q: (flash_attention(q, Q, Q, score_mod=ruled(second), higher_order=True) * W).sum()
+        return jax.grad(lambda q: jnp.vdot(jax.grad(loss)(q), W))(Q)
+
+    assert np.abs(twice(0.0) - twice(5.0)).max() > 0.1
+
+
+@on_xla
 def test_position_in_the_order():
     """Scaled products, the score function, the soft cap, the bias."""
     bias, options = draw(1, H, S, S), {"logits_soft_cap": 1.5, "softmax_scale": 0.7}

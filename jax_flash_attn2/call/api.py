@@ -193,7 +193,10 @@ def _natively(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None
     """The path that JAX differentiates by itself."""
     if primitives.nothing_to_see(q, k, v):
         return _results(call, primitives.forward_of_nothing(call, q, k, v, operands))[:3]
-    return _differentiable(Spec.of(call.rules, q, k, v, operands), call.config("fwd"), q, k, v, operands)
+    spec, config = Spec.of(call.rules, q, k, v, operands), call.config("fwd")
+    if call.rules.score is not None and call.rules.score.has_rules:  # equal ones may differ in higher derivatives
+        return xla.differentiable(spec, config, q, k, v, operands)
+    return _differentiable(spec, config, q, k, v, operands)
 
 
 _differentiable = jax.jit(xla.differentiable, static_argnums=(0, 1), inline=True)

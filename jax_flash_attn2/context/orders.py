@@ -1,7 +1,7 @@
 """Which tokens each device of a sequence axis holds. A data pipeline reorders once, on the host.
 
-Under causality the last rows see most, so that equal shares of a sequence are unequal shares of work: the busiest of 8
-devices has 1.86 times its part of the tiles in contiguous order, and exactly its part in zigzag.
+Under causality the last rows see most, so that equal shares of a sequence are unequal shares of work: in contiguous
+order the last of n devices has nearly 2 - 1/n times its part, in zigzag each has its part.
 """
 
 from collections.abc import Sequence

@@ -75,8 +75,8 @@ def for_kernels(
 
 
 CHEAP = 4
-"""About how many instructions an element takes whose bit is read. One comparison (documents) leaves 13 to 22% fewer in
-the masked loops than bits do, on sm_80 and 90; a neighbourhood in two dimensions, which takes seven, adds 9 to 73%."""
+"""About how many instructions an element takes whose bit is read: compare "blocks" with "blocks-documents", which takes
+one comparison, in `benchmarks/codegen/baseline.json`."""
 
 
 def cheaper_than_bits(function: Function, arrays: Sequence[Any]) -> bool:
