@@ -236,11 +236,17 @@ def place_of(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSP
     """What a function of the caller's is told of a tile: batch, head, rows and keys, as the caller counts them."""
     i, j = tile_indices(M, N, TRANSPOSED)
     b, h = here.b + tl.zeros((), tl.int32), here.h + tl.zeros((), tl.int32)  # tensors, which a loop's number may not be
-    i += start_m
+    row, key = start_m + i, start_n + j
+    if SPEC.q_index is not None:
+        row = load_operand(x, here, start_m + i, start_n + j, SPEC.q_index, SPEC)
+    if SPEC.kv_index is not None:
+        key = load_operand(x, here, start_m + i, start_n + j, SPEC.kv_index, SPEC)
     if SPEC.origin is not None:  # where this device's share begins
         at = x[SPEC.origin.at]
-        b, h, i = b + tl.load(at), h + tl.load(at + 1), i + tl.load(at + 2)
-    return b, h, i, start_n + j
+        b, h = b + tl.load(at), h + tl.load(at + 1)
+        if SPEC.q_index is None:
+            row += tl.load(at + 2)
+    return b, h, row, key
 
 
 @triton.jit

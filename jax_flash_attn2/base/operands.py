@@ -12,6 +12,8 @@ OPERANDS = (
     "kv_lengths",
     "q_positions",
     "kv_positions",
+    "q_index",
+    "kv_index",
     "offset",
     "sinks",
     "slopes",
@@ -33,9 +35,11 @@ vmap, under sharding and in memory. A batch axis may also have a length n that d
 scale: `[n, 1, 1, 1]` fp32 (fp64 for fp64), at least 0. bias: any axes, floating. mask: any axes, bool, True = seen.
 q_segments `[n, 1, Sq, 1]`, kv_segments `[n, 1, 1, Sk]`: int32, seen where equal; negative is padding. q_lengths,
 kv_lengths `[n, 1, 1, 1]`: int32. q_positions `[n, 1, Sq, 1]`, kv_positions `[n, 1, 1, Sk]`: int32, both or neither.
-offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its position among the keys, where positions are
-not given. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64). dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32.
-origin `[1, 1, 1, 3]`: int32, the batch, head and row that a score function shall count from: those of a device.
+q_index `[1, 1, Sq, 1]`, kv_index `[1, 1, 1, Sk]`: int32, by which number dropout and functions count rows and keys,
+where it is not their place in the array. offset `[n, 1, 1, 1]`: int32, what is added to a row's index to give its
+position among the keys, where positions are not given. sinks `[n, H, 1, 1]`, slopes `[n, H, 1, 1]`: fp32 (fp64).
+dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32. origin `[1, 1, 1, 3]`: int32, the batch, head and row that a score function
+shall count from: those of a device.
 
 The last six are a block mask (`block_lists.py`). Their last two axes are no sequences, the first two are as above.
 """

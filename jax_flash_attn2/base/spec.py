@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from .operands import BLOCK_LISTS, OPERANDS
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
@@ -52,8 +54,14 @@ class Rules:
     tiles, in place of bits."""
     max_logits: bool = False
     """Whether each row's largest logit is a result."""
+    wide: bool = False
+    """Whether o and all gradients come in fp32 (fp64), to be summed with those of other keys."""
     tiles: tuple[int, int] | None = None
     """The rows and keys of a tile of the block mask, if there is one: powers of two, at least 32 keys."""
+
+    def result(self, dtype: Any) -> np.dtype:
+        """The dtype of a result that would have this one, but for `wide`."""
+        return np.dtype(np.float32) if self.wide and np.dtype(dtype).itemsize < 4 else np.dtype(dtype)
 
     @property
     def own_batch(self) -> int:
@@ -174,6 +182,8 @@ class Spec:
     kv_lengths = property(lambda self: self._operand("kv_lengths"))
     q_positions = property(lambda self: self._operand("q_positions"))
     kv_positions = property(lambda self: self._operand("kv_positions"))
+    q_index = property(lambda self: self._operand("q_index"))
+    kv_index = property(lambda self: self._operand("kv_index"))
     offset = property(lambda self: self._operand("offset"))
     sinks = property(lambda self: self._operand("sinks"))
     slopes = property(lambda self: self._operand("slopes"))

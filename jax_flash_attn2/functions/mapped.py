@@ -25,8 +25,9 @@ def over(function: Callable[..., Any], score: Array, *place: Array) -> Any:
 
 
 def add_gradient(
-    grad: Array, function: Function, bound: Bound, k: int, part: Array, score: Any, place: Sequence[Any], apart: int
-) -> Array:
+    grad: Array, function: Function, bound: Bound, k: int, part: Array, score: Any, place: Sequence[Any], apart: int,
+    in_order: bool = True,
+) -> Array:  # fmt: skip
     """Adds what a read gives to the gradient of its array.
 
     Args:
@@ -38,6 +39,7 @@ def add_gradient(
       score: `[B, H, M, N]`, or None if it does not decide what is read.
       place: b `[B, 1, 1, 1]`, h `[1, H, 1, 1]`, i `[1, 1, M, 1]` and j `[1, 1, 1, N]`, int32.
       apart: how many parts of the batch have a gradient of their own.
+      in_order: whether i and j are consecutive numbers.
     """
     read = function.reads[k]
     varies = {*read.varies}
@@ -47,7 +49,7 @@ def add_gradient(
         varies.add("b")
     place = [x if name in varies else x[:1, :1, :1, :1] for name, x in zip("bhij", place, strict=True)]
     part = part.sum([axis for axis, name in enumerate("bhij") if name not in varies], keepdims=True)
-    if {"i", "j"} <= varies and read.relative and "score" not in varies:
+    if {"i", "j"} <= varies and read.relative and in_order and "score" not in varies:
         b, h, i, j = place
         part = diagonal_sums(part)
         place = [b, h, i[:, :, -1:], j[..., :1] + jnp.arange(part.shape[3], dtype=jnp.int32)]

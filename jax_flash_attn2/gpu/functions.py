@@ -148,8 +148,13 @@ def gradients(
     def add(grad: Array, name: str, n: int, part: Array, first: Any) -> Array:
         numbers = (jnp.arange(size, dtype=jnp.int32) for size in (batch, heads, max(part.shape[2], 1), keys))
         b, h, i, j = (x + start for x, start in zip(numbers, (*origin[:2], origin[2] + first, 0), strict=True))
+        if spec.q_index is not None:  # part has rows past the end, whose share is 0
+            i = operands["q_index"].ravel()[jnp.minimum(i - origin[2], rows - 1)]
+        if spec.kv_index is not None:
+            j = operands["kv_index"].ravel()
         place = b.reshape(-1, 1, 1, 1), h.reshape(1, -1, 1, 1), i.reshape(1, 1, -1, 1), j.reshape(1, 1, 1, -1)
-        return mapped.add_gradient(grad, function, bound, n, part, None, place, wanted[name])
+        in_order = spec.q_index is None and spec.kv_index is None
+        return mapped.add_gradient(grad, function, bound, n, part, None, place, wanted[name], in_order)
 
     for n, read in enumerate(function.reads):
         name = names[read.array]

@@ -59,6 +59,7 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
     batch, seqlen_q, heads, _ = q.shape
     row = _struct((batch, heads, seqlen_q), jnp.float32)
     own = row if spec.reshapes else None
+    result = spec.rules.result
     return run(
         attn_fwd_kernel,
         _cdiv(seqlen_q, config.block_m) * heads * batch,
@@ -69,7 +70,7 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
             _read(spec, operands, _query_spans(spec, config, q, k, operands)),
             (batch, seqlen_q, k.shape[1]),
         ),
-        (_struct((*q.shape[:3], spec.v_dim), q.dtype), row, own, own, row if spec.rules.max_logits else None),
+        (_struct((*q.shape[:3], spec.v_dim), result(q.dtype)), row, own, own, row if spec.rules.max_logits else None),
         functions.for_kernels(spec, operands, batch).told_apart(config),
         config,
     )
@@ -99,6 +100,7 @@ def backward(
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     rules = dataclasses.replace(spec.rules, max_logits=False)  # the forward pass's alone
+    result = rules.result
     # A list of tiles has all pieces of its last one. All are powers of two.
     padded = max(spec.tile_rows, *(config.block_m for config in configs.values()))
     spec = dataclasses.replace(spec, rules=rules, padded=padded)
@@ -124,10 +126,10 @@ def backward(
             (q, do, o, *stats, *([] if dlse is None else [dlse])),
         ),
         (
-            _struct(q.shape, q.dtype),
+            _struct(q.shape, result(q.dtype)),
             _struct((batch, heads, spec.constants, _cdiv(seqlen_q, padded) * padded), jnp.float32),
             *(row if name in wanted else None for name in ("scale", "slopes")),
-            _struct(operands["bias"].shape, operands["bias"].dtype) if each else None,
+            _struct(operands["bias"].shape, result(operands["bias"].dtype)) if each else None,
         ),
         of_dq.told_apart(config),
         config,
@@ -145,14 +147,15 @@ def backward(
             constants,
         ),
         tuple(
-            _struct((*x.shape[:2], heads, x.shape[3]), jnp.float32) if one_head else _struct(x.shape, x.dtype)
+            _struct((*x.shape[:2], heads, x.shape[3]), jnp.float32) if one_head else _struct(x.shape, result(x.dtype))
             for x in (k, v)
         ),
         of_dkdv.told_apart(config),
         config,
     )
     if one_head:
-        dk, dv = (y.reshape(*x.shape[:3], spec.group, x.shape[3]).sum(3).astype(x.dtype) for x, y in ((k, dk), (v, dv)))
+        by_group = (y.reshape(*x.shape[:3], spec.group, x.shape[3]) for x, y in ((k, dk), (v, dv)))
+        dk, dv = (y.sum(3).astype(result(k.dtype)) for y in by_group)
 
     def summed(axes: Operand, out: jax.ShapeDtypeStruct, first: Array | None = None, read: int | None = None) -> Array:
         """What the last kernel makes: of a bias, or of what a score function read, from row `first` on."""
@@ -182,7 +185,7 @@ def backward(
             groups * own[0],
             *own[1:],
         )  # nothing left to sum: the kernel may round to the bias's own dtype
-        return summed(out, _struct(shape, operands["bias"].dtype if whole else jnp.float32))
+        return summed(out, _struct(shape, result(operands["bias"].dtype) if whole else jnp.float32))
 
     def sinks() -> Array:  # a logit like any other, with nothing that it multiplies
         shift, delta, *norm = jnp.moveaxis(constants[..., :seqlen_q], 2, 0)
@@ -199,9 +202,9 @@ def backward(
     of_reads = lambda axes, shape, first, n: summed(axes, _struct(shape, jnp.float32), first, n)
     grads_of_reads = functions.gradients(of_reads, spec, configs["dbias"], operands, q, k, read) if read else {}
     grads = (
-        grads_of_reads[name].astype(operands[name].dtype)
+        grads_of_reads[name].astype(result(operands[name].dtype))
         if name in read
-        else reduce_to(partials[name](groups), operands[name].shape, groups).astype(operands[name].dtype)
+        else reduce_to(partials[name](groups), operands[name].shape, groups).astype(result(operands[name].dtype))
         for name, groups in zip(wanted, apart, strict=True)
     )
     return dq, dk, dv, *grads

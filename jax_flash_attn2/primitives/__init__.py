@@ -1,6 +1,6 @@
 """How JAX sees a call: two primitives, their lowering on each platform, vmap, and devices."""
 
 from . import batching as batching  # which registers its rules
-from .define import backward, forward, forward_of_nothing, nothing_to_see
+from .define import backward, forward, forward_of_nothing, nothing_to_see, unit
 
-__all__ = ["backward", "forward", "forward_of_nothing", "nothing_to_see"]
+__all__ = ["backward", "forward", "forward_of_nothing", "nothing_to_see", "unit"]

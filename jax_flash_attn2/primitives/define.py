@@ -43,20 +43,27 @@ def backward(
     return dq, dk, dv, dict(zip(wanted, grads, strict=True))
 
 
+def unit(call: Call, dtype: Any) -> Array:
+    """How many nats there are to the unit of the statistic m of `forward`, with q of this dtype: the kernels compute in
+    base 2. A 0-d array of m's dtype."""
+    return unit_p.bind(call=call, dtype=jnp.dtype(dtype))
+
+
 # Shapes and dtypes.
 
 
 def _forward_shapes(q, k, v, *operands, call: Call, names):
     stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     row = _aval((q.shape[0], q.shape[2], q.shape[1]), stats)
-    return [_aval((*q.shape[:3], v.shape[3]), q.dtype), *[row] * call.row_results(names)]
+    return [_aval((*q.shape[:3], v.shape[3]), call.rules.result(q.dtype)), *[row] * call.row_results(names)]
 
 
 def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, apart):
     operands = dict(zip(names, rest[call.row_stats(names) :], strict=False))
     grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, apart, strict=True)]
-    grads = [_aval(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
-    return [_aval(x.shape, x.dtype) for x in (q, k, v)] + grads
+    own = [(x.shape, x.dtype) for x in (q, k, v)]
+    own += [(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
+    return [_aval(shape, call.rules.result(dtype)) for shape, dtype in own]
 
 
 def _aval(shape, dtype):
@@ -170,6 +177,22 @@ def _primitive(name: str, shapes, maths, divided) -> Primitive:
     return primitive
 
 
+def _unit_primitive() -> Primitive:
+    primitive = Primitive("flash_attention_unit")
+    stats = lambda dtype: jnp.float64 if dtype == jnp.float64 else jnp.float32
+    primitive.def_abstract_eval(lambda *, call, dtype: _aval((), stats(dtype)))
+    primitive.def_impl(lambda **params: jax.jit(functools.partial(primitive.bind, **params))())
+
+    def lowered(by_kernels):
+        nats = lambda *, call, dtype: jnp.asarray(passes.LN2 if by_kernels(call, dtype) else 1, stats(dtype))
+        return mlir.lower_fun(nats, multiple_results=False)
+
+    mlir.register_lowering(primitive, lowered(lambda call, dtype: call.implementation == "triton"))
+    for platform in ("cuda", "rocm"):
+        mlir.register_lowering(primitive, lowered(Call.wants_triton), platform=platform)
+    return primitive
+
+
 def _refuse(*_, **__):
     raise higher_order_error()
 
@@ -198,4 +221,5 @@ def _eager(primitive: Primitive, params: tuple[tuple[str, Any], ...]):
 
 
 forward_p = _primitive("flash_attention_fwd", _forward_shapes, _forward, sharding.forward)
+unit_p = _unit_primitive()
 backward_p = _primitive("flash_attention_bwd", _backward_shapes, _backward, sharding.backward)

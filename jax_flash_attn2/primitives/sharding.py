@@ -275,12 +275,13 @@ class _Plan:
         own = dict(operands)
         if call.rules.score is not None or call.rules.mask is not None:
             origin = jnp.stack([self._first(letter) for letter in "bhi"]).reshape(1, 1, 1, 3)
-            own = {"origin": origin, **own}
+            own["origin"] = own.get("origin", 0) + origin
         if not self.axes["i"]:
             return own
         start = self._first("i")
         rules = call.rules
-        if rules.left is not None or rules.right is not None or rules.dropout_rate or "slopes" in own:
+        by_place = rules.left is not None or rules.right is not None or rules.dropout_rate or "slopes" in own
+        if by_place and "q_index" not in own:
             own["offset"] = own.get("offset", jnp.zeros((1, 1, 1, 1), jnp.int32)) + start
         if "q_lengths" in own:
             own["q_lengths"] = jnp.maximum(own["q_lengths"] - start, 0).astype(jnp.int32)

@@ -109,8 +109,9 @@ def backward(
         dsinks = delta * jnp.exp(logits.per_batch("sinks")[..., 0] - shift)
         grads["sinks"] = _sum_to(dsinks[..., None], operands["sinks"].shape, apart_of["sinks"])
     dqkv = (dq * scale, *(layout.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
-    dqkv = (g.astype(x.dtype) for g, x in zip(dqkv, args, strict=True))
-    return *dqkv, *(grads[name].astype(operands[name].dtype) for name in wanted)
+    result = spec.rules.result
+    dqkv = (g.astype(result(x.dtype)) for g, x in zip(dqkv, args, strict=True))
+    return *dqkv, *(grads[name].astype(result(operands[name].dtype)) for name in wanted)
 
 
 def _shift_and_norm(spec: Spec, stats: Sequence[Array]) -> tuple[Array, Array | None]:
@@ -128,7 +129,7 @@ def _grad_zeros(name: str, operand: Array, apart: int, t: Tiling) -> Array:
     """Where the gradient of an operand is summed."""
     dtype = t.dtype
     if name == "bias" and 1 not in operand.shape[2:]:
-        dtype = operand.dtype  # each element is added to once, and needs no wider one
+        dtype = t.spec.rules.result(operand.dtype)  # each element is added to once, and needs no wider one
     return jnp.zeros((apart * operand.shape[0], *operand.shape[1:]), dtype)
 
 

@@ -62,4 +62,4 @@ def differentiable(
     out = lax.map(query_block, (starts, layout.cut_rows(q, t.block_m * spec.group), rows))
     o, *stats = (layout.join_rows(x, t.seqlen_q * spec.group) for x in out)
     lse, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
-    return layout.rows_out(o, t.seqlen_q).astype(dtype), lse, row_max[0] if row_max else None
+    return layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype)), lse, row_max[0] if row_max else None

@@ -80,4 +80,4 @@ def forward(
     m, l, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
     lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
     stats = (m, l) if spec.reshapes else (None, None)
-    return layout.rows_out(o, t.seqlen_q).astype(dtype), lse, *stats, row_max[0] if row_max else None
+    return layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype)), lse, *stats, row_max[0] if row_max else None

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..functions import mapped
-from .tiling import Tiling
 
 
 class FunctionTiles:
     """A score function, or a mask function, mapped over tiles `[B, Hkv, M * G, N]`."""
 
-    def __init__(self, tiling: Tiling, operands: Mapping[str, Array], function: Any, names: Callable[..., Any]):
-        self.tiling, self.function = tiling, function
+    def __init__(self, logits: Any, function: Any, names: Callable[..., Any]):
+        """logits: the `Logits` of the call; names: of the arrays that the function reads."""
+        self.logits, self.tiling, self.function = logits, logits.tiling, function
+        tiling, operands = logits.tiling, logits.operands
         self.arrays = {name: operands[name] for name in names(function.arrays)}
         self.origin = operands.get("origin")
         self.several = self.origin is not None or tiling.batch > self.function.batch
@@ -47,7 +48,7 @@ class FunctionTiles:
             if name in grads and read.array not in self.function.whole:
                 part = self._by_heads(jnp.where(p == 0, 0, ds * slopes[k]))
                 apart = grads[name].shape[0] // self.arrays[name].shape[0]
-                given = self.function, self.bound, k, part, self._by_heads(s), place, apart
+                given = self.function, self.bound, k, part, self._by_heads(s), place, apart, self.logits.in_order
                 added[name] = mapped.add_gradient(added[name], *given)
         for n in self.function.whole:
             if (name := names[n]) in grads:
@@ -73,6 +74,10 @@ class FunctionTiles:
         b, h, i, j = (jnp.arange(n, dtype=jnp.int32) + _int32(start) for n, start in zip(sizes, starts, strict=True))
         if self.origin is not None:  # where this device's share begins
             b, h, i = (x + self.origin[0, 0, 0, n] for n, x in enumerate((b, h, i)))
+        if "q_index" in self.logits.operands:
+            i = self.logits.numbers("q_index", start_m)
+        if "kv_index" in self.logits.operands:
+            j = self.logits.numbers("kv_index", start_n)
         h = h.reshape(1, -1, 1, 1)
         if spec.group > 1 and not by_heads:
             h = jnp.tile(h.reshape(1, spec.kv_heads, 1, -1), (1, 1, t.block_m, 1)).reshape(1, spec.kv_heads, -1, 1)

@@ -29,8 +29,8 @@ class Logits:
         self.tiling, self.operands = tiling, operands
         self.spec, self.dtype = tiling.spec, tiling.dtype
         rules = self.spec.rules
-        self.score = None if rules.score is None else FunctionTiles(tiling, operands, rules.score, score_arrays)
-        self.mask = None if rules.mask is None else FunctionTiles(tiling, operands, rules.mask, mask_arrays)
+        self.score = None if rules.score is None else FunctionTiles(self, rules.score, score_arrays)
+        self.mask = None if rules.mask is None else FunctionTiles(self, rules.mask, mask_arrays)
 
     def of(self, q_tile: Array, k_tile: Array, start_m, j, masked: bool) -> tuple[Array, Array, Array | None]:
         """Logits of one tile [B, Hkv, M * G, N], -inf where hidden; the products that they are made of; and the tanh
@@ -99,18 +99,28 @@ class Logits:
         """[1, N]: the keys of a tile."""
         return _int32(start_n) + _int32(jnp.arange(self.tiling.block_n))[None, :]
 
-    def aligned_index(self, start_m) -> Array:
-        """[1|B, 1, M * G, 1], or without the first two axes: the rows of a tile, counted as the keys are."""
-        rows = self.row_index(start_m)
+    def aligned(self, rows: Array) -> Array:
+        """[1|B, 1, M * G, 1], or without the first two axes: rows of a tile, counted as the keys are."""
         return rows + self.per_batch("offset") if "offset" in self.operands else rows
 
     def positions(self, start_m, start_n) -> tuple[Array, Array]:
         """[1|B, 1, M * G, 1] and [1|B, 1, 1, N], or without the first two axes: where a tile's rows and keys are.
         Counted from the first key, as in `visible`, unless they are data."""
         if "q_positions" not in self.operands:
-            return self.aligned_index(start_m - start_n), self.col_index(0)
+            return self.aligned(self.row_index(start_m - start_n)), self.col_index(0)
         own, other = (self.tile(f"{side}_positions", start_m, start_n) for side in ("q", "kv"))
         return own, other
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows and keys are numbered by their places."""
+        return "q_index" not in self.operands and "kv_index" not in self.operands
+
+    def numbers(self, name: str, start) -> Array:
+        """[M] or [N]: q_index or kv_index of a tile, which may also be all that there is."""
+        x, t = self.operands[name].ravel(), self.tiling
+        size = t.block_m if name == "q_index" else t.block_n
+        return x if x.shape[0] == size else layout.take(x, start, size, 0)
 
     def distances(self, start_m, start_n) -> Array:
         """[1|B, 1, M * G, N]: how far each key is from the row's position."""
@@ -120,8 +130,11 @@ class Logits:
     def kept(self, start_m, start_n) -> Array:
         """[B, Hkv, M * G, N]: what dropout leaves of a tile."""
         key0, key1 = (self.tile(f"dropout_key{word}", start_m, start_n) for word in (0, 1))
-        rows = self.aligned_index(start_m)
-        t = self.tiling
+        rows = self.tile("q_index", start_m, 0) if "q_index" in self.operands else self.row_index(start_m)
+        rows, t = self.aligned(rows), self.tiling
+        if "kv_index" in self.operands:
+            cols = self.tile("kv_index", start_m, start_n)
+            return dropout.keep(key0, key1, rows, cols, self.spec.drop_threshold)
         aligned = t.block_n % 4 == 0 and (t.seqlen_k % t.block_n == 0 or t.seqlen_k % 4 == 0)
         return dropout.keep_range(key0, key1, rows, start_n, t.block_n, self.spec.drop_threshold, aligned=aligned)
 
