@@ -7,6 +7,7 @@ from .base.spec import Config
 from .base.version import VERSION as __version__
 from .call.api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
 from .call.explain import Explanation, explain, supported
+from .context.attention import context_parallel_attention
 from .context.merging import merge
 from .context.orders import from_order, sequence_order, to_order
 from .drop_in import dot_product_attention
@@ -18,6 +19,7 @@ __all__ = [
     "Config",
     "Explanation",
     "__version__",
+    "context_parallel_attention",
     "dot_product_attention",
     "explain",
     "flash_attention",

@@ -1,6 +1,7 @@
 """The public functions. Reads as the story of a call: check, run, differentiate."""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +28,13 @@ from . import inputs
 CHECKPOINT_NAMES = ("flash_attention_o", "flash_attention_lse")
 """What `jax.checkpoint` must save so that a backward pass does not run attention forward again:
 `policy=jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)`."""
+
+
+ARRAYS = (
+    *("q", "k", "v", "bias", "mask", "sinks", "alibi_slopes", "q_segment_ids", "kv_segment_ids"),
+    *("q_positions", "kv_positions", "q_lengths", "kv_lengths", "softmax_scale", "dropout_seed"),
+)
+"""The arguments of `flash_attention` that may be arrays."""
 
 
 def flash_attention(
@@ -162,17 +170,33 @@ def flash_attention(
     return results[0] if len(results) == 1 else results
 
 
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """What the options of `flash_attention` are where a caller says nothing."""
+    parameters = inspect.signature(flash_attention).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def _flash_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """Check, run, and hand over what was asked for."""
     call, operands, batch = inputs.prepare(**arrays, **options)
-    operands = sharding.vary_alike(operands)
-    o, lse, row_max = _natively(call, *operands) if options["higher_order"] else _with_kernels(call, *operands)
-    results = [o.reshape(*batch, *o.shape[1:])]
-    if options["return_lse"]:
-        results.append(lse.reshape(*batch, *lse.shape[1:]))
+    return returned(attend(call, sharding.vary_alike(operands), options["higher_order"]), batch, options["return_lse"])
+
+
+def attend(call: Call, operands: tuple[Any, ...], higher_order: bool) -> tuple[Array, Array, Array | None]:
+    """o, lse and, if the rules want them, the largest logits of each row, of what `inputs.prepare` returned."""
+    return results(call, natively(call, *operands))[:3] if higher_order else _with_kernels(call, *operands)
+
+
+def returned(results: tuple[Array, Array, Array | None], batch: tuple[int, ...], return_lse: bool) -> tuple[Array, ...]:
+    """What was asked for, with the caller's batch axes."""
+    o, lse, row_max = results
+    asked = [o.reshape(*batch, *o.shape[1:])]
+    if return_lse:
+        asked.append(lse.reshape(*batch, *lse.shape[1:]))
     if row_max is not None:
-        results.append(_largest(row_max).reshape(*batch, row_max.shape[1]))
-    return tuple(results)
+        asked.append(_largest(row_max).reshape(*batch, row_max.shape[1]))
+    return tuple(asked)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -189,14 +213,14 @@ def _with_kernels(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | 
         raise errors.higher_order_error() from error
 
 
-def _natively(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
-    """The path that JAX differentiates by itself."""
+def natively(call: Call, q, k, v, operands) -> list[Array]:
+    """`primitives.forward` by the path that JAX differentiates by itself."""
     if primitives.nothing_to_see(q, k, v):
-        return _results(call, primitives.forward_of_nothing(call, q, k, v, operands))[:3]
+        return primitives.forward_of_nothing(call, q, k, v, operands)
     spec, config = Spec.of(call.rules, q, k, v, operands), call.config("fwd")
     if call.rules.score is not None and call.rules.score.has_rules:  # equal ones may differ in higher derivatives
         return xla.differentiable(spec, config, q, k, v, operands)
-    return _differentiable(spec, config, q, k, v, operands)
+    return [*_differentiable(spec, config, q, k, v, operands)]
 
 
 _differentiable = jax.jit(xla.differentiable, static_argnums=(0, 1), inline=True)
@@ -204,12 +228,12 @@ _differentiable = jax.jit(xla.differentiable, static_argnums=(0, 1), inline=True
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
-    return _results(call, primitives.forward(call, q, k, v, operands))[:3]
+    return results(call, primitives.forward(call, q, k, v, operands))[:3]
 
 
-def _results(call: Call, results: list[Array]) -> tuple[Array, Array, Array | None, tuple[Array, ...]]:
+def results(call: Call, made: list[Array]) -> tuple[Array, Array, Array | None, tuple[Array, ...]]:
     """Of a forward pass: o, lse, the largest logits if the rules want them, and what else the backward pass reads."""
-    o, lse, *rest = results
+    o, lse, *rest = made
     row_max = rest.pop() if call.rules.max_logits else None
     return o, lse, row_max, tuple(rest)
 
@@ -219,14 +243,19 @@ class _Wanted(tuple):
     """Of the operands that have a gradient, those whose gradient somebody asked for."""
 
 
-def _attention_fwd(call: Call, q, k, v, operands):
+def wanted_of(operands: Mapping[str, Any]) -> _Wanted:
+    """The operands of a forward pass whose gradients are asked for, as JAX gives them to it."""
     if "tile_weights" in operands and operands["tile_weights"].perturbed:
         raise errors.no_gradient_of_weights_error()
     differentiable = (name for name in operands if name in DIFFERENTIABLE or is_score_array(name))
-    wanted = _Wanted(name for name in differentiable if operands[name].perturbed)
+    return _Wanted(name for name in differentiable if operands[name].perturbed)
+
+
+def _attention_fwd(call: Call, q, k, v, operands):
+    wanted = wanted_of(operands)
     q, k, v = q.value, k.value, v.value
     operands = {name: x.value for name, x in operands.items()}
-    o, lse, row_max, stats = _results(call, primitives.forward(call, q, k, v, operands))
+    o, lse, row_max, stats = results(call, primitives.forward(call, q, k, v, operands))
     o_name, lse_name = CHECKPOINT_NAMES
     o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
     stats = tuple(checkpoint_name(x, lse_name) for x in stats) or (lse,)

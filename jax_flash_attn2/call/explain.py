@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..gpu.target import Target, present
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
 from . import inputs
-from .api import flash_attention
+from .api import defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
     Raises:
       What `flash_attention` would raise, for these arguments and on this machine.
     """
-    call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **_defaults() | options)
+    call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
     spec = Spec.of(call.rules, q, k, v, operands)
     target, reasons = _target(call, q, bool(options.get("higher_order")))
     if target is None:
@@ -133,7 +132,7 @@ def supported(q, k, v, bias=None, **options: Any) -> bool:
       q, k, v, bias, **options: as for `flash_attention`.
     """
     try:
-        call, (q, *_), _ = inputs.prepare(q, k, v, bias, **_defaults() | options)
+        call, (q, *_), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
         _target(call, q, bool(options.get("higher_order")))
     except (TypeError, ValueError, ImportError):
         return False
@@ -237,9 +236,3 @@ def _count_listed(spec: Spec, q, k, operands, block_m, block_n, together) -> tup
     copies = batch * heads // (status.shape[0] * status.shape[1])
     visited, masked = (int((met * pieces).sum()) * copies for met in (status != 0, status == block_lists.PARTIAL))
     return visited, masked
-
-
-def _defaults() -> dict[str, Any]:
-    """What the options of `flash_attention` are where a caller says nothing."""
-    parameters = inspect.signature(flash_attention).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

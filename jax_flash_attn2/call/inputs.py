@@ -26,6 +26,7 @@ from ..masks import entries, evaluation, predicates, weighing
 from ..masks.block import BlockMask, cached
 from ..masks.mask import Mask
 from ..primitives.call import Call
+from .share import Share
 
 _MAX_BLOCK = 512
 
@@ -35,9 +36,11 @@ def prepare(
     kv_positions, q_lengths, kv_lengths,
     score_mod,
     logits_soft_cap, sinks, alibi_slopes, dropout_rate, dropout_seed, softmax_scale, implementation, block_ptr, config,
-    higher_order, return_lse, return_max_logits,
+    higher_order, return_lse, return_max_logits, share: Share | None = None,
 ) -> tuple[Call, tuple[Array, Array, Array, dict[str, Array]], tuple[int, ...]]:  # fmt: skip
     """Checks the arguments of `flash_attention` and brings them into the form that the primitives take.
+
+    share: what q, k and v are of sequences that lie on several devices; None: all.
 
     Returns:
       The call; q, k, v as `[B, S, H, D]` and the operands (`base.operands`) that it has; and the batch axes of the
@@ -65,17 +68,19 @@ def prepare(
     call = Call(rules, _configs(config, block_ptr, implementation), implementation, target.named())
     _check_implementation_fits(call, q, v)
 
+    whole_q, whole_k = (seqlen_q, seqlen_k) if share is None else (share.rows, share.keys)
+    lengths = heads, seqlen_q, seqlen_k
+    axes = lambda name, x: lengths if share is None else share.axes(name, x, *lengths)
     operands: dict[str, Array] = {}
     operands["scale"], q = arguments.scale_of(softmax_scale, q)
     if bias is not None:
-        operands["bias"] = arguments.bias_of(bias, batch, (heads, seqlen_q, seqlen_k))
+        operands["bias"] = arguments.bias_of(bias, batch, axes("bias", bias))
     if mask is not None:
-        axes = heads, seqlen_q, seqlen_k
-        call, q = _add_mask(mask, batch, axes, call, q, operands)
+        call, q = _add_mask(mask, batch, axes("mask", mask), call, q, operands, share)
     operands |= arguments.segments(q_segment_ids, kv_segment_ids, batch, seqlen_q, seqlen_k)
-    for name, lengths in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
-        if lengths is not None:
-            operands[name] = arguments.lengths(name, lengths, batch)
+    for name, ends in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
+        if ends is not None:
+            operands[name] = arguments.lengths(name, ends, batch)
     if sinks is not None:
         operands["sinks"] = arguments.per_head("sinks", sinks, (), heads, q.dtype)
     if alibi_slopes is not None:
@@ -94,22 +99,24 @@ def prepare(
     compared = left is not None or right is not None or "slopes" in operands
     if compared:
         operands |= positions
-    if low and (compared or rules.dropout_rate > 0) and seqlen_q != seqlen_k:
-        operands["offset"] = arguments.full(seqlen_k - seqlen_q, jnp.dtype(jnp.int32), (1, 1, 1, 1))
+    if low and (compared or rules.dropout_rate > 0) and whole_q != whole_k:
+        operands["offset"] = arguments.full(whole_k - whole_q, jnp.dtype(jnp.int32), (1, 1, 1, 1))
     q, k, v = (x.reshape(-1 if x.size else math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
     return call, (q, k, v, operands), batch
 
 
 def _add_mask(
-    mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int], call: Call, q: Array, operands: dict[str, Array]
-) -> tuple[Call, Array]:
-    """Whatever kind of mask, as operands."""
+    mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int], call: Call, q: Array, operands: dict[str, Array],
+    share: Share | None,
+) -> tuple[Call, Array]:  # fmt: skip
+    """Whatever kind of mask, as operands. axes: of an array."""
+    every = axes if share is None else (axes[0], share.rows, share.keys)
     if isinstance(mask, Mask | BlockMask) and mask.overflow is not None:
         q = entries.poisoned(q, mask.overflow)  # what was found under jit, NaN everywhere tells
     if isinstance(mask, Mask):
-        mask = _of_weights(mask, batch, axes, operands)
-    elif callable(mask) and 0 not in (*batch, *axes):
-        mask, rules = _of_function(mask, math.prod(batch), axes, call.rules, q, operands)
+        mask = _of_weights(mask, batch, every, operands, share)
+    elif callable(mask) and 0 not in (*batch, *every):
+        mask, rules = _of_function(mask, math.prod(batch), every, call.rules, q, operands, share)
         call = dataclasses.replace(call, rules=rules)
         if mask is None:
             return call, q
@@ -119,8 +126,8 @@ def _add_mask(
         if mask is not None:
             operands["mask"] = arguments.mask_of(mask, batch, axes)
         return call, q
-    whole = (math.prod(batch), *axes)
-    if mask.shape[2:] != axes[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+    whole = (math.prod(batch), *every)
+    if mask.shape[2:] != every[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
         raise ValueError(f"mask must be a BlockMask of shape {whole} (B and H may be 1), got {mask.shape}")
     for name, config in zip(PASSES, call.configs, strict=True):
         for field, own in (("block_m", mask.block_m), ("block_n", mask.block_n)):
@@ -135,14 +142,16 @@ def _add_mask(
 
 
 def _of_function(
-    function: Any, batch: int, lengths: tuple[int, int, int], rules: Rules, q: Array, operands: dict[str, Array]
-) -> tuple[BlockMask | None, Rules]:
+    function: Any, batch: int, lengths: tuple[int, int, int], rules: Rules, q: Array, operands: dict[str, Array],
+    share: Share | None,
+) -> tuple[BlockMask | None, Rules]:  # fmt: skip
     """A mask function: which tiles it leaves, if that can be known, and what evaluates it in those that it divides, if
     that is cheaper than their bits."""
     predicate = predicates.as_predicate(function)
     predicate.check_shape((batch, *lengths))
     trace_here = lambda: trace_mask(functools.partial(evaluation.seen, predicate), "mask", beside=q)
-    if not as_called(lambda: is_known(predicate) and is_known(evaluation.trace(predicate))):
+    lists = share is None or share.lists
+    if not (lists and has_known_tiles(predicate)):
         block, (traced, arrays) = None, as_called(trace_here)
     else:
         block = as_called(lambda: cached(predicate, batch, *lengths))
@@ -154,11 +163,19 @@ def _of_function(
     return block, dataclasses.replace(rules, mask=dataclasses.replace(traced, batch=batch))
 
 
+def has_known_tiles(function: Any) -> bool:
+    """Whether it can be known which tiles a mask function leaves: it holds nothing traced."""
+    predicate = predicates.as_predicate(function)
+    return as_called(lambda: is_known(predicate) and is_known(evaluation.trace(predicate)))
+
+
 _DENSE = 2**24
 """Up to how many elements an index list is made dense; longer ones are read as such."""
 
 
-def _of_weights(mask: Mask, batch: tuple[int, ...], axes: tuple[int, int, int], operands: dict[str, Array]) -> Any:
+def _of_weights(
+    mask: Mask, batch: tuple[int, ...], axes: tuple[int, int, int], operands: dict[str, Array], share: Share | None
+) -> Any:
     """What of a `Mask` is seen: booleans, a `BlockMask`, or None for all; the weights go to the bias.
 
     A key that a sampler kept with probability w stands for 1 / w of its kind: its logit gets -log(w).
@@ -170,10 +187,12 @@ def _of_weights(mask: Mask, batch: tuple[int, ...], axes: tuple[int, int, int], 
         return None
     if mask.kind == "empty":
         return arguments.full(False, jnp.dtype(bool), (1, 1, 1))
-    if mask.kind == "sparse" and is_known(mask) and math.prod(mask.shape) > _DENSE:
+    if mask.kind == "sparse" and share is None and is_known(mask) and math.prod(mask.shape) > _DENSE:
         return BlockMask.from_mask(mask)
     weights = mask.to_dense() if mask.overflow is None else mask.to_dense(jnp.float32)  # which has a NaN to tell it by
     weights = weights.reshape(*(batch if mask.shape[0] > 1 else (1,) * len(batch)), *mask.shape[1:])
+    if share is not None:
+        weights, axes = share.own(weights), (axes[0], share.row_tokens.shape[0], axes[2])
     seen = weights if weights.dtype == jnp.bool_ else weighing.seen_of(weights)
     if mask.dtype == jnp.bool_:
         return seen

@@ -7,7 +7,10 @@ order the last of n devices has nearly 2 - 1/n times its part, in zigzag each ha
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ..base.arguments import describe, is_integer
 
@@ -81,6 +84,36 @@ def _reordered(x: Any, devices: int, order: Order, axis: int | Sequence[int], ba
             raise ValueError(f"axis must be one of x, which has {x.ndim}, got {one}")
         if x.shape[one] == 1 or order == "contiguous":
             continue
-        places = sequence_order(x.shape[one], devices, order)
-        x = x.take(np.argsort(places) if back else places, axis=one)
+        sequence_order(x.shape[one], devices, order)  # or what is wrong
+        x = _moved(x, devices, order, one % x.ndim, back)
     return x
+
+
+def _moved(x: Any, devices: int, order: Order, axis: int, back: bool) -> Any:
+    """By reshaping, whose derivative is reshaping: there is no index to gather or to scatter by."""
+    lib = jnp if isinstance(x, jax.Array) else np
+    before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    pieces = lambda x, *sizes: x.reshape(*before, *sizes, *after)
+    if order == "striped":
+        sizes = (devices, -1) if back else (-1, devices)
+        return pieces(pieces(x, *sizes).swapaxes(axis, axis + 1), length)
+    at = lambda x, index, axis: x[(*(slice(None),) * axis, index)]
+    if back:  # each device has an early piece and a late one, the latest first
+        x = pieces(x, devices, 2, -1)
+        early, late = at(x, 0, axis + 1), at(at(x, 1, axis + 1), slice(None, None, -1), axis)
+        return pieces(lib.concatenate([early, late], axis), length)
+    x = pieces(x, 2, devices, -1)
+    late = at(at(x, 1, axis), slice(None, None, -1), axis)
+    return pieces(lib.stack([at(x, 0, axis), late], axis + 1), length)
+
+
+def tokens_of(device: Any, share: int, devices: int, order: Order) -> Array:
+    """Which tokens a device has, int32 `[share]`: its part of `sequence_order`, of a device whose number is traced."""
+    place = jnp.arange(share, dtype=jnp.int32)
+    device = jnp.asarray(device, jnp.int32)
+    if order == "striped":
+        return place * devices + device
+    if order == "contiguous":
+        return device * share + place
+    half = share // 2
+    return jnp.where(place < half, device * half + place, (2 * devices - 1 - device) * half + place - half)

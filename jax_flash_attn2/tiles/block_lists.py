@@ -161,3 +161,14 @@ def _joined(x: Array) -> Array:
     """`[n, h, rows, cols, M, N]` -> `[n, h, rows * M, cols * N]`."""
     n, h, rows, cols, m, k = x.shape
     return x.swapaxes(3, 4).reshape(n, h, rows * m, cols * k)
+
+
+def of_rows(operands: Mapping[str, Array], blocks: Array) -> dict[str, Array]:
+    """The lists of some blocks of rows, in this order: as if there were no others. blocks: int32, their numbers."""
+    part = jnp.take(parts(operands), blocks, axis=2)
+    known = jnp.where(part == -2, EMPTY, jnp.where(part == -1, FULL, PARTIAL))
+    size = part.shape[2] * part.shape[3]
+    made = dict(operands)
+    made["row_ends"], made["row_tiles"] = lists(known, part, size)
+    made["col_ends"], made["col_tiles"] = lists(known.swapaxes(2, 3), part.swapaxes(2, 3), size)
+    return made

@@ -20,8 +20,8 @@ _SCORES = 2**21
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def differentiable(
     spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
-) -> tuple[Array, Array, Array | None]:
-    """`forward` for JAX to differentiate, as often as wanted: o, lse, and the largest logits if the rules want them.
+) -> list[Array]:
+    """`forward` for JAX to differentiate, as often as wanted: the same results, those that there are.
 
     Whole rows of logits, some rows at a time, which a backward pass computes again: the memory of the function and of
     its first derivative is linear in the sequence lengths.
@@ -53,7 +53,7 @@ def differentiable(
             l += jnp.exp(sink - m)
         l_or_1 = jnp.where(l > 0, l, 1)
         lse = jnp.where(l > 0, m + jnp.log(l_or_1), -jnp.inf)
-        return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *row_max
+        return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *([m, l] if spec.reshapes else []), *row_max
 
     starts = jnp.minimum(jnp.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m)
     own = [name for name in operands if name not in BLOCK_LISTS and not is_read(name)]
@@ -61,5 +61,5 @@ def differentiable(
     rows = {name: layout.cut_rows(operands[name], t.block_m) for name in by_rows}
     out = lax.map(query_block, (starts, layout.cut_rows(q, t.block_m * spec.group), rows))
     o, *stats = (layout.join_rows(x, t.seqlen_q * spec.group) for x in out)
-    lse, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
-    return layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype)), lse, row_max[0] if row_max else None
+    stats = (layout.stats_out(x, t.seqlen_q) for x in stats)
+    return [layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype)), *stats]

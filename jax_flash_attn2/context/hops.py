@@ -1,0 +1,65 @@
+"""Which devices' keys a device must meet: not those that bounds hide from all its rows."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..base.spec import Rules
+from .spread import Spread
+
+
+class Run(NamedTuple):
+    """Keys that move on by one device after each step."""
+
+    first: int
+    """From how many devices before those come that are met first; negative: from behind."""
+    count: int
+
+    @property
+    def step(self) -> int:
+        """1: to the next device; -1: to the one before."""
+        return -1 if self.first < 0 else 1
+
+    @property
+    def last(self) -> int:
+        """As `first`, of those that are met last."""
+        return self.first + self.step * (self.count - 1)
+
+
+def runs(needed: np.ndarray) -> tuple[Run, ...]:
+    """The way round: from the device's own keys forward, and from the next one's backward, such that the longest
+    stretch of hops that nobody needs is left out. needed: bool `[devices]`, of each hop."""
+    n = len(needed)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], ~needed[1:], [0]]).astype(np.int8))) + 1
+    begin, end = max(zip(edges[::2], edges[1::2], strict=True), key=lambda gap: gap[1] - gap[0], default=(n, n))
+    behind = [Run(-1, n - int(end))] if end < n else []
+    return (Run(0, int(begin)), *behind)
+
+
+def needed_hops(spread: Spread, rules: Rules, ahead: int) -> np.ndarray:
+    """bool `[devices]`: whether bounds let some device see keys of the device so many before it, where positions follow
+    from the tokens and a row is `ahead` of its own."""
+    n = spread.devices
+    (row_first, row_last), (first, last) = (_ends(spread, length) for length in (spread.rows, spread.keys))
+    row_first, row_last = (x[:, None, :, None] + ahead for x in (row_first, row_last))  # [device, 1, piece, 1]
+    first, last = (x[None, :, None, :] for x in (first, last))
+    seen = np.ones((n, n, 1, 1), bool)
+    if rules.right is not None:
+        seen = seen & (first <= row_last + rules.right)
+    if rules.left is not None:
+        seen = seen & (last >= row_first - rules.left)
+    seen, device = seen.any((2, 3)), np.arange(n)
+    return np.array([seen[device, (device - hop) % n].any() for hop in range(n)])
+
+
+def _ends(spread: Spread, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last token of each piece that a device has: `[devices, pieces]` each."""
+    n = spread.devices
+    device = np.arange(n)[:, None]
+    if spread.order == "striped":
+        return device, device + n * (length - 1)
+    if spread.order == "contiguous":
+        return device * length, (device + 1) * length - 1
+    half = length // 2
+    piece = np.concatenate([device, 2 * n - 1 - device], 1)
+    return piece * half, (piece + 1) * half - 1

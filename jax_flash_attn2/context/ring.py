@@ -1,0 +1,243 @@
+"""Keys that go round: each device meets those of all others in turn (ring attention, Liu et al. 2023,
+arXiv:2310.01889).
+
+A step computes with the keys that are here, while these travel on in one message. The derivative is that of the whole
+ring, with the statistics of all keys: one call of the backward pass a step, and what it gives for keys goes after them,
+in the message that sends the next ones on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from .. import primitives
+from ..call import api
+from ..gpu import passes
+from ..primitives import sharding
+from ..primitives.call import Call
+from . import parts
+from .hops import Run
+from .messages import as_one
+from .spread import Spread, cleared
+
+UNROLLED = 3
+"""Up to how many steps are written out: then nothing is sent that nobody needs. More are a loop, which compiles in the
+same time whatever their number, and sends the last keys on in vain."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """All that is static about one call."""
+
+    call: Call
+    spread: Spread
+    runs: tuple[Run, ...]
+    moving: tuple[str, ...]
+    """The operands that go round with the keys."""
+    implied: tuple[str, ...]
+    """Those that follow from whose keys they are."""
+    native: bool
+    """Whether JAX differentiates it by itself."""
+
+    def of_hop(self, operands: Mapping[str, Array], moving: Mapping[str, Array], hop: Any) -> dict[str, Array]:
+        """The operands of this device's rows and the keys from so many devices before."""
+        spread = self.spread
+        device = self.device(hop)
+        made = {name: x for name, x in operands.items() if name != "sinks"} | dict(moving)
+        for name, x in operands.items():
+            if spread.has_all_keys(name, x):
+                made[name] = lax.dynamic_slice_in_dim(x, device * spread.keys, spread.keys, 3)
+        tokens = spread.key_tokens(device).reshape(1, 1, 1, -1)
+        return made | dict.fromkeys(self.implied, tokens)
+
+    def device(self, hop: Any) -> Array:
+        """Whose keys they are."""
+        return lax.rem(self.spread.here - hop + self.spread.devices, jnp.int32(self.spread.devices))
+
+
+def attention(ring: Ring, q: Array, k: Array, v: Array, operands: Mapping[str, Array], within: Array | None):
+    """o, lse and, if wanted, each row's largest logit.
+
+    Args:
+      ring: what is computed, and how.
+      q: `[B, Sq, H, D]`, of this device, as are all others.
+      k: `[B, Sk, Hkv, D]`.
+      v: `[B, Sk, Hkv, Dv]`.
+      operands: as `spread.numbered` makes them.
+      within: `[n, 1, Sq, 1]`, the rows that are within their sequence; None: all.
+    """
+    if ring.native:
+        return _finished(ring, q, _forward(ring, q, k, v, operands, within), operands)
+    return _attention(ring, q, k, v, operands, within)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(ring: Ring, q, k, v, operands, within):
+    return _finished(ring, q, _forward(ring, q, k, v, operands, within), operands)
+
+
+def _forward(ring: Ring, q, k, v, operands, within) -> parts.Part:
+    call, unit = ring.call, parts.unit(ring.call, q, operands, ring.native)
+    run = api.natively if ring.native else primitives.forward
+    wide = dataclasses.replace(call, rules=dataclasses.replace(call.rules, wide=True))
+
+    def step(part: parts.Part, keys: "_Keys", hop: Any) -> tuple[parts.Part, None]:
+        own = ring.of_hop(operands, keys.moving, hop)
+        return parts.both(part, parts.of_keys(run, wide, q, keys.k, keys.v, own), unit), None
+
+    part = parts.nothing(call, q, v)
+    for one in ring.runs:
+        part, _ = _over(ring, one, _Keys.of(ring, k, v, operands), None, part, step)
+    return parts.with_sinks(part, operands.get("sinks"), within, unit)
+
+
+def _finished(ring: Ring, q: Array, part: parts.Part, operands: Mapping[str, Array]):
+    lse = parts.lse_of(part, parts.unit(ring.call, q, operands, ring.native))
+    return part.o.astype(q.dtype), lse, part.largest
+
+
+def _attention_fwd(ring: Ring, q, k, v, operands, within):
+    wanted = api.wanted_of(operands)
+    q, k, v, operands, within = jax.tree.map(lambda x: x.value, (q, k, v, operands, within), is_leaf=_is_given)
+    part = _forward(ring, q, k, v, operands, within)
+    o, lse, largest = _finished(ring, q, part, operands)
+    o_name, lse_name = api.CHECKPOINT_NAMES
+    o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
+    stats = (lse,)
+    if ring.call.row_stats(operands) == 2:
+        stats = tuple(checkpoint_name(x, lse_name) for x in (part.m, part.l))
+    return (o, lse, largest), (q, k, v, operands, within, o, stats, wanted)
+
+
+def _is_given(x: Any) -> bool:
+    return hasattr(x, "perturbed")
+
+
+def _attention_bwd(ring: Ring, residuals, cotangents):
+    q, k, v, operands, within, o, stats, wanted = residuals
+    do, dlse, _ = cotangents
+    do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
+    dlse = None if isinstance(dlse, SymbolicZero) else dlse
+    call, spread = dataclasses.replace(ring.call, rules=dataclasses.replace(ring.call.rules, wide=True)), ring.spread
+    of_hops = tuple(name for name in wanted if name != "sinks")
+
+    def step(sums: dict[str, Array], keys: "_Keys", hop: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+        own = ring.of_hop(operands, keys.moving, hop)
+        dq, dk, dv, grads = primitives.backward(call, q, keys.k, keys.v, own, o, stats, do, dlse, wanted=of_hops)
+        made = {"q": sums["q"] + dq}
+        for name in sums.keys() - {"q"}:
+            if spread.has_all_keys(name, operands[name]):  # each of them once
+                at = ring.device(hop) * spread.keys
+                grad = grads[name].astype(sums[name].dtype)
+                made[name] = lax.dynamic_update_slice_in_dim(sums[name], grad, at, 3)
+            else:
+                made[name] = sums[name] + grads[name]
+        return made, {"k": dk, "v": dv, **{name: grads[name] for name in of_hops if name in ring.moving}}
+
+    zeros = lambda x: _zeros(x, call.rules.result(x.dtype), q)
+    sums = {"q": zeros(q)}
+    for name in of_hops:
+        x = operands[name]
+        if name not in ring.moving:
+            sums[name] = _zeros(x, x.dtype, q) if spread.has_all_keys(name, x) else zeros(x)
+    nothing = {"k": zeros(k), "v": zeros(v), **{name: zeros(operands[name]) for name in of_hops if name in ring.moving}}
+    of_keys = None
+    for one in ring.runs:
+        sums, home = _over(ring, one, _Keys.of(ring, k, v, operands), nothing, sums, step)
+        of_keys = home if of_keys is None else jax.tree.map(jnp.add, of_keys, home)
+    grads = {name: x for name, x in (sums | of_keys).items() if name not in ("q", "k", "v")}
+    if "sinks" in wanted:
+        grads["sinks"] = _of_sinks(ring, q, operands, within, o, stats, do, dlse)
+    dq, dk, dv = (x.astype(like.dtype) for x, like in ((sums["q"], q), (of_keys["k"], k), (of_keys["v"], v)))
+    own = {name: grads[name].astype(x.dtype) if name in grads else None for name, x in operands.items()}
+    return dq, dk, dv, own, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+def _of_sinks(ring: Ring, q, operands, within, o, stats, do, dlse) -> Array:
+    unit, sinks = parts.unit(ring.call, q, operands, ring.native), operands["sinks"]
+    m, l = stats if len(stats) == 2 else (stats[0], (stats[0] > -jnp.inf).astype(stats[0].dtype))
+    grad = parts.gradient_of_sinks(parts.Part(o, m, l, None), sinks, within, unit, do, dlse)
+    return passes.reduce_to(grad, sinks.shape, 1)
+
+
+def _zeros(x: Array, dtype: Any, like: Array) -> Array:
+    """Where a gradient of x is summed."""
+    return sharding.vary_alike((jnp.zeros(x.shape, dtype), like))[0]
+
+
+# What travels.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    k: Array
+    v: Array
+    moving: dict[str, Array]
+
+    @classmethod
+    def of(cls, ring: Ring, k: Array, v: Array, operands: Mapping[str, Array]) -> "_Keys":
+        return cls(k, v, {name: operands[name] for name in ring.moving})
+
+
+def _over(
+    ring: Ring, run: Run, keys: _Keys, sums: dict[str, Array] | None, state: Any, step: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """`state, added = step(state, keys, hop)` with the keys of each hop of a run, and the sums of what was added for
+    them, from these zeros on; None: nothing is.
+
+    Returns:
+      The last state, and the sums for this device's own keys.
+    """
+    if run.first:
+        keys, _ = _sent(ring, keys, None, run.first)
+    if run.count > UNROLLED:
+
+        def body(carry: Any, n: Array) -> tuple[Any, None]:
+            state, keys, sums = carry
+            arrived, sums = _sent(ring, keys, sums, run.step)  # waits for no result of this step
+            state, added = step(state, keys, run.first + run.step * n)
+            return (state, arrived, _added(sums, added)), None
+
+        numbers = jnp.arange(run.count, dtype=jnp.int32)
+        (state, _, sums), _ = lax.scan(body, (state, keys, sums), numbers)
+        return state, _sent(ring, None, sums, -run.last)[1]
+    sums = None
+    for n in range(run.count):
+        arrived, sums = _sent(ring, None if n + 1 == run.count else keys, sums, run.step)
+        state, added = step(state, keys, run.first + run.step * n)
+        sums, keys = _added(sums, added), arrived
+    return state, _sent(ring, None, sums, -run.last)[1]
+
+
+def _added(sums: Any, added: Any) -> Any:
+    return added if sums is None else jax.tree.map(jnp.add, sums, added)
+
+
+def _sent(ring: Ring, keys: Any, sums: Any, by: int) -> tuple[Any, Any]:
+    """Keys, and what was summed for others, as they arrive from the device that is `by` before."""
+    n = ring.spread.devices
+    if by % n == 0 or (keys is None and sums is None):
+        return keys, sums
+    send = functools.partial(lax.ppermute, axis_name=ring.spread.axis, perm=[(a, (a + by) % n) for a in range(n)])
+    if ring.native:  # a message has no derivative
+        return jax.tree.map(send, keys), sums
+    rows = {} if keys is None else {"keys_k": keys.k, "keys_v": keys.v}
+    rows |= {} if sums is None else {"sums_k": sums["k"], "sums_v": sums["v"]}
+    rows = as_one(send, rows)
+    if keys is not None:
+        keys = _Keys(rows["keys_k"], rows["keys_v"], jax.tree.map(send, keys.moving))
+    if sums is not None:
+        others = {name: send(x) for name, x in sums.items() if name not in ("k", "v")}
+        sums = {"k": rows["sums_k"], "v": rows["sums_v"], **others}
+    return keys, sums
