@@ -12,7 +12,7 @@ from .ulysses import copies_of_keys
 
 Method = Literal["auto", "all_gather", "ring", "ulysses"]
 
-_AT_ONCE = 64 * 2**20
+_AT_ONCE = 32 * 2**20
 """Bytes of gathered keys and values that a group of heads has at most, if it has more than one head."""
 
 

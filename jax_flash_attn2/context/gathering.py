@@ -6,7 +6,7 @@ all. The derivative gathers them anew, and scatters what it gives for keys as it
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from jax.custom_derivatives import SymbolicZero
 from .. import primitives
 from ..base.operands import is_read
 from ..call import api
+from ..primitives import sharding
 from ..primitives.call import Call
-from .messages import as_one
+from .messages import packed, unpacked
 from .orders import to_order
 from .spread import Spread, cleared
 
@@ -61,16 +62,31 @@ def _attention(gathering: Gathering, q, k, v, operands, within):
 
 def _forward(gathering: Gathering, q, k, v, operands, within):
     """o, lse, the largest logits, and what else the backward pass reads of each row."""
-    made, fetched, before = [], _fetch(gathering, k, v, 0, None), None
-    for group in range(gathering.groups):
-        coming = _fetch(gathering, k, v, group + 1, before)
-        own = _of_group(gathering, q, operands, group)
-        before, *rows = primitives.forward(gathering.call, own[0], *fetched, own[1])
-        made.append((before, rows))
-        fetched = coming
-    o = _together([o for o, _ in made], 2)
-    rows = [_together(x, 1) for x in zip(*(rows for _, rows in made), strict=True)]
+
+    def step(made: list[Array], keys: tuple[Array, Array], group: Any) -> list[Array]:
+        own_q, own = _of_group(gathering, q, operands, group)
+        results = primitives.forward(gathering.call, own_q, *keys, own)
+        return [_put(gathering, x, y, 1 if n else 2, group) for n, (x, y) in enumerate(zip(made, results, strict=True))]
+
+    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    row = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype)
+    made = [jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), *[row] * gathering.call.row_results(operands)]
+    o, *rows = _over_groups(gathering, k, v, sharding.vary_alike((made, q))[0], step)
     return api.results(gathering.call, [o, *_within(rows, within)])
+
+
+def _over_groups(gathering: Gathering, k: Array, v: Array, state: Any, step: Callable[..., Any]) -> Any:
+    """`state = step(state, keys, group)` with the keys and values of each group of heads, while the next ones come."""
+    keys = _fetch(gathering, k, v, 0)
+    if gathering.groups > 1:
+
+        def body(carry: Any, group: Array) -> tuple[Any, None]:
+            state, keys = carry
+            coming = _fetch(gathering, k, v, group + 1)  # waits for no result of this step
+            return (step(state, keys, group), coming), None
+
+        (state, keys), _ = lax.scan(body, (state, keys), jnp.arange(gathering.groups - 1, dtype=jnp.int32))
+    return step(state, keys, gathering.groups - 1)
 
 
 def _attention_fwd(gathering: Gathering, q, k, v, operands, within):
@@ -90,26 +106,27 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
     call = dataclasses.replace(gathering.call, rules=dataclasses.replace(gathering.call.rules, wide=True))
-    made, fetched, before = [], _fetch(gathering, k, v, 0, None), None
-    for group in range(gathering.groups):
-        coming = _fetch(gathering, k, v, group + 1, before)
+
+    def step(made: dict[str, Array], keys: tuple[Array, Array], group: Any) -> dict[str, Array]:
         own_q, own = _of_group(gathering, q, operands, group)
         heads = functools.partial(_heads, gathering, group=group, of=q.shape[2])
         rows = [None if x is None else heads(x, 1) for x in (*stats, dlse)]
         dq, dk, dv, grads = primitives.backward(
-            call, own_q, *fetched, own, heads(o, 2), rows[:-1], heads(do, 2), rows[-1], wanted=tuple(wanted)
+            call, own_q, *keys, own, heads(o, 2), rows[:-1], heads(do, 2), rows[-1], wanted=tuple(wanted)
         )
-        before = dq.astype(q.dtype)
-        made.append((before, _scattered(gathering, dk, dv), grads))
-        fetched = coming
-    dq, dk, dv = (_together(x, 2) for x in zip(*((dq, *dkv) for dq, dkv, _ in made), strict=True))
-    grads = {name: None for name in operands}
-    for name in wanted:
-        x = operands[name]
-        own = [grads[name] for _, _, grads in made]
-        own = sum(own[1:], own[0]) if is_read(name) or x.shape[1] == 1 else _together(own, 1)
-        grads[name] = own.astype(x.dtype)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), grads, None
+        dk, dv = _scattered(gathering, *(x.astype(call.rules.result(x.dtype)) for x in (dk, dv)))
+        put = lambda name, x, axis: _put(gathering, made[name], x.astype(made[name].dtype), axis, group)
+        added = {"q": put("q", dq, 2), "k": put("k", dk, 2), "v": put("v", dv, 2)}
+        for name in wanted:
+            is_cut = not is_read(name) and operands[name].shape[1] > 1
+            added[name] = put(name, grads[name], 1) if is_cut else made[name] + grads[name]
+        return added
+
+    zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+    zeros |= {name: jnp.zeros(operands[name].shape, call.rules.result(operands[name].dtype)) for name in wanted}
+    made = _over_groups(gathering, k, v, sharding.vary_alike((zeros, q))[0], step)
+    grads = {name: made[name].astype(x.dtype) if name in wanted else None for name, x in operands.items()}
+    return made["q"], made["k"], made["v"], grads, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
@@ -127,19 +144,20 @@ def _within(rows: list[Array], within: Array | None) -> list[Array]:
     return [lse, *rest]
 
 
-def _together(x: Any, axis: int) -> Array:
-    return x[0] if len(x) == 1 else jnp.concatenate([*x], axis)
-
-
-def _heads(gathering: Gathering, x: Array, axis: int, *, group: int, of: int) -> Array:
+def _heads(gathering: Gathering, x: Array, axis: int, *, group: Any, of: int) -> Array:
     """The heads of one group, of an axis of that many; one that does not vary stays."""
     if gathering.groups == 1 or x.shape[axis] != of:
         return x
     size = of // gathering.groups
-    return lax.slice_in_dim(x, group * size, (group + 1) * size, axis=axis)
+    return lax.dynamic_slice_in_dim(x, group * size, size, axis)
 
 
-def _of_group(gathering: Gathering, q: Array, operands: Mapping[str, Array], group: int):
+def _put(gathering: Gathering, x: Array, own: Array, axis: int, group: Any) -> Array:
+    """x with the heads of one group."""
+    return own if gathering.groups == 1 else lax.dynamic_update_slice_in_dim(x, own, group * own.shape[axis], axis)
+
+
+def _of_group(gathering: Gathering, q: Array, operands: Mapping[str, Array], group: Any):
     """The query heads of a group of key heads, and the operands of these."""
     if gathering.groups == 1:
         return q, dict(operands)
@@ -147,21 +165,16 @@ def _of_group(gathering: Gathering, q: Array, operands: Mapping[str, Array], gro
     own = {name: x if is_read(name) else heads(x, 1) for name, x in operands.items()}
     rules = gathering.call.rules
     if rules.score is not None or rules.mask is not None:
-        first = jnp.array([0, group * q.shape[2] // gathering.groups, 0], jnp.int32).reshape(1, 1, 1, 3)
+        first = jnp.zeros((1, 1, 1, 3), jnp.int32).at[..., 1].set(group * (q.shape[2] // gathering.groups))
         own["origin"] = own.get("origin", jnp.int32(0)) + first
     return heads(q, 2), own
 
 
-def _fetch(gathering: Gathering, k: Array, v: Array, group: int, after: Array | None) -> tuple[Array, Array] | None:
-    """The keys and values of a group of heads, of all devices, in the order of the tokens. after: what is to be there
-    first, so that no more than one group is on its way."""
-    if group >= gathering.groups:
-        return None
-    k, v = (_heads(gathering, x, 2, group=group, of=k.shape[2]) for x in (k, v))
-    if after is not None:
-        k, v, _ = lax.optimization_barrier((k, v, after))
+def _fetch(gathering: Gathering, k: Array, v: Array, group: Any) -> tuple[Array, Array]:
+    """The keys and values of a group of heads, of all devices, in the order of the tokens."""
     spread = gathering.spread
-    rows = as_one(lambda x: lax.all_gather(x, spread.axis, axis=1, tiled=True), {"k": k, "v": v})
+    own = {name: _heads(gathering, x, 2, group=group, of=k.shape[2]) for name, x in (("k", k), ("v", v))}
+    rows = unpacked(lax.all_gather(packed(own), spread.axis, axis=1, tiled=True), own)
     return spread.plain(rows["k"], 1), spread.plain(rows["v"], 1)
 
 

@@ -9,7 +9,7 @@ in the message that sends the next ones on.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from ..primitives import sharding
 from ..primitives.call import Call
 from . import parts
 from .hops import Run
-from .messages import as_one
+from .messages import packed, unpacked
 from .spread import Spread, cleared
 
 UNROLLED = 3
@@ -131,6 +131,7 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
     def step(sums: dict[str, Array], keys: "_Keys", hop: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         own = ring.of_hop(operands, keys.moving, hop)
         dq, dk, dv, grads = primitives.backward(call, q, keys.k, keys.v, own, o, stats, do, dlse, wanted=of_hops)
+        dq, dk, dv = (x.astype(call.rules.result(x.dtype)) for x in (dq, dk, dv))
         made = {"q": sums["q"] + dq}
         for name in sums.keys() - {"q"}:
             if spread.has_all_keys(name, operands[name]):  # each of them once
@@ -190,6 +191,32 @@ class _Keys:
         return cls(k, v, {name: operands[name] for name in ring.moving})
 
 
+class _Load(NamedTuple):
+    """What a device has to send: keys, or None, and what was summed for the keys that it had before, or None."""
+
+    keys: _Keys | None
+    sums: dict[str, Array] | None
+
+    @property
+    def rows(self) -> dict[str, Array]:
+        """The arrays `[B, S, Hkv, ...]` of it, which go as one message."""
+        keys = {} if self.keys is None else {"keys_k": self.keys.k, "keys_v": self.keys.v}
+        return keys | ({} if self.sums is None else {"sums_k": self.sums["k"], "sums_v": self.sums["v"]})
+
+    @property
+    def others(self) -> tuple[Any, Any]:
+        """The rest of it, which is small."""
+        moving = None if self.keys is None else self.keys.moving
+        sums = self.sums and {name: x for name, x in self.sums.items() if name not in ("k", "v")}
+        return moving, sums
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Array], others: tuple[Any, Any]) -> "_Load":
+        moving, sums = others
+        keys = None if moving is None else _Keys(rows["keys_k"], rows["keys_v"], moving)
+        return cls(keys, None if sums is None else {"k": rows["sums_k"], "v": rows["sums_v"], **sums})
+
+
 def _over(
     ring: Ring, run: Run, keys: _Keys, sums: dict[str, Array] | None, state: Any, step: Callable[..., Any]
 ) -> tuple[Any, Any]:
@@ -199,45 +226,58 @@ def _over(
     Returns:
       The last state, and the sums for this device's own keys.
     """
-    if run.first:
-        keys, _ = _sent(ring, keys, None, run.first)
+    keys = _sent(ring, _Load(keys, None), run.first).keys
+    hops = [run.first + run.step * n for n in range(run.count)]
     if run.count > UNROLLED:
+        state, sums = _in_a_loop(ring, run, keys, sums, state, step)
+    else:
+        sums = None
+        for n, hop in enumerate(hops):
+            last = n + 1 == run.count
+            arrived = _sent(ring, _Load(None if last else keys, sums), run.step)
+            state, added = step(state, keys, hop)
+            keys, sums = arrived.keys, _added(arrived.sums, added)
+    return state, _sent(ring, _Load(None, sums), -run.last).sums
 
-        def body(carry: Any, n: Array) -> tuple[Any, None]:
-            state, keys, sums = carry
-            arrived, sums = _sent(ring, keys, sums, run.step)  # waits for no result of this step
-            state, added = step(state, keys, run.first + run.step * n)
-            return (state, arrived, _added(sums, added)), None
 
-        numbers = jnp.arange(run.count, dtype=jnp.int32)
-        (state, _, sums), _ = lax.scan(body, (state, keys, sums), numbers)
-        return state, _sent(ring, None, sums, -run.last)[1]
-    sums = None
-    for n in range(run.count):
-        arrived, sums = _sent(ring, None if n + 1 == run.count else keys, sums, run.step)
-        state, added = step(state, keys, run.first + run.step * n)
-        sums, keys = _added(sums, added), arrived
-    return state, _sent(ring, None, sums, -run.last)[1]
+def _in_a_loop(ring: Ring, run: Run, keys: _Keys, sums: Any, state: Any, step: Callable[..., Any]) -> tuple[Any, Any]:
+    """Each step sends what the one before has packed: it need not be packed again, nor held twice."""
+    pack, unpack = (lambda rows: rows, lambda message, _: message) if ring.native else (packed, unpacked)
+    like = _Load(keys, sums).rows
+
+    def body(carry: Any, n: Array) -> tuple[Any, None]:
+        state, message, others = carry
+        here = _Load.of(unpack(message, like), others)
+        message, others = _turned(ring, (message, others), run.step)  # waits for no result of this step
+        state, added = step(state, here.keys, run.first + run.step * n)
+        if added is not None:
+            state, added = lax.optimization_barrier((state, added))  # rows first, which are more to hold
+            there = _Load.of(unpack(message, like), others)
+            there = _Load(there.keys, _added(there.sums, added))
+            message, others = pack(there.rows), there.others
+        return (state, message, others), None
+
+    load = _Load(keys, sums)
+    numbers = jnp.arange(run.count, dtype=jnp.int32)
+    (state, message, others), _ = lax.scan(body, (state, pack(load.rows), load.others), numbers)
+    return state, _Load.of(unpack(message, like), others).sums
 
 
 def _added(sums: Any, added: Any) -> Any:
     return added if sums is None else jax.tree.map(jnp.add, sums, added)
 
 
-def _sent(ring: Ring, keys: Any, sums: Any, by: int) -> tuple[Any, Any]:
-    """Keys, and what was summed for others, as they arrive from the device that is `by` before."""
-    n = ring.spread.devices
-    if by % n == 0 or (keys is None and sums is None):
-        return keys, sums
-    send = functools.partial(lax.ppermute, axis_name=ring.spread.axis, perm=[(a, (a + by) % n) for a in range(n)])
+def _sent(ring: Ring, load: _Load, by: int) -> _Load:
+    """What arrives from the device that is `by` before."""
+    if by % ring.spread.devices == 0 or load == (None, None):
+        return load
     if ring.native:  # a message has no derivative
-        return jax.tree.map(send, keys), sums
-    rows = {} if keys is None else {"keys_k": keys.k, "keys_v": keys.v}
-    rows |= {} if sums is None else {"sums_k": sums["k"], "sums_v": sums["v"]}
-    rows = as_one(send, rows)
-    if keys is not None:
-        keys = _Keys(rows["keys_k"], rows["keys_v"], jax.tree.map(send, keys.moving))
-    if sums is not None:
-        others = {name: send(x) for name, x in sums.items() if name not in ("k", "v")}
-        sums = {"k": rows["sums_k"], "v": rows["sums_v"], **others}
-    return keys, sums
+        return _turned(ring, load, by)
+    rows, others = _turned(ring, (packed(load.rows), load.others), by)
+    return _Load.of(unpacked(rows, load.rows), others)
+
+
+def _turned(ring: Ring, x: Any, by: int) -> Any:
+    n = ring.spread.devices
+    to = [(a, (a + by) % n) for a in range(n)]
+    return jax.tree.map(lambda x: lax.ppermute(x, ring.spread.axis, to), x)

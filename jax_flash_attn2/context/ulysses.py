@@ -53,14 +53,15 @@ def _of_heads(spread: Spread, name: str, x: Array, heads: int) -> Array:
     """An operand of all rows and keys, in the order of the tokens, and this device's heads."""
     if is_read(name):
         return x
-    if x.shape[1] == heads > 1:
+    own_keys, all_keys = spread.has_own_keys(name, x), spread.has_all_keys(name, x)
+    by_rows = name in ("q_segments", "q_positions") or (name in ("bias", "mask") and x.shape[2] > 1)
+    by_heads = x.shape[1] == heads > 1
+    axis = 2 if by_rows else 3
+    if (by_rows or own_keys) and by_heads:
+        x = spread.plain(lax.all_to_all(x, spread.axis, split_axis=1, concat_axis=axis, tiled=True), axis)
+    elif by_rows or own_keys:
+        x = spread.gathered(x, axis)
+    elif by_heads:
         own = heads // spread.devices
         x = lax.dynamic_slice_in_dim(x, spread.here * own, own, 1)
-    if name in BLOCK_LISTS:
-        return x
-    by_rows = name in ("q_segments", "q_positions") or (name in ("bias", "mask") and x.shape[2] > 1)
-    if by_rows:
-        x = spread.gathered(x, 2)
-    if spread.has_own_keys(name, x):
-        return spread.gathered(x, 3)
-    return spread.plain(x, 3) if spread.has_all_keys(name, x) else x
+    return spread.plain(x, 3) if all_keys and name not in BLOCK_LISTS else x

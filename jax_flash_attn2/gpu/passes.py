@@ -126,7 +126,7 @@ def backward(
             (q, do, o, *stats, *([] if dlse is None else [dlse])),
         ),
         (
-            _struct(q.shape, result(q.dtype)),
+            _struct(q.shape, q.dtype),
             _struct((batch, heads, spec.constants, _cdiv(seqlen_q, padded) * padded), jnp.float32),
             *(row if name in wanted else None for name in ("scale", "slopes")),
             _struct(operands["bias"].shape, result(operands["bias"].dtype)) if each else None,
@@ -147,7 +147,7 @@ def backward(
             constants,
         ),
         tuple(
-            _struct((*x.shape[:2], heads, x.shape[3]), jnp.float32) if one_head else _struct(x.shape, result(x.dtype))
+            _struct((*x.shape[:2], heads, x.shape[3]), jnp.float32) if one_head else _struct(x.shape, x.dtype)
             for x in (k, v)
         ),
         of_dkdv.told_apart(config),
@@ -155,7 +155,7 @@ def backward(
     )
     if one_head:
         by_group = (y.reshape(*x.shape[:3], spec.group, x.shape[3]) for x, y in ((k, dk), (v, dv)))
-        dk, dv = (y.sum(3).astype(result(k.dtype)) for y in by_group)
+        dk, dv = (y.sum(3).astype(k.dtype) for y in by_group)
 
     def summed(axes: Operand, out: jax.ShapeDtypeStruct, first: Array | None = None, read: int | None = None) -> Array:
         """What the last kernel makes: of a bias, or of what a score function read, from row `first` on."""

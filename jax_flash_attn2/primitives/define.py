@@ -61,9 +61,8 @@ def _forward_shapes(q, k, v, *operands, call: Call, names):
 def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, apart):
     operands = dict(zip(names, rest[call.row_stats(names) :], strict=False))
     grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, apart, strict=True)]
-    own = [(x.shape, x.dtype) for x in (q, k, v)]
-    own += [(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
-    return [_aval(shape, call.rules.result(dtype)) for shape, dtype in own]
+    grads = [_aval(shape, call.rules.result(operands[w].dtype)) for w, shape in zip(wanted, grads, strict=True)]
+    return [_aval(x.shape, x.dtype) for x in (q, k, v)] + grads
 
 
 def _aval(shape, dtype):
