@@ -1,6 +1,7 @@
 """Eight devices: a sharded call gives what one device gives, divided as asked, with no needless collective."""
 
 import contextlib
+import math
 import re
 
 import jax
@@ -17,6 +18,7 @@ from jax_flash_attn2.primitives import sharding
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 
 BATCH, HEADS, ROWS = P("data"), P("data", None, "model"), P("data", "model")
+KEYS, ALL_KEYS = ROWS, P(None, ("data", "model"))
 RNG = np.random.default_rng(0)
 
 
@@ -83,6 +85,52 @@ CASES = {
     "score": (HEADS, HEADS, 4, {"table": (draw(8, 19), P("model")), "rows": (draw(4, 64), BATCH)}, {}),
     "score_rows": (ROWS, BATCH, 8, {"table": (draw(8, 19), P()), "rows": (draw(4, 64), P())}, {"causal": True}),
     "indivisible": (HEADS, HEADS, 8, {}, {"heads": 8, "batch": 3}),
+    "rows_and_keys": (ROWS, KEYS, 8, {}, {"causal": True}),
+    "keys_gathered": (BATCH, KEYS, 8, {}, {"causal": True}),
+    "keys": (BATCH, KEYS, 8, {}, {"rows": 1, "return_max_logits": True}),
+    "keys_bottom_right": (BATCH, KEYS, 8, {}, {"rows": 4, "causal": True, "causal_alignment": "bottom_right"}),
+    "keys_window": (
+        P(), ALL_KEYS, 2, {"alibi_slopes": (np.abs(draw(8)), P())},
+        {"rows": 4, "window_size": (13, 3), "causal_alignment": "bottom_right", "return_max_logits": True},
+    ),
+    "keys_lengths": (
+        BATCH, KEYS, 8,
+        {
+            "q_lengths": (np.int32([4, 4, 4, 2]), P()), "kv_lengths": (np.int32([64, 5, 0, 33]), BATCH),
+            "sinks": (draw(8), P()), "bias": (draw(4, 1, 4, 64), BATCH),
+        },
+        {"rows": 4, "return_max_logits": True},
+    ),
+    "keys_sinks": (BATCH, KEYS, 4, {"sinks": (draw(8), P())}, {"rows": 4, "causal": True}),
+    "keys_dropout": (
+        BATCH, KEYS, 8, {},
+        {"rows": 4, "causal": True, "causal_alignment": "bottom_right", "dropout_rate": 0.3, "dropout_seed": 5},
+    ),
+    "keys_positions": (
+        P(), ALL_KEYS, 2,
+        {
+            "q_positions": (np.int32([[9, 60, 3, 33]]), P()),
+            "kv_positions": (np.arange(256, dtype=np.int32).reshape(4, 64)[:, ::-1] % 64, ALL_KEYS),
+            "q_segment_ids": (ids(4), P()), "kv_segment_ids": (ids(64), P()),
+        },
+        {"rows": 4, "causal": True, "dropout_rate": 0.2, "dropout_seed": 3},
+    ),
+    "keys_operands": (
+        BATCH, KEYS, 8,
+        {
+            "bias": (draw(1, 8, 1, 64), P()),
+            "mask": (jax.device_put(RNG.random((4, 1, 4, 64)) < 0.2), BATCH),
+        },
+        {"rows": 4, "logits_soft_cap": 5.0, "dropout_rate": 0.2, "dropout_seed": 1},
+    ),
+    "keys_far_down": (BATCH, KEYS, 8, {"bias": (np.full((1, 1, 1, 64), -1e9, np.float32), P())}, {"rows": 4}),
+    "keys_score": (
+        BATCH, KEYS, 4, {"table": (draw(8, 19), P()), "rows": (draw(4, 64), P())},
+        {"rows": 4, "causal": True, "causal_alignment": "bottom_right", "dropout_rate": 0.2, "dropout_seed": 1},
+    ),
+    "keys_of_heads": (HEADS, KEYS, 1, {}, {"rows": 4, "causal": True}),
+    "keys_of_rest": (P(None, "model"), ALL_KEYS, 8, {"sinks": (draw(8), P())}, {"rows": 4}),
+    "keys_block_mask": (BATCH, KEYS, 8, {"mask": (blocks(1, 8), P())}, {}),
 }  # fmt: skip
 
 
@@ -102,10 +150,25 @@ def step(options):
         read = [floats[name] for name in ("table", "rows") if name in floats]
         floats = {name: x for name, x in floats.items() if name not in ("table", "rows")}
         floats |= {"score_mod": score_mod(*read)} if read else {}
-        o, lse = flash_attention(q, k, v, return_lse=True, config=TILES, **floats, **others, **options)
-        return (o * w).sum() + jnp.where(lse > -jnp.inf, jnp.sin(lse), 0).sum()
+        o, lse, *largest = flash_attention(q, k, v, return_lse=True, config=TILES, **floats, **others, **options)
+        lse, *largest = (jnp.where(x > -jnp.inf, x, 0) for x in (lse, *largest))
+        return (o * w).sum() + jnp.sin(lse).sum() + sum(x.sum() for x in largest)
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 4)))
+
+
+def collectives(text, kinds="all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"):
+    """What a device gets of each collective of a compiled program: [(type, bytes)]."""
+    made = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text)
+    types = (x for result in made for x in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", result))
+    return [
+        (f"{t}[{shape}]", int(t.strip("bfsu")) // 8 * math.prod(int(n) for n in shape.split(",") if n))
+        for t, shape in types
+    ]
+
+
+def moved(text, kinds):
+    return sum(n for _, n in collectives(text, kinds))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,8 +176,9 @@ def test_sharded(name):
     spec_q, spec_k, kv_heads, operands, options = CASES[name]
     options = dict(options)
     batch = options.pop("batch", 4)
-    heads = options.pop("heads", 8)
-    q, k, v, w = (draw(batch, s, h, 16) for s, h in ((64, heads), (48, kv_heads), (48, kv_heads), (64, heads)))
+    heads, rows = options.pop("heads", 8), options.pop("rows", 64)
+    keys = 48 if rows == 64 else 64
+    q, k, v, w = (draw(batch, s, h, 16) for s, h in ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads)))
     floats = {n: x for n, x in operands.items() if getattr(x[0], "dtype", None) == jnp.float32}
     others = {n: x for n, x in operands.items() if n not in floats}
     want = step(options)(q, k, v, w, *({n: x for n, (x, _) in d.items()} for d in (floats, others)))
@@ -143,8 +207,18 @@ def test_sharded(name):
         "block_mask_rows",
         "score",
         "indivisible",
+        "rows_and_keys",
+        "keys_gathered",
+        "keys_of_heads",
+        "keys_of_rest",
+        "keys_block_mask",
     ):  # there, gathering is asked for by how they lie
         assert not re.search(r" all-gather(-start)?\(", text)
+    if name == "rows_and_keys":
+        assert len(re.findall(r" reduce-scatter(-start)?\(", text)) == 2
+        assert moved(text, "all-reduce") < k.nbytes // 8
+    if name.startswith("keys") and rows < 64:
+        assert not any(x.endswith("64,8,16]") for x, _ in collectives(text))
 
 
 @pytest.mark.parametrize(("spec", "named"), [(BATCH, True), (HEADS, False), (ROWS, True)], ids=str)

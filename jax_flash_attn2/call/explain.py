@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import xla
+from .. import primitives, xla
 from ..base import errors
 from ..base.spec import PASSES, Spec, Tuned
 from ..gpu import functions, interpret, passes, tuning
@@ -96,6 +96,8 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
     call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **_defaults() | options)
     spec = Spec.of(call.rules, q, k, v, operands)
     target, reasons = _target(call, q, bool(options.get("higher_order")))
+    if not options.get("higher_order"):
+        reasons += primitives.said_of_keys(call, q, k, v, operands)
     if target is None:
         result = Explanation("xla", jax.default_backend(), _xla_passes(call, spec, q, k, v, operands), reasons)
     else:

@@ -91,7 +91,7 @@ class Plan:
         """Of a result that lies as it is asked for, as far as the axes over which it is summed can make it so: each
         device then gets the sum of its own part alone."""
         left, made = {*self.summed(letters)}, []
-        for letter, size, names in zip(letters, asked.shape, names_of(asked), strict=True):
+        for letter, size, names in zip(letters, asked.shape, axes_of(asked), strict=True):
             own = self.axes.get(letter, ())
             more = names[len(own) :] if names[: len(own)] == own else ()
             fits = left.issuperset(more) and size % devices(self.mesh, own + more) == 0
@@ -118,9 +118,9 @@ class Plan:
         """Bytes that a device receives: what it lacks of its operands, what is summed, what is asked for of results and
         not made here."""
         own = [[self.axes.get(letter, ()) for letter in letters] for letters in what.operands]
-        moved = sum(self._lacks(x, names_of(x), wanted) for x, wanted in zip(operands, own, strict=True))
+        moved = sum(self._lacks(x, axes_of(x), wanted) for x, wanted in zip(operands, own, strict=True))
         of_results = [*zip(what.results, results, self.made(what, results), strict=True)]
-        moved += sum(self._lacks(x, made, names_of(x)) for _, x, made in of_results)
+        moved += sum(self._lacks(x, made, axes_of(x)) for _, x, made in of_results)
         if what.merged is not None:
             of_results = [of_results[0], *[of_results[1]] * what.merged]
         return moved + sum(self._reduced(*each) for each in of_results)
@@ -147,7 +147,7 @@ def devices(mesh: Mesh, names: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def names_of(x: Any) -> list[tuple[str, ...]]:
+def axes_of(x: Any) -> list[tuple[str, ...]]:
     """The mesh axes by which each axis of x is divided, as its sharding says."""
     spec = (*(getattr(x.sharding, "spec", None) or ()),)
     names = [n if isinstance(n, tuple) else () if n is None else (n,) for n in spec]
@@ -158,7 +158,7 @@ def _asked(mesh: Mesh, what: Pass, arrays: Sequence[tuple[str, Any]], order: Seq
     """What the arrays' shardings ask for, as far as it goes together: of the first letters first, and of these what the
     first array asks."""
     axes: dict[str, tuple[str, ...]] = {}
-    asked = [(letter, names) for letters, x in arrays for letter, names in zip(letters, names_of(x), strict=True)]
+    asked = [(letter, names) for letters, x in arrays for letter, names in zip(letters, axes_of(x), strict=True)]
     for turn, (letter, names) in itertools.product(order, asked):
         letter = "h" if letter == "x" else letter
         taken = {name for other in axes.values() for name in other}

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,10 +22,10 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base import axes
-from ..base.operands import BLOCK_LISTS, is_read
+from ..base.operands import BLOCK_LISTS, is_read, names_of
 from . import share
 from .call import Call
-from .plan import WHOLE, Pass, Plan
+from .plan import WHOLE, Pass, Plan, axes_of, devices
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _whole_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("whole_mesh", default=None)
@@ -172,6 +172,65 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
         return [plan.sum(x, letters, each, call.rules.result(like.dtype)) for x, letters, each, like in made]
 
     return _divided(maths, own_share, args, of_pass, params)
+
+
+def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> tuple[str, ...]:
+    """What becomes of keys that lie divided along the sequence, and why, for each pass; nothing is said of arrays whose
+    shardings are not known yet. Results are taken to lie as q does, and gradients as what they are of."""
+    operands = {name: operands[name] for name in names_of(operands)}
+    args = (q, k, v, *operands.values())
+    mesh = next((m for x in (k, v) if (m := _mesh_of(x)) is not None), None)
+    if mesh is None or any(isinstance(x, jax.core.Tracer) for x in args):
+        return ()
+    lying = next((names[1] for names in map(axes_of, (k, v)) if devices(mesh, names[1]) > 1), ())
+    if not lying:
+        return ()
+    batch, rows, heads, _ = axes_of(q)
+    o = _struct((*q.shape[:3], v.shape[3]), q.dtype, mesh, batch, rows, heads)
+    row = _struct(
+        (q.shape[0], q.shape[2], q.shape[1]), jnp.promote_types(q.dtype, jnp.float32), mesh, batch, heads, rows
+    )
+    names = tuple(operands)
+    forward = _forward_pass(call, names, args), args, (o, *[row] * call.row_results(names))
+    args = (q, k, v, o, o, *[row] * call.row_stats(names), *operands.values())
+    backward = _backward_pass(call, names, args, (), ()), args, (q, k, v)
+    return tuple(
+        f"{name}: keys are sharded over {_listed(lying)} ({devices(mesh, lying)} devices){_said(mesh, lying, *each)}"
+        for name, each in (("forward", forward), ("backward", backward))
+    )
+
+
+def _said(mesh: Mesh, lying: tuple[str, ...], what: Pass, operands: Sequence[Any], results: Sequence[Any]) -> str:
+    mib = lambda plan: f"{plan.moves(what, operands, results) / 2**20:.3g} MiB"
+    chosen, plans = Plan.of(mesh, what, operands, results), Plan.possible(mesh, what, operands, results)
+    whole = next(plan for plan in plans if not plan.axes["j"])
+    split = [plan for plan in plans if plan.axes["j"]]
+    if over := chosen.axes["j"]:
+        part = "" if over == lying else f" over {_listed(over)}"
+        summed = "merged by lse" if what.merged is not None else "dq summed"
+        return f": split{part} and {summed}, {mib(chosen)} a device instead of {mib(whole)} to gather them"
+    if split:
+        other = min(split, key=lambda plan: plan.moves(what, operands, results))
+        return f": gathered, {mib(chosen)} a device, less than {mib(other)} to split and merge them"
+    why = (
+        ", which divides rows or batches" if "j" in what.sizes else "; a block mask counts its tiles from the first key"
+    )
+    return f"{why}: gathered, {mib(chosen)} a device"
+
+
+def _struct(shape: Sequence[int], dtype: Any, mesh: Mesh, *axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+    spec = PartitionSpec(*(names or None for names in axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _mesh_of(x: Any) -> Mesh | None:
+    if isinstance(x, jax.core.Tracer) or not isinstance(x.sharding, NamedSharding):
+        return None
+    return x.sharding.mesh
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _forward_pass(call: Call, names: Sequence[str], args: Sequence[Any]) -> Pass:
