@@ -224,9 +224,8 @@ def _struct(shape: Sequence[int], dtype: Any, mesh: Mesh, *axes: tuple[str, ...]
 
 
 def _mesh_of(x: Any) -> Mesh | None:
-    if isinstance(x, jax.core.Tracer) or not isinstance(x.sharding, NamedSharding):
-        return None
-    return x.sharding.mesh
+    mesh = None if isinstance(x, jax.core.Tracer) else getattr(x.sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def _listed(names: Sequence[str]) -> str:
