@@ -85,7 +85,8 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
 
     Args:
       q, k, v, bias, **options: as for `flash_attention`. Tiles are counted for every pass of a forward and backward
-        run, from the data where segments, lengths or masks decide.
+        run, from the data where segments, lengths or masks decide. Of arrays on several devices (outside jit, where
+        that is known) it says what becomes of keys that are sharded along the sequence.
 
     Returns:
       An `Explanation`; its text is printed too.

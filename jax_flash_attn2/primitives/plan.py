@@ -51,8 +51,8 @@ class Plan:
 
     @classmethod
     def possible(cls, mesh: Mesh, what: Pass, operands: Sequence[Any], results: Sequence[Any]) -> list["Plan"]:
-        """Keys divided by what q leaves, keys whole, heads divided by what keys leave: in order of preference, as the
-        first repeats no work, and the last what is not products. Rows stay as they are."""
+        """Keys divided by what q leaves, keys whole, heads divided by what keys leave; of two that move as much the
+        first, as it repeats no work. Rows are divided as q's are: keys are too long to have them all in one place."""
         orders = (("bih", "j"), ("bih",), ("bi", "j", "h")) if "j" in what.sizes else (("bih",),)
         arrays = [*zip(what.operands, operands, strict=True), *zip(what.results, results, strict=True)]
         return [cls(mesh, _asked(mesh, what, arrays, order), what.sizes) for order in orders]
@@ -154,7 +154,9 @@ def axes_of(x: Any) -> list[tuple[str, ...]]:
     return names + [()] * (len(x.shape) - len(names))
 
 
-def _asked(mesh: Mesh, what: Pass, arrays: Sequence[tuple[str, Any]], order: Sequence[str]):
+def _asked(
+    mesh: Mesh, what: Pass, arrays: Sequence[tuple[str, Any]], order: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
     """What the arrays' shardings ask for, as far as it goes together: of the first letters first, and of these what the
     first array asks."""
     axes: dict[str, tuple[str, ...]] = {}

@@ -212,9 +212,9 @@ def _said(mesh: Mesh, lying: tuple[str, ...], what: Pass, operands: Sequence[Any
     if split:
         other = min(split, key=lambda plan: plan.moves(what, operands, results))
         return f": gathered, {mib(chosen)} a device, less than {mib(other)} to split and merge them"
-    why = (
-        ", which divides rows or batches" if "j" in what.sizes else "; a block mask counts its tiles from the first key"
-    )
+    why = "; a block mask counts its tiles from the first key"
+    if "j" in what.sizes:
+        why = ", which divides rows or batches"
     return f"{why}: gathered, {mib(chosen)} a device"
 
 
@@ -283,11 +283,11 @@ def _divided(maths, own_share, args, what: Pass, params) -> list[Array]:
         results = [NamedSharding(mesh, PartitionSpec(*(names or None for names in each))) for each in made]
         operands = tuple(NamedSharding(mesh, plan.spec(letters)) for letters in what.operands)
 
-        def own(*own):
+        def computed(*own):
             with jax.sharding.use_abstract_mesh(_NO_MESH):  # nothing is divided any further
                 return own_share(plan, made, *own)
 
-        return whole or mesh, own, results, operands
+        return whole or mesh, computed, results, operands
 
     call = custom_partitioning(lambda *args: maths(*args, **params))
     call.def_partition(partition, decode_shardings=True, sharding_rule=lambda mesh, *_: _rule(what, mesh))
