@@ -26,8 +26,12 @@ from checks import (
     operands,
 )
 
-from jax_flash_attn2 import Config, flash_attention, gpu_target
+from jax_flash_attn2 import Config, flash_attention, gpu_target, primitives
+from jax_flash_attn2.base.spec import Rules
 from jax_flash_attn2.gpu import interpret, tuning
+from jax_flash_attn2.primitives import share
+from jax_flash_attn2.primitives.call import Call
+from jax_flash_attn2.primitives.plan import Plan
 
 
 def interpreted(case: Case, inputs=None, **options):
@@ -186,6 +190,24 @@ def test_rows_far_below_zero():
     x = case.inputs()
     x["bias"] = np.full_like(x["bias"], -1e9)
     assert_near(case, interpreted(case, x), x)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_halves_of_the_keys_merge(cap):
+    """As devices bring their shares together: what is left of a row besides o and lse is in the kernels' own base."""
+    call = Call(Rules(soft_cap=cap, max_logits=True), (Config(),) * 4, "triton", None)
+    q, k, v = (jax.random.normal(jax.random.key(n), (1, length, 2, 16)) for n, length in enumerate((8, 64, 64)))
+    operands = {"scale": jnp.ones((1, 1, 1, 1))}
+    want = primitives.forward(call, q, k, v, operands)
+    halves = [
+        primitives.forward(share.wide(call), q, k[:, at : at + 32], v[:, at : at + 32], operands) for at in (0, 32)
+    ]
+    plan = Plan(None, {"j": ("halves",)}, {})
+    merge = lambda *results: share.merge(plan, call, primitives.unit, results, q.dtype)
+    got = jax.vmap(merge, axis_name="halves")(*map(jnp.stack, zip(*halves, strict=True)))
+    for each, whole in zip(got, want, strict=True):
+        for x in each:
+            np.testing.assert_allclose(x, whole, rtol=2e-6, atol=2e-6)
 
 
 def test_tuned_blocks():

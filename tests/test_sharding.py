@@ -1,6 +1,7 @@
 """Eight devices: a sharded call gives what one device gives, divided as asked, with no needless collective."""
 
 import contextlib
+import math
 import re
 
 import jax
@@ -10,13 +11,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash_attn2 import Config, flash_attention, gpu_target
+from jax_flash_attn2 import Config, explain, flash_attention, gpu_target
 from jax_flash_attn2.masks import BlockMask
 from jax_flash_attn2.primitives import sharding
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 
 BATCH, HEADS, ROWS = P("data"), P("data", None, "model"), P("data", "model")
+KEYS, ALL_KEYS = ROWS, P(None, ("data", "model"))
 RNG = np.random.default_rng(0)
 
 
@@ -83,6 +85,52 @@ CASES = {
     "score": (HEADS, HEADS, 4, {"table": (draw(8, 19), P("model")), "rows": (draw(4, 64), BATCH)}, {}),
     "score_rows": (ROWS, BATCH, 8, {"table": (draw(8, 19), P()), "rows": (draw(4, 64), P())}, {"causal": True}),
     "indivisible": (HEADS, HEADS, 8, {}, {"heads": 8, "batch": 3}),
+    "rows_and_keys": (ROWS, KEYS, 8, {}, {"causal": True}),
+    "keys_gathered": (BATCH, KEYS, 8, {}, {"causal": True}),
+    "keys": (BATCH, KEYS, 8, {}, {"rows": 1, "return_max_logits": True}),
+    "keys_bottom_right": (BATCH, KEYS, 8, {}, {"rows": 4, "causal": True, "causal_alignment": "bottom_right"}),
+    "keys_window": (
+        P(), ALL_KEYS, 2, {"alibi_slopes": (np.abs(draw(8)), P())},
+        {"rows": 4, "window_size": (13, 3), "causal_alignment": "bottom_right", "return_max_logits": True},
+    ),
+    "keys_lengths": (
+        BATCH, KEYS, 8,
+        {
+            "q_lengths": (np.int32([4, 4, 4, 2]), P()), "kv_lengths": (np.int32([64, 5, 0, 33]), BATCH),
+            "sinks": (draw(8), P()), "bias": (draw(4, 1, 4, 64), BATCH),
+        },
+        {"rows": 4, "return_max_logits": True},
+    ),
+    "keys_sinks": (BATCH, KEYS, 4, {"sinks": (draw(8), P())}, {"rows": 4, "causal": True}),
+    "keys_dropout": (
+        BATCH, KEYS, 8, {},
+        {"rows": 4, "causal": True, "causal_alignment": "bottom_right", "dropout_rate": 0.3, "dropout_seed": 5},
+    ),
+    "keys_positions": (
+        P(), ALL_KEYS, 2,
+        {
+            "q_positions": (np.int32([[9, 60, 3, 33]]), P()),
+            "kv_positions": (np.arange(256, dtype=np.int32).reshape(4, 64)[:, ::-1] % 64, ALL_KEYS),
+            "q_segment_ids": (ids(4), P()), "kv_segment_ids": (ids(64), P()),
+        },
+        {"rows": 4, "causal": True, "dropout_rate": 0.2, "dropout_seed": 3},
+    ),
+    "keys_operands": (
+        BATCH, KEYS, 8,
+        {
+            "bias": (draw(1, 8, 1, 64), P()),
+            "mask": (jax.device_put(RNG.random((4, 1, 4, 64)) < 0.2), BATCH),
+        },
+        {"rows": 4, "logits_soft_cap": 5.0, "dropout_rate": 0.2, "dropout_seed": 1},
+    ),
+    "keys_far_down": (BATCH, KEYS, 8, {"bias": (np.full((1, 1, 1, 64), -1e9, np.float32), P())}, {"rows": 4}),
+    "keys_score": (
+        BATCH, KEYS, 4, {"table": (draw(8, 19), P()), "rows": (draw(4, 64), P())},
+        {"rows": 4, "causal": True, "causal_alignment": "bottom_right", "dropout_rate": 0.2, "dropout_seed": 1},
+    ),
+    "keys_of_heads": (HEADS, KEYS, 1, {}, {"rows": 4, "causal": True}),
+    "keys_of_rest": (P(None, "model"), ALL_KEYS, 8, {"sinks": (draw(8), P())}, {"rows": 4}),
+    "keys_block_mask": (BATCH, KEYS, 8, {"mask": (blocks(1, 8), P())}, {}),
 }  # fmt: skip
 
 
@@ -102,10 +150,25 @@ def step(options):
         read = [floats[name] for name in ("table", "rows") if name in floats]
         floats = {name: x for name, x in floats.items() if name not in ("table", "rows")}
         floats |= {"score_mod": score_mod(*read)} if read else {}
-        o, lse = flash_attention(q, k, v, return_lse=True, config=TILES, **floats, **others, **options)
-        return (o * w).sum() + jnp.where(lse > -jnp.inf, jnp.sin(lse), 0).sum()
+        o, lse, *largest = flash_attention(q, k, v, return_lse=True, config=TILES, **floats, **others, **options)
+        lse, *largest = (jnp.where(x > -jnp.inf, x, 0) for x in (lse, *largest))
+        return (o * w).sum() + jnp.sin(lse).sum() + sum(x.sum() for x in largest)
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 4)))
+
+
+def collectives(text, kinds="all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"):
+    """What a device gets of each collective of a compiled program: [(type, bytes)]."""
+    made = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text)
+    types = (x for result in made for x in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", result))
+    return [
+        (f"{t}[{shape}]", int(t.strip("bfsu")) // 8 * math.prod(int(n) for n in shape.split(",") if n))
+        for t, shape in types
+    ]
+
+
+def moved(text, kinds):
+    return sum(n for _, n in collectives(text, kinds))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,8 +176,9 @@ def test_sharded(name):
     spec_q, spec_k, kv_heads, operands, options = CASES[name]
     options = dict(options)
     batch = options.pop("batch", 4)
-    heads = options.pop("heads", 8)
-    q, k, v, w = (draw(batch, s, h, 16) for s, h in ((64, heads), (48, kv_heads), (48, kv_heads), (64, heads)))
+    heads, rows = options.pop("heads", 8), options.pop("rows", 64)
+    keys = 48 if rows == 64 else 64
+    q, k, v, w = (draw(batch, s, h, 16) for s, h in ((rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads)))
     floats = {n: x for n, x in operands.items() if getattr(x[0], "dtype", None) == jnp.float32}
     others = {n: x for n, x in operands.items() if n not in floats}
     want = step(options)(q, k, v, w, *({n: x for n, (x, _) in d.items()} for d in (floats, others)))
@@ -143,8 +207,18 @@ def test_sharded(name):
         "block_mask_rows",
         "score",
         "indivisible",
+        "rows_and_keys",
+        "keys_gathered",
+        "keys_of_heads",
+        "keys_of_rest",
+        "keys_block_mask",
     ):  # there, gathering is asked for by how they lie
         assert not re.search(r" all-gather(-start)?\(", text)
+    if name == "rows_and_keys":
+        assert len(re.findall(r" reduce-scatter(-start)?\(", text)) == 2
+        assert moved(text, "all-reduce") < k.nbytes // 8
+    if name.startswith("keys") and rows < 64:
+        assert not any(x.endswith("64,8,16]") for x, _ in collectives(text))
 
 
 @pytest.mark.parametrize(("spec", "named"), [(BATCH, True), (HEADS, False), (ROWS, True)], ids=str)
@@ -262,9 +336,104 @@ def test_vmapped():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
 
 
+def test_vmapped_keys():
+    """A mapped call whose keys are divided: its examples are batches, and its bias is shared by them."""
+    q, k, bias = draw(4, 2, 4, 4, 16), draw(4, 2, 64, 4, 16), draw(2, 4, 1, 64)
+
+    def loss(q, k, bias):
+        one = lambda q, k: (flash_attention(q, k, k, bias, logits_soft_cap=3.0) ** 2).sum()
+        return jax.vmap(one)(q, k).sum()
+
+    want = jax.grad(loss, (0, 1, 2))(q, k, bias)
+    k = jax.device_put(k, NamedSharding(mesh(AxisType.Auto), P(None, None, ("data", "model"))))
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, bias).compile()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), compiled(q, k, bias), want)
+    assert not re.search(r" all-gather(-start)?\(", compiled.as_text())
+
+
+def test_keys_are_summed_before_they_are_rounded():
+    """bf16: what devices make of their keys, and of rows for all keys, is added up in fp32."""
+    grid, loss = mesh(AxisType.Auto), lambda q, k, v: (flash_attention(q, k, v).astype(jnp.float32) ** 2).sum()
+    for rows, spec_q in ((4, P()), (64, ROWS)):
+        q, k, v = (draw(4, s, 8, 16).astype(jnp.bfloat16) for s in (rows, 64, 64))
+        want = flash_attention(q, k, v), *jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+        spec_k = KEYS if spec_q == ROWS else ALL_KEYS
+        q, k, v = (jax.device_put(x, NamedSharding(grid, s)) for x, s in ((q, spec_q), (k, spec_k), (v, spec_k)))
+        got = jax.jit(flash_attention)(q, k, v), *jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype
+            assert np.mean(a != b) < 0.01
+
+
+def test_keys_within_shard_map():
+    """`shard_map` takes the batches, and XLA divides the keys, on an axis whose devices are not all there are."""
+    q, k = draw(4, 4, 8, 16), draw(4, 64, 2, 16)
+    options = {"causal": True, "causal_alignment": "bottom_right", "sinks": draw(8)}
+
+    def loss(q, k):
+        return (flash_attention(q, k, k, **options) ** 2).sum()
+
+    want = jax.value_and_grad(loss, (0, 1))(q, k)
+    grid = mesh(AxisType.Auto)
+    own = jax.shard_map(
+        lambda q, k: jax.lax.psum(loss(q, k), "data"), mesh=grid, in_specs=(BATCH, BATCH), out_specs=P(),
+        axis_names={"data"},
+    )  # fmt: skip
+    args = (jax.device_put(x, NamedSharding(grid, spec)) for x, spec in ((q, BATCH), (k, KEYS)))
+    got = jax.jit(jax.value_and_grad(own, (0, 1)))(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), got, want)
+
+
+@pytest.mark.parametrize("spec_q", [P(), P(None, None, ("data", "model"))], ids=str)
+def test_decoding_moves_what_it_makes(spec_q):
+    """A step over 8 x 32k keys of bf16 on eight devices: o and two numbers of each row, not 1 GiB of keys and values;
+    and heads of q, if they lie apart, but not those of keys."""
+    grid = mesh(AxisType.Auto)
+
+    def struct(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(grid, spec))
+
+    q, k = struct((8, 1, 16, 128), spec_q), struct((8, 32768, 4, 128), ALL_KEYS)
+    text = jax.jit(flash_attention).lower(q, k, k).compile().as_text()
+    merged = 4 * 8 * 16 * (128 + 1 + 1)
+    assert moved(text, "all-reduce") == merged
+    assert sum(n for _, n in collectives(text)) <= merged + 4 * math.prod(q.shape)
+
+
+def test_explain_says_what_becomes_of_keys():
+    grid = mesh(AxisType.Auto)
+
+    def said(rows, spec_q, spec_k, **options):
+        q, k = jnp.zeros((4, rows, 8, 16)), jnp.zeros((4, 64, 8, 16))
+        q, k = (jax.device_put(x, NamedSharding(grid, spec)) for x, spec in ((q, spec_q), (k, spec_k)))
+        return [r for r in explain(q, k, k, **options).reasons if "keys are sharded" in r]
+
+    assert said(4, BATCH, BATCH) == []
+    split = said(1, BATCH, KEYS)
+    ring = 3 / 4 / 2**20  # of an axis of four devices
+    o, stats, keys = 4 * 4 * 8 * 16 / 2, 4 * 4 * 8 / 2, 4 * 4 * 64 * 8 * 16 / 2
+    assert split == [
+        "forward: keys are sharded over 'model' (4 devices): split and merged by lse, "
+        f"{2 * (o + 2 * stats) * ring:.3g} MiB a device instead of {2 * keys * ring:.3g} MiB to gather them",
+        "backward: keys are sharded over 'model' (4 devices): split and dq summed, "
+        f"{2 * o * ring:.3g} MiB a device instead of {2 * keys * ring:.3g} MiB to gather them",
+    ]
+    assert all("over 'model' and" in r for r in said(1, BATCH, ALL_KEYS))
+    assert all("gathered" in r and "to split and merge" in r for r in said(128, BATCH, KEYS))
+    assert all("which divides rows" in r for r in said(64, ROWS, KEYS))
+    mask = BlockMask.from_mask(np.ones((1, 1, 64, 64), bool))
+    assert all("block mask" in r for r in said(64, BATCH, KEYS, mask=mask))
+    q = jnp.zeros((4, 4, 8, 16))
+    k = jax.device_put(jnp.zeros((4, 64, 8, 16)), NamedSharding(grid, KEYS))
+    jitted = jax.jit(lambda q, k: len([r for r in explain(q, k, k).reasons if "sharded" in r]))
+    assert jitted(q, k) == 0
+
+
 @pytest.mark.in_thirds
-@pytest.mark.parametrize("spec", [HEADS, ROWS], ids=str)
-def test_lowers_for_cuda(spec, monkeypatch):
+@pytest.mark.parametrize(
+    ("spec", "spec_k", "rows"), [(HEADS, P(), 512), (ROWS, P(), 512), (BATCH, KEYS, 16)], ids=["heads", "rows", "keys"]
+)
+def test_lowers_for_cuda(spec, spec_k, rows, monkeypatch):
     """What one of eight GPUs would run, divided by the same plan: the Triton kernels, on its share."""
     pytest.importorskip("jax_triton")
     pytest.importorskip("jax_cuda13_plugin")
@@ -277,22 +446,24 @@ def test_lowers_for_cuda(spec, monkeypatch):
 
     monkeypatch.setattr(sharding, "custom_partitioning", Recorder)
     grid = mesh(AxisType.Auto)
-    q = jax.ShapeDtypeStruct((4, 512, 8, 64), jnp.bfloat16, sharding=NamedSharding(grid, spec))
-    with gpu_target(compute_capability=90):
-        grad = jax.jit(jax.grad(lambda q: flash_attention(q, q, q, causal=True).astype(jnp.float32).sum()))
-        text = grad.trace(q).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("CustomSPMDPartitioning") == 2
-    forward, backward = recorded
 
     def struct(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(grid, spec))
 
-    x = struct((4, 512, 8, 64), jnp.bfloat16, spec)
-    whole = struct((4, 512, 8, 64), jnp.bfloat16, P())
-    row, scale = struct((4, 8, 512), jnp.float32, P()), struct((1, 1, 1, 1), jnp.float32, P())
+    q = struct((4, rows, 8, 64), jnp.bfloat16, spec)
+    k = struct((4, 512, 8, 64), jnp.bfloat16, spec if spec_k == P() else spec_k)
+    loss = lambda q, k: flash_attention(q, k, k, causal=True).astype(jnp.float32).sum()
+    with gpu_target(compute_capability=90):
+        text = jax.jit(jax.grad(loss, (0, 1))).trace(q, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("CustomSPMDPartitioning") == 2
+    forward, backward = recorded
+
+    whole = struct(q.shape, jnp.bfloat16, P())
+    k = struct(k.shape, jnp.bfloat16, spec_k)
+    row, scale = struct((4, 8, rows), jnp.float32, P()), struct((1, 1, 1, 1), jnp.float32, P())
     for partition, args, results, calls in (
-        (forward, (x, whole, whole, scale), [whole, row], 1),
-        (backward, (x, whole, whole, whole, whole, row, scale), [whole] * 3, 2),
+        (forward, (q, k, k, scale), [whole, row], 1),
+        (backward, (q, k, k, whole, whole, row, scale), [whole, k, k], 2),
     ):
         _, share, out, into = partition(grid, args, results)
         own = jax.shard_map(
@@ -303,6 +474,7 @@ def test_lowers_for_cuda(spec, monkeypatch):
             text = jax.jit(own).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@triton_kernel_call_ffi") == calls
         assert tuple(into[0].spec) == tuple(spec) + (None,) * (4 - len(spec))
+        assert into[1].spec[1] == (spec_k[1:2] or (None,))[0]
 
 
 def test_what_is_looked_up_lowers_for_cuda():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import xla
+from .. import primitives, xla
 from ..base import errors
 from ..base.spec import PASSES, Spec, Tuned
 from ..gpu import functions, interpret, passes, tuning
@@ -84,7 +84,8 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
 
     Args:
       q, k, v, bias, **options: as for `flash_attention`. Tiles are counted for every pass of a forward and backward
-        run, from the data where segments, lengths or masks decide.
+        run, from the data where segments, lengths or masks decide. Of arrays on several devices (outside jit, where
+        that is known) it says what becomes of keys that are sharded along the sequence.
 
     Returns:
       An `Explanation`; its text is printed too.
@@ -95,6 +96,8 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
     call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
     spec = Spec.of(call.rules, q, k, v, operands)
     target, reasons = _target(call, q, bool(options.get("higher_order")))
+    if not options.get("higher_order"):
+        reasons += primitives.said_of_keys(call, q, k, v, operands)
     if target is None:
         result = Explanation("xla", jax.default_backend(), _xla_passes(call, spec, q, k, v, operands), reasons)
     else:

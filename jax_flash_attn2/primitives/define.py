@@ -219,6 +219,6 @@ def _eager(primitive: Primitive, params: tuple[tuple[str, Any], ...]):
     return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
 
-forward_p = _primitive("flash_attention_fwd", _forward_shapes, _forward, sharding.forward)
+forward_p = _primitive("flash_attention_fwd", _forward_shapes, _forward, functools.partial(sharding.forward, unit))
 unit_p = _unit_primitive()
 backward_p = _primitive("flash_attention_bwd", _backward_shapes, _backward, sharding.backward)

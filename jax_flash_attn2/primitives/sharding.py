@@ -1,16 +1,13 @@
 """Attention on arrays that lie on several devices, under plain `jit`: who computes what, and what is summed.
 
-Batches, heads and query rows are divided as q is; keys and values follow along batches and heads and are gathered
-along the sequence. The rule tells Shardy so, so that it spreads shardings through the call; `_Plan` then makes each
-operand fit, and each device runs the code of a single device on its share.
-
-The axes of every array have a letter: b batch, h query heads, x key/value heads, i query rows, j keys, d and v the
-widths of a row, 1 an axis along which an operand does not vary.
+Batches, heads and query rows are divided as q is; keys and values follow along batches and heads. Along the sequence
+they are gathered, or stay where they are and what devices make of them is merged, whichever moves less (`plan`). The
+rule tells Shardy so, so that it spreads shardings through the call; a `Plan` then makes each operand fit, and each
+device runs the code of a single device on its share (`share`). Axes have the letters of `plan`.
 """
 
 import contextlib
 import contextvars
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +22,10 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base import axes
-from ..base.operands import BLOCK_LISTS, is_read
+from ..base.operands import BLOCK_LISTS, is_read, names_of
+from . import share
 from .call import Call
+from .plan import WHOLE, Pass, Plan, axes_of, devices
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _whole_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("whole_mesh", default=None)
@@ -133,18 +132,20 @@ def _is_arrays(x: Any) -> bool:
     return bool(leaves) and all(isinstance(leaf, Array) for leaf in leaves)
 
 
-def forward(maths: Maths, *args: Array, call: Call, names: tuple[str, ...]) -> list[Array]:
-    """The forward pass, divided."""
+def forward(unit: Callable[..., Array], maths: Maths, *args: Array, call: Call, names: tuple[str, ...]) -> list[Array]:
+    """The forward pass, divided. unit: `define.unit`."""
     params = {"call": call, "names": names}
     args = (*args[:3], *_whole_batches(names, args[3:], args[0].shape[0]))
-    letters = ["bihd", "bjxd", "bjxv", *(_letters(n, x, *args[:2]) for n, x in zip(names, args[3:], strict=True))]
 
-    def share(plan: "_Plan", q, k, v, *rest):
-        operands = plan.own_operands(call, dict(zip(names, rest, strict=True)))
-        return maths(q, plan.own_heads(k), plan.own_heads(v), *operands.values(), call=call, names=tuple(operands))
+    def own_share(plan: Plan, _, q, k, v, *rest):
+        operands = share.own_operands(plan, call, dict(zip(names, rest, strict=True)))
+        operands = share.own_sinks(plan, operands)
+        k, v, split = share.own_heads(plan, k), share.own_heads(plan, v), bool(plan.axes["j"])
+        here = share.wide(call) if split else call
+        results = maths(q, k, v, *operands.values(), call=here, names=tuple(operands))
+        return share.merge(plan, call, unit, results, q.dtype) if split else results
 
-    results = ["bihv", *["bhi"] * call.row_results(names)]
-    return _divided(maths, share, args, letters, results, params)
+    return _divided(maths, own_share, args, _forward_pass(call, names, args), params)
 
 
 def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> list[Array]:
@@ -155,24 +156,107 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
     full = [not is_read(n) and args[first + names.index(n)].shape[0] == batch for n in wanted]
     apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
     params = {"call": call, "names": names, "wanted": wanted, "apart": apart}
+    of_pass = _backward_pass(call, names, args, wanted, apart)
+
+    def own_share(plan: Plan, divided, q, k, v, o, do, *rest):
+        stats, rest = rest[: first - 5], rest[first - 5 :]
+        operands = share.own_operands(plan, call, dict(zip(names, rest, strict=False)))
+        summed = any(plan.summed(letters) for letters in of_pass.results[:3])
+        here = params | {"names": tuple(operands), "apart": tuple(max(n // plan.parts("b"), 1) for n in apart)}
+        here["call"] = share.wide(call) if summed else call
+        heads = share.own_heads(plan, k), share.own_heads(plan, v)
+        dq, dk, dv, *grads = maths(q, *heads, o, do, *stats, *operands.values(), *rest[len(names) :], **here)
+        dk, dv = share.put_heads(plan, dk, k), share.put_heads(plan, dv, v)
+        of = (q, k, v, *(operands[name] for name in wanted))
+        made = zip((dq, dk, dv, *grads), of_pass.results, divided, of, strict=True)
+        return [plan.sum(x, letters, each, call.rules.result(like.dtype)) for x, letters, each, like in made]
+
+    return _divided(maths, own_share, args, of_pass, params)
+
+
+def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> tuple[str, ...]:
+    """What becomes of keys that lie divided along the sequence, and why, for each pass; nothing is said of arrays whose
+    shardings are not known yet. Results are taken to lie as q does, and gradients as what they are of."""
+    operands = {name: operands[name] for name in names_of(operands)}
+    args = (q, k, v, *operands.values())
+    mesh = next((m for x in (k, v) if (m := _mesh_of(x)) is not None), None)
+    if mesh is None or any(isinstance(x, jax.core.Tracer) for x in args):
+        return ()
+    lying = next((names[1] for names in map(axes_of, (k, v)) if devices(mesh, names[1]) > 1), ())
+    if not lying:
+        return ()
+    batch, rows, heads, _ = axes_of(q)
+    o = _struct((*q.shape[:3], v.shape[3]), q.dtype, mesh, batch, rows, heads)
+    row = _struct(
+        (q.shape[0], q.shape[2], q.shape[1]), jnp.promote_types(q.dtype, jnp.float32), mesh, batch, heads, rows
+    )
+    names = tuple(operands)
+    forward = _forward_pass(call, names, args), args, (o, *[row] * call.row_results(names))
+    args = (q, k, v, o, o, *[row] * call.row_stats(names), *operands.values())
+    backward = _backward_pass(call, names, args, (), ()), args, (q, k, v)
+    return tuple(
+        f"{name}: keys are sharded over {_listed(lying)} ({devices(mesh, lying)} devices){_said(mesh, lying, *each)}"
+        for name, each in (("forward", forward), ("backward", backward))
+    )
+
+
+def _said(mesh: Mesh, lying: tuple[str, ...], what: Pass, operands: Sequence[Any], results: Sequence[Any]) -> str:
+    mib = lambda plan: f"{plan.moves(what, operands, results) / 2**20:.3g} MiB"
+    chosen, plans = Plan.of(mesh, what, operands, results), Plan.possible(mesh, what, operands, results)
+    whole = next(plan for plan in plans if not plan.axes["j"])
+    split = [plan for plan in plans if plan.axes["j"]]
+    if over := chosen.axes["j"]:
+        part = "" if over == lying else f" over {_listed(over)}"
+        summed = "merged by lse" if what.merged is not None else "dq summed"
+        return f": split{part} and {summed}, {mib(chosen)} a device instead of {mib(whole)} to gather them"
+    if split:
+        other = min(split, key=lambda plan: plan.moves(what, operands, results))
+        return f": gathered, {mib(chosen)} a device, less than {mib(other)} to split and merge them"
+    why = "; a block mask counts its tiles from the first key"
+    if "j" in what.sizes:
+        why = ", which divides rows or batches"
+    return f"{why}: gathered, {mib(chosen)} a device"
+
+
+def _struct(shape: Sequence[int], dtype: Any, mesh: Mesh, *axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+    spec = PartitionSpec(*(names or None for names in axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _mesh_of(x: Any) -> Mesh | None:
+    mesh = None if isinstance(x, jax.core.Tracer) else getattr(x.sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _forward_pass(call: Call, names: Sequence[str], args: Sequence[Any]) -> Pass:
+    letters = ["bihd", "bjxd", "bjxv", *(_letters(n, x, *args[:2]) for n, x in zip(names, args[3:], strict=True))]
+    results = ["bihv", *["bhi"] * call.row_results(names)]
+    return Pass(_sizes(call, *args[:2]), letters, results, merged=2 + call.rules.max_logits)
+
+
+def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, apart) -> Pass:
+    first = 5 + call.row_stats(names)
+    end = first + len(names)
     letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bhi"] * (first - 5)]
     letters += [_letters(n, x, *args[:2]) for n, x in zip(names, args[first:end], strict=True)]
     letters += ["bhi"] * (len(args) - end)
-    own = [letters[first + names.index(name)] for name in wanted]
-    own = [f"b{x[1:]}" if n > 1 else x for x, n in zip(own, apart, strict=True)]
+    own = {name: letters[first + names.index(name)] for name in wanted}
+    if "sinks" in own:  # no key has a part in their gradient
+        own["sinks"] = own["sinks"][:3] + WHOLE
+    grads = [f"b{own[name][1:]}" if n > 1 else own[name] for name, n in zip(wanted, apart, strict=True)]
+    groups = math.gcd(*(n for n in apart if n > 1))
+    return Pass(_sizes(call, *args[:2]), letters, ["bihd", "bjxd", "bjxv", *grads], groups)
 
-    def share(plan: "_Plan", q, k, v, o, do, *rest):
-        stats, rest = rest[: first - 5], rest[first - 5 :]
-        operands = plan.own_operands(call, dict(zip(names, rest, strict=False)))
-        here = params | {"names": tuple(operands), "apart": tuple(max(n // plan.parts("b"), 1) for n in apart)}
-        heads = plan.own_heads(k), plan.own_heads(v)
-        dq, dk, dv, *grads = maths(q, *heads, o, do, *stats, *operands.values(), *rest[len(names) :], **here)
-        dk, dv = (plan.sum(plan.put_heads(x, like), "bjx") for x, like in ((dk, k), (dv, v)))
-        return [dq, dk, dv, *(plan.sum(x, mine) for x, mine in zip(grads, own, strict=True))]
 
-    return _divided(
-        maths, share, args, letters, ["bihd", "bjxd", "bjxv", *own], params, math.gcd(*(n for n in apart if n > 1))
-    )
+def _sizes(call: Call, q: Any, k: Any) -> dict[str, int]:
+    sizes = {"b": q.shape[0], "i": q.shape[1], "h": q.shape[2], "x": k.shape[2], "j": k.shape[1]}
+    if call.rules.tiles:
+        del sizes["i"], sizes["j"]  # whose lists count blocks of rows and keys from the first of all
+    return sizes
 
 
 def _letters(name: str, x: Array, q: Array, k: Array) -> str:
@@ -190,142 +274,42 @@ def _whole_batches(names: Sequence[str], operands: Sequence[Array], batch: int) 
     return [jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if p else x for p, x in zip(parts, operands, strict=True)]
 
 
-def _divided(maths, share, args, letters, results, params, groups: int = 0) -> list[Array]:
-    heads, kv_heads = args[0].shape[2], args[1].shape[2]
-    sizes = {"b": args[0].shape[0], "i": args[0].shape[1], "h": heads, "x": kv_heads}
-    if params["call"].rules.tiles:
-        del sizes["i"]  # whose lists count blocks of rows from the first of all
-
+def _divided(maths, own_share, args, what: Pass, params) -> list[Array]:
     whole = _whole_mesh.get()
 
     def partition(mesh: Mesh, arg_shapes, result_shapes):
-        arrays = [*zip(letters, arg_shapes, strict=True), *zip(results, result_shapes, strict=True)]
-        plan = _Plan.of(mesh, sizes, arrays, groups)
-        shardings = [[NamedSharding(mesh, plan.spec(x)) for x in group] for group in (results, letters)]
+        plan = Plan.of(mesh, what, arg_shapes, result_shapes)
+        made = plan.made(what, result_shapes)
+        results = [NamedSharding(mesh, PartitionSpec(*(names or None for names in each))) for each in made]
+        operands = tuple(NamedSharding(mesh, plan.spec(letters)) for letters in what.operands)
 
-        def own_share(*own):
+        def computed(*own):
             with jax.sharding.use_abstract_mesh(_NO_MESH):  # nothing is divided any further
-                return share(plan, *own)
+                return own_share(plan, made, *own)
 
-        return whole or mesh, own_share, shardings[0], tuple(shardings[1])
+        return whole or mesh, computed, results, operands
 
     call = custom_partitioning(lambda *args: maths(*args, **params))
-    rule = lambda mesh, *_: _rule(letters, results, sizes, mesh)
-    call.def_partition(partition, decode_shardings=True, sharding_rule=rule)
+    call.def_partition(partition, decode_shardings=True, sharding_rule=lambda mesh, *_: _rule(what, mesh))
     return call(*args)
 
 
-def _rule(letters: list[str], results: list[str], sizes: Mapping[str, int], mesh: Mesh) -> tuple[str, dict[str, Any]]:
+def _rule(what: Pass, mesh: Mesh) -> tuple[str, dict[str, Any]]:
     """The call in Shardy's notation, an einsum whose query heads are pairs (key head, head of its group).
 
     A mesh axis that does not divide the key heads would divide such a pair in two ways at once, which a PartitionSpec
     cannot say. On a mesh with one, query heads and key heads are divided each by themselves.
     """
+    sizes = what.sizes
     group = sizes["h"] // sizes["x"]
     pairs = group > 1 and sizes["x"] > 1 and all(sizes["x"] % n == 0 for n in mesh.shape.values())
     query = {True: "(x g)", False: "x" if group == 1 else "h"}[pairs]
     ones = itertools.count()
 
     def factors(letters: str) -> str:
-        return " ".join(query if x == "h" else f"u{next(ones)}" if x == "1" else x for x in letters)
+        return " ".join(query if x == "h" else f"u{next(ones)}" if x in ("1", WHOLE) else x for x in letters)
 
-    sides = [", ".join(map(factors, group)) for group in (letters, results)]
+    sides = [", ".join(map(factors, group)) for group in (what.operands, what.results)]
     factor_sizes = {"g": group} if pairs else {}
-    whole = ("d", "j", "v") if "i" in sizes else ("i", "d", "j", "v")
+    whole = tuple(letter for letter in "idjv" if letter not in sizes)
     return " -> ".join(sides), {"need_replication_factors": whole, **factor_sizes}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Which mesh axes divide b, i and h, and x if key heads are divided too."""
-
-    mesh: Mesh
-    axes: Mapping[str, tuple[str, ...]]
-    sizes: Mapping[str, int]
-
-    @classmethod
-    def of(cls, mesh: Mesh, sizes: Mapping[str, int], arrays: list[tuple[str, Any]], groups: int) -> "_Plan":
-        """What the arrays' shardings ask for, as far as it goes together; q, which comes first, has the first word.
-
-        groups: what a batch may be divided by where gradients are summed in groups of batches; 0: by anything.
-        """
-        axes: dict[str, tuple[str, ...]] = {}
-        for letters, x in arrays:
-            for letter, names in zip(letters, getattr(x.sharding, "spec", ()), strict=False):
-                letter = "h" if letter == "x" else letter
-                names = names if isinstance(names, tuple) else () if names is None else (names,)
-                taken = {name for other in axes.values() for name in other}
-                parts = math.prod(mesh.shape[name] for name in names)
-                fits = letter in sizes and sizes[letter] % parts == 0 and not (letter == "b" and groups % parts)
-                if names and fits and not axes.get(letter) and not taken & set(names):
-                    axes[letter] = names
-        axes = {letter: axes.get(letter, ()) for letter in "bih"}
-        axes["x"] = axes["h"] if sizes["x"] % math.prod(mesh.shape[a] for a in axes["h"]) == 0 else ()
-        return cls(mesh, axes, sizes)
-
-    def spec(self, letters: str) -> PartitionSpec:
-        return PartitionSpec(*(self.axes.get(letter) or None for letter in letters))
-
-    def parts(self, letter: str) -> int:
-        """How many shares an axis is divided into."""
-        return math.prod(self.mesh.shape[a] for a in self.axes[letter])
-
-    def own_operands(self, call: Call, operands: Mapping[str, Array]) -> dict[str, Array]:
-        """Operands as the rows of this device count: its first row is not the first."""
-        own = dict(operands)
-        if call.rules.score is not None or call.rules.mask is not None:
-            origin = jnp.stack([self._first(letter) for letter in "bhi"]).reshape(1, 1, 1, 3)
-            own["origin"] = own.get("origin", 0) + origin
-        if not self.axes["i"]:
-            return own
-        start = self._first("i")
-        rules = call.rules
-        by_place = rules.left is not None or rules.right is not None or rules.dropout_rate or "slopes" in own
-        if by_place and "q_index" not in own:
-            own["offset"] = own.get("offset", jnp.zeros((1, 1, 1, 1), jnp.int32)) + start
-        if "q_lengths" in own:
-            own["q_lengths"] = jnp.maximum(own["q_lengths"] - start, 0).astype(jnp.int32)
-        return own
-
-    def _first(self, letter: str) -> Array:
-        """The first batch, head or row of this device."""
-        if not self.axes[letter]:
-            return jnp.zeros((), jnp.int32)
-        return (lax.axis_index(self.axes[letter]) * (self.sizes[letter] // self.parts(letter))).astype(jnp.int32)
-
-    def _head_numbers(self) -> Array:
-        """The key head of each of this device's query heads."""
-        heads = self.sizes["h"] // self.parts("h")
-        return (lax.axis_index(self.axes["h"]) * heads + jnp.arange(heads)) // (self.sizes["h"] // self.sizes["x"])
-
-    def _slices(self) -> tuple[bool, bool]:
-        """Whether a device has more key heads than it needs, and whether one of them serves all its query heads."""
-        group, heads = self.sizes["h"] // self.sizes["x"], self.sizes["h"] // self.parts("h")
-        return self.axes["x"] != self.axes["h"] and self.sizes["x"] > 1, group % heads == 0
-
-    def own_heads(self, k: Array) -> Array:
-        """The key heads that this device's query heads read, of `[B, Sk, Hkv, D]`."""
-        slices, one = self._slices()
-        if not slices:
-            return k
-        numbers = self._head_numbers()
-        return jnp.take(k, numbers[:1] if one else numbers, axis=2)
-
-    def put_heads(self, dk: Array, k: Array) -> Array:
-        """`own_heads` undone, for what is to be summed over devices."""
-        slices, one = self._slices()
-        if not slices:
-            return dk
-        numbers = self._head_numbers()
-        return jnp.zeros(k.shape, dk.dtype).at[:, :, numbers[:1] if one else numbers].add(dk)
-
-    def sum(self, x: Array, letters: str) -> Array:
-        """Over the devices between which an array of these letters is not divided, though the logits are."""
-        if "x" in letters:
-            missing = self.axes["i"] + (self.axes["h"] if self.axes["x"] != self.axes["h"] else ())
-        else:
-            missing = tuple(a for letter in "bih" if letter not in letters for a in self.axes[letter])
-        if not missing:
-            return x
-        wide = x.dtype if x.dtype == jnp.float64 else jnp.float32
-        return lax.psum(x.astype(wide), missing).astype(x.dtype)
