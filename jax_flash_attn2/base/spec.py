@@ -55,8 +55,7 @@ class Rules:
     max_logits: bool = False
     """Whether each row's largest logit is a result."""
     wide: bool = False
-    """Whether o and the gradients of operands come in fp32 (fp64), to be summed with those of other keys. Those of q,
-    k and v are rounded as always: the products that they are sums of have 16-bit factors, whose rounding is more."""
+    """Whether o and all gradients come in fp32 (fp64), to be summed with those of other keys."""
     tiles: tuple[int, int] | None = None
     """The rows and keys of a tile of the block mask, if there is one: powers of two, at least 32 keys."""
 

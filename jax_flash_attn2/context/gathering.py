@@ -114,7 +114,7 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
         dq, dk, dv, grads = primitives.backward(
             call, own_q, *keys, own, heads(o, 2), rows[:-1], heads(do, 2), rows[-1], wanted=tuple(wanted)
         )
-        dk, dv = _scattered(gathering, *(x.astype(call.rules.result(x.dtype)) for x in (dk, dv)))
+        dk, dv = _scattered(gathering, dk, dv)
         put = lambda name, x, axis: _put(gathering, made[name], x.astype(made[name].dtype), axis, group)
         added = {"q": put("q", dq, 2), "k": put("k", dk, 2), "v": put("v", dv, 2)}
         for name in wanted:

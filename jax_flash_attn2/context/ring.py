@@ -130,9 +130,10 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
 
     def step(sums: dict[str, Array], keys: "_Keys", hop: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         own = ring.of_hop(operands, keys.moving, hop)
-        dq, dk, dv, grads = primitives.backward(call, q, keys.k, keys.v, own, o, stats, do, dlse, wanted=of_hops)
-        dq, dk, dv = (x.astype(call.rules.result(x.dtype)) for x in (dq, dk, dv))
-        made = {"q": sums["q"] + dq}
+        dq, dk, dv, grads = primitives.backward(
+            call, q, keys.k, keys.v, own, o, stats, do, dlse, wanted=of_hops, before=sums["q"]
+        )
+        made = {"q": dq}
         for name in sums.keys() - {"q"}:
             if spread.has_all_keys(name, operands[name]):  # each of them once
                 at = ring.device(hop) * spread.keys
@@ -142,12 +143,12 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
                 made[name] = sums[name] + grads[name]
         return made, {"k": dk, "v": dv, **{name: grads[name] for name in of_hops if name in ring.moving}}
 
-    zeros = lambda x: _zeros(x, call.rules.result(x.dtype), q)
+    zeros = lambda x: _zeros(x, call.rules.result(x.dtype), o)
     sums = {"q": zeros(q)}
     for name in of_hops:
         x = operands[name]
         if name not in ring.moving:
-            sums[name] = _zeros(x, x.dtype, q) if spread.has_all_keys(name, x) else zeros(x)
+            sums[name] = _zeros(x, x.dtype, o) if spread.has_all_keys(name, x) else zeros(x)
     nothing = {"k": zeros(k), "v": zeros(v), **{name: zeros(operands[name]) for name in of_hops if name in ring.moving}}
     of_keys = None
     for one in ring.runs:
@@ -172,8 +173,10 @@ def _of_sinks(ring: Ring, q, operands, within, o, stats, do, dlse) -> Array:
 
 
 def _zeros(x: Array, dtype: Any, like: Array) -> Array:
-    """Where a gradient of x is summed."""
-    return sharding.vary_alike((jnp.zeros(x.shape, dtype), like))[0]
+    """Where a gradient of x is summed. It waits for `like`: XLA would make all zeros of a program at once, and hold these
+    through the forward pass."""
+    zero, _ = sharding.vary_alike(lax.optimization_barrier((jnp.zeros((), dtype), like)))
+    return jnp.broadcast_to(zero, x.shape)
 
 
 # What travels.
@@ -251,7 +254,6 @@ def _in_a_loop(ring: Ring, run: Run, keys: _Keys, sums: Any, state: Any, step: C
         message, others = _turned(ring, (message, others), run.step)  # waits for no result of this step
         state, added = step(state, here.keys, run.first + run.step * n)
         if added is not None:
-            state, added = lax.optimization_barrier((state, added))  # rows first, which are more to hold
             there = _Load.of(unpack(message, like), others)
             there = _Load(there.keys, _added(there.sums, added))
             message, others = pack(there.rows), there.others

@@ -85,13 +85,15 @@ def backward(
     *,
     wanted: tuple[str, ...],
     apart: tuple[int, ...],
+    before: Array | None = None,
     one_head: bool = False,
 ):  # fmt: skip
     """Two launches, and a third for the gradient of a bias that is summed: dq, dk, dv and the gradients of the `wanted`
     operands.
 
-    stats: what `forward` returned of each row. one_head: dk and dv are computed for each query head by itself
-    (`tuning.one_head`).
+    stats: what `forward` returned of each row. before: what dq is added to, in fp32, and dq then comes as the sum; it
+    is rounded before that, as always, and is there before dk and dv are begun, so that less is held. one_head: dk and
+    dv are computed for each query head by itself (`tuning.one_head`).
 
     The gradient of an operand `[n, ...]` is `[apart * n, ...]`: the batch, seen as (apart, rest, n), is summed over
     its middle.
@@ -126,7 +128,7 @@ def backward(
             (q, do, o, *stats, *([] if dlse is None else [dlse])),
         ),
         (
-            _struct(q.shape, q.dtype),
+            _struct(q.shape, q.dtype if before is not None else result(q.dtype)),
             _struct((batch, heads, spec.constants, _cdiv(seqlen_q, padded) * padded), jnp.float32),
             *(row if name in wanted else None for name in ("scale", "slopes")),
             _struct(operands["bias"].shape, result(operands["bias"].dtype)) if each else None,
@@ -135,6 +137,8 @@ def backward(
         config,
     )
 
+    if before is not None:
+        dq, constants = jax.lax.optimization_barrier((before + dq.astype(before.dtype), constants))
     config = configs["dkdv"]
     of_dkdv = dataclasses.replace(translated, one_head=one_head)
     dk, dv = run(
@@ -147,7 +151,7 @@ def backward(
             constants,
         ),
         tuple(
-            _struct((*x.shape[:2], heads, x.shape[3]), jnp.float32) if one_head else _struct(x.shape, x.dtype)
+            _struct((*x.shape[:2], heads, x.shape[3]), jnp.float32) if one_head else _struct(x.shape, result(x.dtype))
             for x in (k, v)
         ),
         of_dkdv.told_apart(config),
@@ -155,7 +159,7 @@ def backward(
     )
     if one_head:
         by_group = (y.reshape(*x.shape[:3], spec.group, x.shape[3]) for x, y in ((k, dk), (v, dv)))
-        dk, dv = (y.sum(3).astype(k.dtype) for y in by_group)
+        dk, dv = (y.sum(3).astype(result(k.dtype)) for y in by_group)
 
     def summed(axes: Operand, out: jax.ShapeDtypeStruct, first: Array | None = None, read: int | None = None) -> Array:
         """What the last kernel makes: of a bias, or of what a score function read, from row `first` on."""

@@ -44,7 +44,7 @@ def _batch_forward(args, dims, *, call: Call, names):
     return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
 
 
-def _batch_backward(args, dims, *, call: Call, names, wanted, apart):
+def _batch_backward(args, dims, *, call: Call, names, wanted, apart, adds):
     size, first = _mapped_size(args, dims), 5 + call.row_stats(names)
     end = first + len(names)
     arrays = [_fold(size, x, d) for x, d in zip(args[:first], dims[:first], strict=True)]
@@ -52,12 +52,13 @@ def _batch_backward(args, dims, *, call: Call, names, wanted, apart):
     periods = _periods(call, batch, names)
     mapped = zip(periods, args[first:end], dims[first:end], strict=True)
     operands = [_fold_operand(size, n, x, d) for n, x, d in mapped]
-    dlse = [_fold(size, x, d) for x, d in zip(args[end:], dims[end:], strict=True)]
+    others = [_fold(size, x, d) for x, d in zip(args[end:], dims[end:], strict=True)]
     # Each of the mapped calls has gradients of its own. An operand that is not mapped is summed apart for each; one
     # that is has them in its batch axis, which may now be longer than it was.
     mapped = [dims[first + names.index(name)] is not None for name in wanted]
     inner = tuple(1 if m else n * size for m, n in zip(mapped, apart, strict=True))
-    out = backward_p.bind(*arrays, *operands, *dlse, call=call, names=names, wanted=wanted, apart=inner)
+    params = {"call": call, "names": names, "wanted": wanted, "apart": inner, "adds": adds}
+    out = backward_p.bind(*arrays, *operands, *others, **params)
     results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
     for x, name, m, n in zip(out[3:], wanted, mapped, apart, strict=True):
         x = x.reshape(size, -1, *x.shape[1:])

@@ -32,14 +32,27 @@ def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Arr
 
 
 def backward(
-    call: Call, q, k, v, operands: Mapping[str, Array], o, stats, do, dlse, *, wanted: tuple[str, ...]
+    call: Call,
+    q,
+    k,
+    v,
+    operands: Mapping[str, Array],
+    o,
+    stats,
+    do,
+    dlse,
+    *,
+    wanted: tuple[str, ...],
+    before: Array | None = None,
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
-    """dq, dk, dv, and the gradients of the `wanted` operands. stats: lse, or m and l, of `forward`."""
+    """dq, dk, dv, and the gradients of the `wanted` operands. stats: lse, or m and l, of `forward`. before: what dq is
+    added to, if anything, in the dtype that the sum then has."""
     names = names_of(operands)
     extra = [*stats, *(operands[n] for n in names), *([] if dlse is None else [dlse])]
-    dq, dk, dv, *grads = backward_p.bind(
-        q, k, v, o, do, *extra, call=call, names=names, wanted=wanted, apart=(1,) * len(wanted)
-    )
+    extra += [] if before is None else [before]
+    apart, adds = (1,) * len(wanted), before is not None
+    params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": adds}
+    dq, dk, dv, *grads = backward_p.bind(q, k, v, o, do, *extra, **params)
     return dq, dk, dv, dict(zip(wanted, grads, strict=True))
 
 
@@ -58,11 +71,13 @@ def _forward_shapes(q, k, v, *operands, call: Call, names):
     return [_aval((*q.shape[:3], v.shape[3]), call.rules.result(q.dtype)), *[row] * call.row_results(names)]
 
 
-def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, apart):
+def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, apart, adds):
     operands = dict(zip(names, rest[call.row_stats(names) :], strict=False))
     grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, apart, strict=True)]
-    grads = [_aval(shape, call.rules.result(operands[w].dtype)) for w, shape in zip(wanted, grads, strict=True)]
-    return [_aval(x.shape, x.dtype) for x in (q, k, v)] + grads
+    own = [(x.shape, x.dtype) for x in (q, k, v)]
+    own += [(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
+    made = [_aval(shape, call.rules.result(dtype)) for shape, dtype in own]
+    return [_aval(q.shape, rest[-1].dtype), *made[1:]] if adds else made
 
 
 def _aval(shape, dtype):
@@ -83,13 +98,15 @@ def _forward(run, target, q, k, v, *rest, call: Call, names):
     return _present(*passes.forward(functools.partial(run, target), spec, config, q, k, v, operands))
 
 
-def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, apart):
+def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, apart, adds):
+    *rest, before = (*rest, None) if not adds else rest
     n = call.row_stats(names)
     stats, operands = rest[:n], dict(zip(names, rest[n:], strict=False))
     dlse = rest[n + len(names)] if len(rest) > n + len(names) else None
     if nothing_to_see(q, k, v):
-        shapes = _backward_shapes(q, k, v, o, do, *rest, call=call, names=names, wanted=wanted, apart=apart)
-        grads = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+        params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": False}
+        grads = [jnp.zeros(x.shape, x.dtype) for x in _backward_shapes(q, k, v, o, do, *rest, **params)]
+        grads[0] = grads[0] if before is None else before
         if "sinks" in wanted and dlse is not None:  # lse is the sink itself
             i, shape = wanted.index("sinks"), operands["sinks"].shape
             empty = stats[0] == -jnp.inf  # lse and m alike
@@ -99,10 +116,11 @@ def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, apa
     spec = Spec.of(call.rules, q, k, v, operands)
     args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "apart": apart}
     if run is None:
-        return list(xla.backward(spec, call.config("dkdv"), *args, **options))
+        dq, *others = xla.backward(spec, call.config("dkdv"), *args, **options)
+        return [dq if before is None else before + dq.astype(before.dtype), *others]
     configs = {p: tuning.choose(p, spec, q.dtype, target, call.config(p)) for p in PASSES[1:]}
     options["one_head"] = tuning.one_head(spec, configs["dkdv"], q.shape[0], k.shape[1], target)
-    return list(passes.backward(functools.partial(run, target), spec, configs, *args, **options))
+    return list(passes.backward(functools.partial(run, target), spec, configs, *args, before=before, **options))
 
 
 def _present(*results: Array | None) -> list[Array]:

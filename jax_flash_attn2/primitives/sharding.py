@@ -148,15 +148,15 @@ def forward(unit: Callable[..., Array], maths: Maths, *args: Array, call: Call, 
     return _divided(maths, own_share, args, _forward_pass(call, names, args), params)
 
 
-def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> list[Array]:
+def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart, adds) -> list[Array]:
     """The backward pass, divided."""
     first, batch = 5 + call.row_stats(names), args[0].shape[0]
     end = first + len(names)
     args = (*args[:first], *_whole_batches(names, args[first:end], batch), *args[end:])
     full = [not is_read(n) and args[first + names.index(n)].shape[0] == batch for n in wanted]
     apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
-    params = {"call": call, "names": names, "wanted": wanted, "apart": apart}
-    of_pass = _backward_pass(call, names, args, wanted, apart)
+    params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": adds}
+    of_pass = _backward_pass(call, names, args, wanted, apart, adds)
 
     def own_share(plan: Plan, divided, q, k, v, o, do, *rest):
         stats, rest = rest[: first - 5], rest[first - 5 :]
@@ -165,9 +165,11 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart) -> li
         here = params | {"names": tuple(operands), "apart": tuple(max(n // plan.parts("b"), 1) for n in apart)}
         here["call"] = share.wide(call) if summed else call
         heads = share.own_heads(plan, k), share.own_heads(plan, v)
+        if adds and plan.axes["j"]:  # on one of the devices whose shares are summed
+            rest = (*rest[:-1], jnp.where(plan.first("j") == 0, rest[-1], 0))
         dq, dk, dv, *grads = maths(q, *heads, o, do, *stats, *operands.values(), *rest[len(names) :], **here)
         dk, dv = share.put_heads(plan, dk, k), share.put_heads(plan, dv, v)
-        of = (q, k, v, *(operands[name] for name in wanted))
+        of = (rest[-1] if adds else q, k, v, *(operands[name] for name in wanted))
         made = zip((dq, dk, dv, *grads), of_pass.results, divided, of, strict=True)
         return [plan.sum(x, letters, each, call.rules.result(like.dtype)) for x, letters, each, like in made]
 
@@ -193,7 +195,7 @@ def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str
     names = tuple(operands)
     forward = _forward_pass(call, names, args), args, (o, *[row] * call.row_results(names))
     args = (q, k, v, o, o, *[row] * call.row_stats(names), *operands.values())
-    backward = _backward_pass(call, names, args, (), ()), args, (q, k, v)
+    backward = _backward_pass(call, names, args, (), (), False), args, (q, k, v)
     return tuple(
         f"{name}: keys are sharded over {_listed(lying)} ({devices(mesh, lying)} devices){_said(mesh, lying, *each)}"
         for name, each in (("forward", forward), ("backward", backward))
@@ -238,12 +240,12 @@ def _forward_pass(call: Call, names: Sequence[str], args: Sequence[Any]) -> Pass
     return Pass(_sizes(call, *args[:2]), letters, results, merged=2 + call.rules.max_logits)
 
 
-def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, apart) -> Pass:
+def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, apart, adds: bool) -> Pass:
     first = 5 + call.row_stats(names)
     end = first + len(names)
     letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bhi"] * (first - 5)]
     letters += [_letters(n, x, *args[:2]) for n, x in zip(names, args[first:end], strict=True)]
-    letters += ["bhi"] * (len(args) - end)
+    letters += ["bhi"] * (len(args) - end - adds) + ["bihd"] * adds
     own = {name: letters[first + names.index(name)] for name in wanted}
     if "sinks" in own:  # no key has a part in their gradient
         own["sinks"] = own["sinks"][:3] + WHOLE

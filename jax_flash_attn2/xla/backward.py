@@ -110,7 +110,7 @@ def backward(
         grads["sinks"] = _sum_to(dsinks[..., None], operands["sinks"].shape, apart_of["sinks"])
     dqkv = (dq * scale, *(layout.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
     result = spec.rules.result
-    dqkv = (g.astype(x.dtype) for g, x in zip(dqkv, args, strict=True))
+    dqkv = (g.astype(result(x.dtype)) for g, x in zip(dqkv, args, strict=True))
     return *dqkv, *(grads[name].astype(result(operands[name].dtype)) for name in wanted)
 
 
