@@ -6,8 +6,9 @@ Beside what is imported here: `jax_flash_attn2.flax` and `jax_flash_attn2.equino
 from .base.spec import Config
 from .base.version import VERSION as __version__
 from .call.api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
-from .call.explain import Explanation, explain, supported
+from .call.explain import Explanation, supported
 from .context.attention import context_parallel_attention
+from .context.explaining import ContextExplanation, explain
 from .context.merging import merge
 from .context.orders import from_order, sequence_order, to_order
 from .drop_in import dot_product_attention
@@ -17,6 +18,7 @@ __all__ = [
     "CHECKPOINT_NAMES",
     "EXPORT_DISABLED_CHECKS",
     "Config",
+    "ContextExplanation",
     "Explanation",
     "__version__",
     "context_parallel_attention",

@@ -36,6 +36,9 @@ ARRAYS = (
 )
 """The arguments of `flash_attention` that may be arrays."""
 
+BY_TOKENS = ("q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions")
+"""Those of them with one number for each row, or each key."""
+
 
 def flash_attention(
     q: Array,

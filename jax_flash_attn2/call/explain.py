@@ -80,19 +80,14 @@ class Explanation:
 
 
 def explain(q, k, v, bias=None, **options: Any) -> Explanation:
-    """Which implementation and configuration a call would run, on what, over how many tiles, and why.
+    """`explained`, printed too."""
+    result = explained(q, k, v, bias, **options)
+    print(result)
+    return result
 
-    Args:
-      q, k, v, bias, **options: as for `flash_attention`. Tiles are counted for every pass of a forward and backward
-        run, from the data where segments, lengths or masks decide. Of arrays on several devices (outside jit, where
-        that is known) it says what becomes of keys that are sharded along the sequence.
 
-    Returns:
-      An `Explanation`; its text is printed too.
-
-    Raises:
-      What `flash_attention` would raise, for these arguments and on this machine.
-    """
+def explained(q, k, v, bias=None, **options: Any) -> Explanation:
+    """Of a call on one device, or under plain jit; see `context.explaining.explain`."""
     call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
     spec = Spec.of(call.rules, q, k, v, operands)
     target, reasons = _target(call, q, bool(options.get("higher_order")))
@@ -111,7 +106,6 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
         result = Explanation("triton", target.name, tuple(kernels), reasons)
     if spec.scores or spec.by_function:
         result = _with_source(result, spec, operands, q.shape[0])
-    print(result)
     return result
 
 

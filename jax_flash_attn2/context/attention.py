@@ -26,8 +26,6 @@ from .spread import Spread, cleared, numbered
 _TILE = 128
 """The rows of a tile of the list that a mask function is made into."""
 
-_BY_TOKENS = ("q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions")
-
 
 def context_parallel_attention(
     q: Array,
@@ -84,7 +82,7 @@ def context_parallel_attention(
       TypeError, ValueError: as `flash_attention`; there is no such method or order; shares do not fit; "ulysses" where
         devices do not divide the query heads; a ring with a block mask.
     """
-    asked = _Asked(*_checked(axis, method, head_groups), order)
+    asked = Asked(*checked(axis, method, head_groups), order)
     unknown = set(options) - set(api.defaults())
     if unknown:
         raise TypeError(f"context_parallel_attention has no option {sorted(unknown)[0]!r}; flash_attention's are its")
@@ -95,7 +93,7 @@ def context_parallel_attention(
     return results[0] if len(results) == 1 else results
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """What was asked for besides the options of `flash_attention`."""
 
     axis: str
@@ -104,7 +102,8 @@ class _Asked(NamedTuple):
     order: Order
 
 
-def _checked(axis: Any, method: Any, head_groups: Any) -> tuple[str, Method, int | None]:
+def checked(axis: Any, method: Any, head_groups: Any) -> tuple[str, Method, int | None]:
+    """These arguments, if they are right."""
     if not isinstance(axis, str):
         raise TypeError(f"axis must be the name of a mesh axis, got {axis!r}")
     if method not in get_args(Method):
@@ -116,7 +115,7 @@ def _checked(axis: Any, method: Any, head_groups: Any) -> tuple[str, Method, int
     return axis, method, head_groups
 
 
-def _on_mesh(mesh: Any, asked: _Asked, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
+def _on_mesh(mesh: Any, asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """Whole arrays, divided along the axis; other axes are left to XLA."""
     if asked.axis not in mesh.axis_names:
         raise ValueError(f"axis must be one of the mesh's, {mesh.axis_names}, got {asked.axis!r}")
@@ -149,7 +148,7 @@ def _spec(axis: str, name: str, x: Any, lengths: Mapping[str, int]) -> Partition
     """How a whole array is divided."""
     if name in ("q", "k", "v"):
         return PartitionSpec(*(None,) * (x.ndim - 3), axis)
-    if name in _BY_TOKENS:
+    if name in api.BY_TOKENS:
         side = name.partition("_")[0]
         return PartitionSpec(*(None,) * (x.ndim - 1), axis) if x.shape[-1:] == (lengths[side],) else PartitionSpec()
     if name in ("bias", "mask"):
@@ -161,7 +160,7 @@ def _spec(axis: str, name: str, x: Any, lengths: Mapping[str, int]) -> Partition
     return PartitionSpec()
 
 
-def _on_share(asked: _Asked, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
+def _on_share(asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """One device's part of a call."""
     arrays = arrays | {name: arguments.array(name, arrays[name]) for name in ("q", "k", "v")}
     q, k, v = (arrays[name] for name in ("q", "k", "v"))
@@ -169,7 +168,7 @@ def _on_share(asked: _Asked, arrays: dict[str, Any], options: dict[str, Any]) ->
     spread = _spread(asked, q, k)
     facts = facts_of(spread, arrays, options, alone=_alone(asked.axis))
     method, _ = choosing.choose(asked.method, asked.head_groups, facts)
-    mask, lists = _mask_for(method, spread, arrays["mask"])
+    mask, lists = mask_for(method, spread, arrays["mask"])
     bias = arrays["bias"]
     if isinstance(mask, Mask) and bias is not None and jnp.shape(bias)[-1:] == (spread.keys,):
         bias = lax.all_gather(bias, spread.axis, axis=jnp.ndim(bias) - 1, tiled=True)  # weights are added to it
@@ -183,7 +182,7 @@ def _on_share(asked: _Asked, arrays: dict[str, Any], options: dict[str, Any]) ->
     return results if largest is None else (*results[:-1], lax.pmax(results[-1], spread.axis))
 
 
-def _spread(asked: _Asked, q: Array, k: Array) -> Spread:
+def _spread(asked: Asked, q: Array, k: Array) -> Spread:
     try:
         devices = lax.axis_size(asked.axis)
     except NameError as error:
@@ -218,7 +217,7 @@ def facts_of(spread: Spread, arrays: Mapping[str, Any], options: Mapping[str, An
     )  # fmt: skip
 
 
-def _mask_for(method: str, spread: Spread, mask: Any) -> tuple[Any, bool]:
+def mask_for(method: str, spread: Spread, mask: Any) -> tuple[Any, bool]:
     """The mask as a method takes it, and whether the tiles that it leaves are of use."""
     if method == "ulysses":
         return mask, True
@@ -273,9 +272,5 @@ def _all_gather(asked, facts: Facts, call, q, k, v, operands, native: bool):
 
 
 def _ulysses(asked, facts: Facts, call, q, k, v, operands, native: bool):
-    if q.shape[2] % facts.spread.devices:
-        raise ValueError(
-            f'method="ulysses" needs query heads that {facts.spread.devices} devices divide, got {q.shape[2]}; use '
-            '"ring" or "all_gather"'
-        )
+    choosing.check_heads(facts)
     return ulysses.attention(call, facts.spread, *sharding.vary_alike((q, k, v, operands)), native)

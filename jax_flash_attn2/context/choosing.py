@@ -54,6 +54,11 @@ class Facts:
         return runs(self.needed)
 
     @property
+    def met(self) -> tuple[int, ...]:
+        """The hops of a ring: how many devices before its own those are whose keys a device meets."""
+        return tuple((run.first + run.step * k) % self.spread.devices for run in self.runs for k in range(run.count))
+
+    @property
     def hops(self) -> int:
         """How often a ring sends keys on at least, forward."""
         return sum(run.count for run in self.runs) - 1
@@ -103,3 +108,12 @@ def groups_of(head_groups: int | None, facts: Facts) -> int:
 def pieces(spread: Spread) -> int:
     """How many tokens that follow one another a device's rows have."""
     return {"contiguous": spread.rows, "zigzag": spread.rows // 2, "striped": 1}[spread.order]
+
+
+def check_heads(facts: Facts) -> None:
+    """Raises unless the devices divide the query heads."""
+    if facts.heads % facts.spread.devices:
+        raise ValueError(
+            f'method="ulysses" needs query heads that {facts.spread.devices} devices divide, got {facts.heads}; use '
+            '"ring" or "all_gather"'
+        )

@@ -124,6 +124,7 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
 
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
     zeros |= {name: jnp.zeros(operands[name].shape, call.rules.result(operands[name].dtype)) for name in wanted}
+    k, v, _ = lax.optimization_barrier((k, v, do))  # else XLA would keep what the forward pass gathered
     made = _over_groups(gathering, k, v, sharding.vary_alike((zeros, q))[0], step)
     grads = {name: made[name].astype(x.dtype) if name in wanted else None for name, x in operands.items()}
     return made["q"], made["k"], made["v"], grads, None

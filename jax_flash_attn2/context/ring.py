@@ -173,8 +173,8 @@ def _of_sinks(ring: Ring, q, operands, within, o, stats, do, dlse) -> Array:
 
 
 def _zeros(x: Array, dtype: Any, like: Array) -> Array:
-    """Where a gradient of x is summed. It waits for `like`: XLA would make all zeros of a program at once, and hold these
-    through the forward pass."""
+    """Where a gradient of x is summed. It waits for `like`: XLA would make all zeros of a program at once, and hold
+    these through the forward pass."""
     zero, _ = sharding.vary_alike(lax.optimization_barrier((jnp.zeros((), dtype), like)))
     return jnp.broadcast_to(zero, x.shape)
 

@@ -1,0 +1,165 @@
+"""What a call over several devices would do, and why, without doing it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..base import arguments
+from ..call import api
+from ..call import explain as one_device
+from . import choosing
+from .attention import Asked, checked, facts_of, mask_for
+from .choosing import Facts, Method
+from .orders import Order, from_order, sequence_order
+from .spread import Spread
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextExplanation:
+    """What `context_parallel_attention` would do. `print` it."""
+
+    method: str
+    """"ring", "all_gather" or "ulysses"."""
+    order: str
+    reasons: tuple[str, ...]
+    """Why it is that method."""
+    hops: tuple[int, ...]
+    """Of a ring: how many devices before its own those are whose keys a device meets; else ()."""
+    groups: int
+    """Of all_gather: of key heads; else 1."""
+    sent: int
+    """Bytes that a device sends, forward and backward, at least."""
+    visited: tuple[int | None, ...]
+    """Tiles that each device computes in a forward pass. None: that depends on data that is not known yet (traced)."""
+    device: one_device.Explanation
+    """What the first device's first call runs."""
+
+    @property
+    def balance(self) -> float | None:
+        """Tiles of the busiest device over those of the mean one."""
+        known = [x for x in self.visited if x is not None]
+        return max(known) / (sum(known) / len(known)) if len(known) == len(self.visited) and sum(known) else None
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}, {self.order} order, {len(self.visited)} devices", *(f"  {x}" for x in self.reasons)]
+        if self.hops:
+            lines.append(f"  {len(self.hops)} of {len(self.visited)} hops are met")
+        if self.groups > 1:
+            lines.append(f"  in {self.groups} groups of key heads")
+        lines.append(f"  a device sends {self.sent / 2**20:.3g} MiB, forward and backward")
+        if self.balance is None:
+            lines.append("  how many tiles a device visits depends on the data")
+        else:
+            busiest, mean = max(x for x in self.visited if x is not None), f"{self.balance:.2f} times the mean"
+            lines.append(f"  the busiest device visits {busiest} tiles forward, {mean}")
+        return "\n".join([*lines, "  device 0, first call:", *(f"    {x}" for x in str(self.device).splitlines())])
+
+
+def explain(
+    q, k, v, bias=None, *, axis: str | None = None, mesh: Any = None, method: Method = "auto", order: Order = "zigzag",
+    head_groups: int | None = None, **options: Any,
+) -> one_device.Explanation | ContextExplanation:  # fmt: skip
+    """Which implementation and configuration a call would run, on what, over how many tiles, and why.
+
+    Args:
+      q, k, v, bias, **options: as for `flash_attention`. Tiles are counted for every pass of a forward and backward
+        run, from the data where segments, lengths or masks decide. Of arrays on several devices (outside jit, where
+        that is known) it says what becomes of keys that are sharded along the sequence.
+      axis, mesh, method, order, head_groups: as for `context_parallel_attention` with a mesh, on whole arrays: by which
+        method a call of it would run, and the tiles of each device.
+
+    Returns:
+      An `Explanation`, or, with an axis, a `ContextExplanation`; its text is printed too.
+
+    Raises:
+      What `flash_attention` or `context_parallel_attention` would raise, for these arguments and on this machine.
+    """
+    if axis is None:
+        return one_device.explain(q, k, v, bias, **options)
+    asked = Asked(*checked(axis, method, head_groups), order)
+    if mesh is None or axis not in mesh.axis_names:
+        raise ValueError(f"mesh must be one with the axis {axis!r}, got {mesh!r}; explain takes whole arrays")
+    every = {"q": q, "k": k, "v": v, "bias": bias, **api.defaults(), **options}
+    arrays = {name: every.pop(name) for name in api.ARRAYS}
+    result = _explained(asked, int(mesh.shape[axis]), arrays, every, alone=mesh.size == mesh.shape[axis])
+    print(result)
+    return result
+
+
+def _explained(asked: Asked, n: int, arrays: dict[str, Any], options: dict[str, Any], *, alone: bool):
+    arrays = arrays | {name: arguments.array(name, arrays[name]) for name in "qkv"}
+    q, k, v = (arrays[name] for name in "qkv")
+    arguments.check_shapes(q, k, v)
+    for x in (q, k):
+        sequence_order(x.shape[-3], n, asked.order)  # or what is wrong
+    spread = Spread(asked.axis, n, asked.order, q.shape[-3] // n, k.shape[-3] // n)
+    facts = facts_of(spread, arrays, options, alone=alone)
+    method, reasons = choosing.choose(asked.method, asked.head_groups, facts)
+    mask_for(method, spread, arrays["mask"])  # or what is wrong
+    arrays = {name: _in_plain_order(name, x, spread) for name, x in arrays.items()}
+    if method == "ulysses":
+        choosing.check_heads(facts)
+        first = one_device.explained(**arrays, **options)
+        each = first.passes[0].visited
+        visited = (None if each is None else each // n,) * n
+    else:
+        first, visited = _by_device(method, facts, arrays, options)
+    groups = choosing.groups_of(asked.head_groups, facts) if method == "all_gather" else 1
+    hops = facts.met if method == "ring" else ()
+    return ContextExplanation(method, asked.order, reasons, hops, groups, facts.sent(method), visited, first)
+
+
+def _by_device(method: str, facts: Facts, arrays: dict[str, Any], options: dict[str, Any]):
+    """What the first call of the first device runs, and the tiles of each device, by calls of one device that stand for
+    its part: nothing is run."""
+    spread, n = facts.spread, facts.spread.devices
+    rows, keys = (sequence_order(n * share, n, spread.order).reshape(n, -1) for share in (spread.rows, spread.keys))
+    first, visited = None, []
+    for i in range(n):
+        met = [np.arange(n * spread.keys)] if method == "all_gather" else [keys[(i - hop) % n] for hop in facts.met]
+        made = [one_device.explained(**_part(facts, arrays, options, rows[i], own)) for own in met]
+        first = first or made[0]
+        counts = [x.passes[0].visited for x in made]
+        known = None not in counts and (arrays["mask"] is None or isinstance(arrays["mask"], jax.Array | np.ndarray))
+        visited.append(sum(counts) if known else None)
+    return first, tuple(visited)
+
+
+def _part(facts: Facts, arrays: dict[str, Any], options: dict[str, Any], rows: np.ndarray, keys: np.ndarray):
+    """The call of one device that has these rows and keys. Masks that are no arrays are left out."""
+    taken = {"causal_alignment": "top_left", "dropout_rate": 0.0, "dropout_seed": None, "score_mod": None}
+    taken |= {name: jnp.take(arrays[name], keys if name in "kv" else rows, axis=-3) for name in "qkv"}
+    lengths = {"q": facts.spread.rows * facts.spread.devices, "kv": facts.spread.keys * facts.spread.devices}
+    for name in ("bias", "mask"):
+        x = arrays[name]
+        is_array = isinstance(x, jax.Array | np.ndarray)
+        for axis, tokens, length in ((-2, rows, lengths["q"]), (-1, keys, lengths["kv"])):
+            if is_array and x.ndim >= -axis and x.shape[axis] == length:
+                x = jnp.take(x, tokens, axis=axis)
+        taken[name] = x if is_array else None
+    ids, other = arrays["q_segment_ids"], arrays["kv_segment_ids"]
+    segments = {"q": ids, "kv": ids if other is None else other}
+    bounded = ids is not None or any(arrays[f"{side}_lengths"] is not None for side in segments)
+    for side, tokens in (("q", rows), ("kv", keys)):
+        positions, end = arrays[f"{side}_positions"], arrays[f"{side}_lengths"]
+        ahead = facts.ahead if side == "q" else 0
+        taken[f"{side}_positions"] = tokens[None] + ahead if positions is None else np.asarray(positions)[..., tokens]
+        own = np.zeros(len(tokens), np.int32) if segments[side] is None else segments[side][..., tokens]
+        taken[f"{side}_segment_ids"] = own if end is None else jnp.where(tokens < jnp.asarray(end)[..., None], own, -1)
+        taken[f"{side}_lengths"] = None
+    if not bounded:
+        taken |= {"q_segment_ids": None, "kv_segment_ids": None}
+    return {**arrays, **options, **taken}
+
+
+def _in_plain_order(name: str, x: Any, spread: Spread) -> Any:
+    axes = {"q": (-3,), "k": (-3,), "v": (-3,), "bias": (-2, -1), "mask": (-2, -1)}
+    axes |= dict.fromkeys(api.BY_TOKENS, (-1,))
+    if name not in axes or not isinstance(x, jax.Array | np.ndarray):
+        return x
+    whole = {spread.rows * spread.devices, spread.keys * spread.devices}
+    axes = tuple(axis for axis in axes[name] if x.ndim >= -axis and x.shape[axis] in whole)
+    return from_order(x, spread.devices, spread.order, axes)
