@@ -7,6 +7,7 @@ import numpy as np
 
 from jax_flash_attn2.base.spec import Rules
 from jax_flash_attn2.context.choosing import Facts, groups_of
+from jax_flash_attn2.context.hops import Run
 from jax_flash_attn2.context.orders import Order
 from jax_flash_attn2.context.spread import Spread
 
@@ -54,6 +55,11 @@ class Case:
         )  # fmt: skip
 
     @property
+    def runs(self) -> tuple[Run, ...]:
+        """The way round of a ring."""
+        return _runs(self.devices, self.order, self.share, self.causal, self.window)
+
+    @property
     def groups(self) -> int:
         """In how many groups all_gather meets the key heads."""
         return groups_of(self.head_groups, self.facts)
@@ -62,6 +68,11 @@ class Case:
     def pairs(self) -> int:
         """How many pairs of a row and a key that it sees there are, in each head."""
         return _pairs(self.tokens, self.causal, self.window, self.document)
+
+
+@functools.lru_cache(64)
+def _runs(devices: int, order: Order, share: int, causal: bool, window: int | None) -> tuple[Run, ...]:
+    return Case(devices * share, devices, "ring", order, causal=causal, window=window).facts.runs
 
 
 @functools.lru_cache(64)

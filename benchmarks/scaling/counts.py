@@ -50,7 +50,7 @@ def keys_bytes(case: Case, itemsize: int) -> int:
 
 def _ring(case: Case, backward: bool) -> list[Sent]:
     counted: dict[tuple[bool, bool], int] = {}  # whether keys are in a message, and sums; how many such there are
-    for run in case.facts.runs:
+    for run in case.runs:
         for message in _messages_of(run, case.devices, backward):
             counted[message] = counted.get(message, 0) + 1
     keys, sums = keys_bytes(case, case.itemsize), keys_bytes(case, FP32)

@@ -23,6 +23,8 @@ class Machine:
     backward: float = 322e12 * 5 / 7
     """Likewise: FlashAttention-2's 322, which makes 5 products, at the rate of our 7."""
     nvlink: float = 370 * GB
+    gathering: float = 370 * GB
+    """Of collectives of several nodes, over all their cards."""
     nic: float = 48.5 * GB
     """Of a GPU's own network card."""
     memory: float = 3350 * GB
@@ -51,8 +53,8 @@ class Machine:
         """all_gather and reduce_scatter, of which a device sends so much: round all devices, over all cards of a
         node."""
         far = self.nodes(devices) - 1
-        slowest = min(self.nvlink, self.per_node * self.nic) if far else self.nvlink
-        return self.start + far * self.far_hop + (devices - 1 - far) * self.hop + size / slowest
+        rate = min(self.gathering, self.per_node * self.nic) if far else self.nvlink
+        return self.start + far * self.far_hop + (devices - 1 - far) * self.hop + size / rate
 
     def exchange(self, size: int, devices: int) -> float:
         """all_to_all, of which a device sends so much: to those of its node over NVLink, to others over its card."""
@@ -64,7 +66,9 @@ class Machine:
 
 TRITON = Machine()
 FASTEST = Machine(forward=616e12, backward=561e12)
-"""With FlashAttention-3's kernels, the fastest there are."""
+"""With FlashAttention-3's kernels."""
+CROWDED = Machine(gathering=200 * GB)
+"""Where collectives of several nodes reach what some clusters are reported to."""
 
 
 @dataclasses.dataclass(frozen=True)

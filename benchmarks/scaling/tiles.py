@@ -41,17 +41,24 @@ def by_hop(case: Case, tile: int = TILE) -> np.ndarray:
         for x in (first + n - 1 if case.order == "striped" else first, last)
     )
 
+    alike = case.order != "zigzag" and case.document is None and piece % tile == 0
+    some = np.array([0, n - 1]) if alike else np.arange(n)
+
     def visited(hop: int) -> np.ndarray:
-        source = (np.arange(n, dtype=np.int32)[:, None] - hop) % n
+        source = ((some[:, None] - hop) % n).astype(np.int32)
         if piece % tile:  # tiles that are cut short, or that two pieces share
             return _compared(*_rows(case, tile), least[source[:, 0]], largest[source[:, 0]])
+        begin, end = first[some], last[some]
         if case.order == "striped":  # the tile j of a device has the tokens source + n * (tile * j), and so on
-            return _count(first - (before < source), last - (after < source) + 1, piece // tile)
-        places = (source, 2 * n - 1 - source) if case.order == "zigzag" else (source,)
-        starts = (place * (piece // tile) for place in places)
-        return sum(_count(first - start, last + 1 - start, piece // tile) for start in starts)
+            made = _count(begin - (before[some] < source), end - (after[some] < source) + 1, piece // tile)
+        else:
+            places = (source, 2 * n - 1 - source) if case.order == "zigzag" else (source,)
+            starts = (place * (piece // tile) for place in places)
+            made = sum(_count(begin - start, end + 1 - start, piece // tile) for start in starts)
+        # Only how far apart two devices are matters: those that meet later keys do as the first, others as the last.
+        return np.where(np.arange(n) < hop % n, *made) if alike else made
 
-    return np.stack([visited(run.first + run.step * i) for run in case.facts.runs for i in range(run.count)])
+    return np.stack([visited(run.first + run.step * i) for run in case.runs for i in range(run.count)])
 
 
 def _compared(first: np.ndarray, last: np.ndarray, least: np.ndarray, largest: np.ndarray) -> np.ndarray:
