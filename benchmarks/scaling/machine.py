@@ -155,7 +155,5 @@ def _all_gather(case: Case, of: str, machine: Machine) -> Time:
 def _ulysses(case: Case, of: str, machine: Machine) -> Time:
     """Everything waits for everything."""
     computing = tiles.one_device(case) * _of_tiles(case, of, machine, case.heads) / case.devices
-    sending = sum(
-        x.count * machine.exchange(x.bytes, case.devices) for x in sent(case, of) if x.kind == "all-to-all"
-    )
+    sending = sum(x.count * machine.exchange(x.bytes, case.devices) for x in sent(case, of) if x.kind == "all-to-all")
     return Time(computing + sending, computing, sending, 0.0)

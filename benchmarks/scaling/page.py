@@ -1,7 +1,7 @@
 """The tables and the plot of docs/scaling.md.
 
-    python -m benchmarks.scaling                # print the tables
-    python -m benchmarks.scaling --write        # put them into docs/scaling.md, and draw docs/scaling.png
+python -m benchmarks.scaling                # print the tables
+python -m benchmarks.scaling --write        # put them into docs/scaling.md, and draw docs/scaling.png
 """
 
 import argparse
@@ -34,10 +34,14 @@ def blocks() -> dict[str, str]:
     made = {f"costs-{name}": _table(_COSTS, _costs(tokens)) for tokens, name in TOKENS.items()}
     made["tiles"] = _by_way(f"1M tokens, {{mask}}: {_TILES}", _tiles)
     made["efficiency"] = "\n\n".join(
-        _table(["GPUs", *_titles()], _ways(tokens, {}, _efficiency), f"{name} tokens") for tokens, name in TOKENS.items()
+        _table(["GPUs", *_titles()], _ways(tokens, {}, _efficiency), f"{name} tokens")
+        for tokens, name in TOKENS.items()
     )
     made["masks"] = _by_way("1M tokens, {mask}", _efficiency, masks=list(MASKS)[1:])
     made["machines"] = _table(["1M tokens", "method", *map(str, DEVICES)], _machines())
+    names = [f"{where}, {of}" for where in ("one node", "several nodes") for of in counts.PASSES]
+    made["hidden"] = _table(["a device's share", *names], _hidden())
+    made["groups"] = _table(["tokens", "head_groups", "GB held, bwd", *map(str, DEVICES)], _groups())
     made["choice"] = _table(["tokens", *map(str, DEVICES)], _choices())
     return made
 
@@ -124,6 +128,33 @@ def _machines() -> Iterator[list[str]]:
             yield [kind, method, *(f"{machine.efficiency(x, what):.2f}" if x.usable else NO_SUCH for x in cases)]
 
 
+def _hidden() -> Iterator[list[str]]:
+    """The least share of a device at which a ring's messages take no longer than its steps."""
+    for kind, what in {"as above": machine.TRITON, "FlashAttention-3's rates": machine.FASTEST}.items():
+        yield [kind, *(f"{_least_share(of, n, what)} tokens" for n in (8, 16) for of in counts.PASSES)]
+
+
+def _least_share(of: str, devices: int, what: machine.Machine) -> int:
+    for share in range(2 * tiles.TILE, 2**16, 2 * tiles.TILE):
+        case = Case(devices * share, devices, "ring")
+        message = what.message(max(x.bytes for x in counts.sent(case, of)), devices)
+        if message <= machine.time(case, of, what).computing / devices:
+            return share
+    raise ValueError("no share is large enough")
+
+
+def _groups() -> Iterator[list[str]]:
+    for tokens, name in TOKENS.items():
+        for groups in (8, 4, 2, 1):
+            cases = [Case(tokens, devices, "all_gather", head_groups=groups) for devices in DEVICES]
+            held = _three(counts.held(cases[0], "backward") / 1e9)  # the same on any number of devices
+            yield [name, str(groups), held, *map(_efficiency, cases)]
+
+
+MOST_HELD = 20e9
+"""Bytes, in the choice: a quarter of an H100, as the layer and the rest of the model want theirs."""
+
+
 def _choices() -> Iterator[list[str]]:
     """Which way is fastest, and what "auto" takes."""
     rows = [(name, tokens, {}) for tokens, name in TOKENS.items()]
@@ -133,12 +164,17 @@ def _choices() -> Iterator[list[str]]:
 
 
 def _choice(tokens: int, devices: int, mask: dict[str, int]) -> str:
-    cases = [case for way in WAYS if (case := Case(tokens, devices, *way, **mask)).usable]
-    best = max(cases, key=machine.efficiency)
+    cases = [Case(tokens, devices, *way, **mask) for way in WAYS]
+    for way in WAYS:
+        if way[0] == "all_gather":
+            cases += [Case(tokens, devices, *way, **mask, head_groups=groups) for groups in (4, 2, 1)]
+    cases = [case for case in cases if case.usable and counts.held(case, "backward") <= MOST_HELD]
+    best = max(cases, key=lambda case: round(machine.efficiency(case), 3))  # of equals the one that holds least
     title = best.method if best.method == "ulysses" else f"{best.method}, {best.order}"
+    title += f", head_groups={best.head_groups}" if best.head_groups else ""
     taken, _ = choosing.choose("auto", None, Case(tokens, devices, "ring", **mask).facts)
     auto = Case(tokens, devices, taken, **mask)
-    return f"{title} {_share(best)}; auto: {taken} {_share(auto)}"
+    return f"{title} **{_share(best)}** ({taken} {_share(auto)})"
 
 
 def _share(case: Case) -> str:
@@ -162,6 +198,8 @@ def _table(head: Sequence[str], rows: Any, title: str = "") -> str:
 # The plot.
 
 COLOURS = {"ring": "#1b6ca8", "all_gather": "#e07b39", "ulysses": "#3a9d5d"}
+DRAWN = tuple(2**n for n in range(3, 11))
+"""GPUs."""
 
 
 def draw(figure: Any) -> None:
@@ -169,38 +207,43 @@ def draw(figure: Any) -> None:
     figure.set_size_inches(11, 6.4)
     panels = figure.subplots(2, len(TOKENS), sharex=True, sharey="row")
     for (tokens, name), (above, below) in zip(TOKENS.items(), panels.T, strict=True):
-        for method in METHODS:
-            cases = [x for devices in DEVICES if (x := Case(tokens, devices, method)).usable]
-            lines = [(above, [machine.efficiency(x) for x in cases])]
-            lines += [(below, [counts.held(x, "backward") / 1e9 for x in cases])]
-            for axes, values in lines:
-                full = [min(machine.filled(x)) == 1 for x in cases]
-                axes.plot([x.devices for x in cases], values, color=COLOURS[method], label=method, lw=1.8)
-                for x, y, whole in zip(cases, values, full, strict=True):
-                    face = COLOURS[method] if whole else "white"
-                    axes.plot(x.devices, y, "o", ms=6, color=COLOURS[method], mfc=face, zorder=3)
-        uneven = [Case(tokens, devices, "ring", "contiguous") for devices in DEVICES]
-        above.plot(
-            DEVICES, [machine.efficiency(x) for x in uneven], "--", color=COLOURS["ring"], lw=1.2, alpha=0.7,
-            label="ring, contiguous order",
-        )  # fmt: skip
         above.set_title(f"{name} tokens", fontsize=11)
-        above.set_ylim(0, 1.05)
-        below.set_yscale("log")
-        below.set_xscale("log", base=2)
-        below.set_xticks(DEVICES, map(str, DEVICES))
+        for method, colour in COLOURS.items():
+            cases = [x for devices in DRAWN if (x := Case(tokens, devices, method)).usable]
+            at = [x.devices for x in cases]
+            shares = [machine.efficiency(x) for x in cases]
+            above.plot(at, shares, color=colour, label=method, lw=1.8)
+            for x, share in zip(cases, shares, strict=True):
+                face = colour if min(machine.filled(x)) == 1 else "white"
+                above.plot(x.devices, share, "o", ms=5.5, color=colour, mfc=face, zorder=3)
+            below.plot(at, [counts.held(x, "backward") / 1e9 for x in cases], "o-", ms=4, color=colour, lw=1.8)
+        best = [
+            max(machine.efficiency(Case(tokens, devices, "all_gather", head_groups=groups)) for groups in (8, 4, 2, 1))
+            for devices in DRAWN
+        ]
+        uneven = [machine.efficiency(Case(tokens, devices, "ring", "contiguous")) for devices in DRAWN]
+        above.plot(DRAWN, best, ":", color=COLOURS["all_gather"], lw=1.8, label="all_gather, best head_groups")
+        above.plot(DRAWN, uneven, "--", color=COLOURS["ring"], lw=1.2, label="ring, contiguous order")
         below.axhline(80, color="#888", lw=1, ls=":")
         below.set_xlabel("GPUs along the sequence")
         for axes in (above, below):
-            axes.axvline(8, color="#bbb", lw=1)
+            axes.axvspan(7, 8.6, color="#000", alpha=0.05, lw=0)  # one node
+            axes.tick_params(axis="x", labelsize=8.5)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].set_ylabel("predicted efficiency, both passes")
-    panels[1, 0].set_ylabel("GB held for keys and their\ngradients, backward")
-    panels[1, 0].annotate("an H100 has 80 GB", (8.5, 80), (0, 3), textcoords="offset points", fontsize=8, color="#666")
-    panels[0, 0].annotate("one node", (8, 0.03), (4, 0), textcoords="offset points", fontsize=8, color="#666")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, fontsize=10)
+    first, lower = panels[:, 0]
+    first.set_ylim(0, 1.05)
+    first.set_ylabel("predicted efficiency, both passes")
+    first.annotate("one\nnode", (7.8, 0.03), ha="center", fontsize=7.5, color="#555")
+    lower.set_xscale("log", base=2)
+    lower.set_xlim(7, 1200)
+    lower.set_xticks(DRAWN, map(str, DRAWN))
+    lower.set_yscale("log")
+    lower.yaxis.set_major_formatter("{x:g}")
+    lower.set_ylabel("GB held for keys and their\ngradients, backward")
+    lower.annotate("an H100 has 80 GB", (16, 80), (0, 3), textcoords="offset points", fontsize=8, color="#666")
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=5, frameon=False, fontsize=9.5)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
 
 
