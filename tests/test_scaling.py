@@ -100,7 +100,13 @@ def test_sent_among_many():
 # Tiles.
 
 BLOCK = 16
-MASKS = {"causal": {}, "window": {"window": 40}, "documents": {"document": 50}, "full": {"causal": False}}
+MASKS = {
+    "causal": {},
+    "window": {"window": 68},  # begins where some tile of 4 devices ends, striped
+    "narrow": {"window": 17},  # likewise, contiguous
+    "documents": {"document": 50},
+    "full": {"causal": False},
+}
 
 
 def table(case: Case, rows: np.ndarray, keys: np.ndarray) -> int:

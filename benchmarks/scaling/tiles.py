@@ -35,12 +35,10 @@ def by_hop(case: Case, tile: int = TILE) -> np.ndarray:
     least, largest = _ends(case, tile)
     first, last = _rows(case, tile)
     n, piece = case.devices, case.share // (2 if case.order == "zigzag" else 1)
-    stride = tile * (n if case.order == "striped" else 1)
-    (first, before), (last, after) = (
-        tuple(x.astype(np.int32) for x in np.divmod(x, stride))
-        for x in (first + n - 1 if case.order == "striped" else first, last)
-    )
-
+    striped = case.order == "striped"
+    stride = tile * (n if striped else 1)
+    first, before = (x.astype(np.int32) for x in np.divmod(first + n - 1 if striped else first, stride))
+    last = (last // stride).astype(np.int32)
     alike = case.order != "zigzag" and case.document is None and piece % tile == 0
     some = np.array([0, n - 1]) if alike else np.arange(n)
 
@@ -49,8 +47,8 @@ def by_hop(case: Case, tile: int = TILE) -> np.ndarray:
         if piece % tile:  # tiles that are cut short, or that two pieces share
             return _compared(*_rows(case, tile), least[source[:, 0]], largest[source[:, 0]])
         begin, end = first[some], last[some]
-        if case.order == "striped":  # the tile j of a device has the tokens source + n * (tile * j), and so on
-            made = _count(begin - (before[some] < source), end - (after[some] < source) + 1, piece // tile)
+        if striped:  # the tile j of a device has the tokens from source + n * tile * j, every nth
+            made = _count(begin - (before[some] < source), end + 1, piece // tile)
         else:
             places = (source, 2 * n - 1 - source) if case.order == "zigzag" else (source,)
             starts = (place * (piece // tile) for place in places)
