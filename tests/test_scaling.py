@@ -1,11 +1,13 @@
 """What benchmarks/scaling counts is what compiled programs send and what the package's tables of tiles say."""
 
+import dataclasses
 import functools
 import os
 import pathlib
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,8 @@ SMALL = functools.partial(Case, kv_heads=4, head_dim=16, heads=8, itemsize=4)
 DTYPES = {2: jnp.bfloat16, 4: jnp.float32}
 
 
-def compiled(case: Case) -> dict[str, Counter]:
-    """What the programs of both passes send."""
+def compiled(case: Case) -> dict[str, Any]:
+    """The programs of both passes."""
     mesh = jax.make_mesh((case.devices,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
     by_tokens = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "context"))
     array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=by_tokens)
@@ -45,7 +47,12 @@ def compiled(case: Case) -> dict[str, Counter]:
         "forward": jax.jit(attend).lower(q, k, k, *ids),
         "backward": jax.jit(lambda pull, do: pull(do)).lower(saved, q),
     }
-    return {of: programs.collectives(x.compile().as_text(), case.devices) for of, x in lowered.items()}
+    return {of: x.compile() for of, x in lowered.items()}
+
+
+def found(case: Case) -> dict[str, Counter]:
+    """What they send."""
+    return {of: programs.collectives(x.as_text(), case.devices) for of, x in compiled(case).items()}
 
 
 def counted(case: Case) -> dict[str, Counter]:
@@ -75,7 +82,7 @@ SELDOM = ("ring_full", "ring_striped", "ring_window", "ring_documents", "all_gat
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.thorough] * (x in SELDOM)) for x in SENT])
 def test_sent(name):
-    assert compiled(SENT[name]) == counted(SENT[name])
+    assert found(SENT[name]) == counted(SENT[name])
 
 
 MANY = [
@@ -90,11 +97,28 @@ MANY = [
 @pytest.mark.thorough
 def test_sent_among_many():
     """64 devices, in a process of their own."""
-    code = "import test_scaling as t\nfor case in t.MANY: assert t.compiled(case) == t.counted(case), case"
+    code = "import test_scaling as t\nfor case in t.MANY: assert t.found(case) == t.counted(case), case"
     devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=64"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+
+
+@pytest.mark.thorough
+def test_held(compiled_fully):
+    """What a ring holds does not grow with the number of devices, and what all_gather holds does as counted, or twice
+    so, as the gradients are copied when they are put side by side."""
+
+    def grown(method, of):
+        cases = [Case(1024 * n, n, method, heads=16, kv_heads=16, head_dim=64, itemsize=4) for n in (4, 8)]
+        cases = [dataclasses.replace(x, head_groups=4 if method == "all_gather" else None) for x in cases]
+        less, more = (compiled(x)[of].memory_analysis().temp_size_in_bytes for x in cases)
+        return more - less, counts.held(cases[1], of) - counts.held(cases[0], of)
+
+    for of in counts.PASSES:
+        assert abs(grown("ring", of)[0]) < 2**20
+        real, expected = grown("all_gather", of)
+        assert 0.9 * expected < real < 2.2 * expected
 
 
 # Tiles.
