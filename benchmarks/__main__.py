@@ -13,6 +13,7 @@ NAMES = {
     "xla_path": "the XLA path in the numbers that the README quotes",
     "cold_start": "what a new process pays: trace, lower and compile of each option, first calls without jit",
     "codegen": "the machine code of every tuned kernel",
+    "scaling": "attention over many devices, on paper: the tables and the plot of docs/scaling.md",
     "gpu": "correctness of every tuned row and the most telling points, on a GPU (gpu.sh)",
     "gpu_smoke": "one small forward and backward of each width, on a GPU: the first thing to run there",
     "report": "all results as one HTML page",
