@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from jax_flash_attn2.context.hops import Run
-from jax_flash_attn2.context.ring import UNROLLED
+from jax_flash_attn2.context.hops import messages
 from jax_flash_attn2.context.ulysses import copies_of_keys
 
 from .cases import Case
@@ -51,7 +50,7 @@ def keys_bytes(case: Case, itemsize: int) -> int:
 def _ring(case: Case, backward: bool) -> list[Sent]:
     counted: dict[tuple[bool, bool], int] = {}  # whether keys are in a message, and sums; how many such there are
     for run in case.runs:
-        for message in _messages_of(run, case.devices, backward):
+        for message in messages(run, case.devices, backward):
             counted[message] = counted.get(message, 0) + 1
     keys, sums = keys_bytes(case, case.itemsize), keys_bytes(case, FP32)
     made = []
@@ -62,18 +61,6 @@ def _ring(case: Case, backward: bool) -> list[Sent]:
     if case.document is not None and ids:
         made.append(Sent("collective-permute", "segment ids", case.share * IDS, ids))
     return made
-
-
-def _messages_of(run: Run, devices: int, backward: bool) -> list[tuple[bool, bool]]:
-    """The messages of one way round: whether each has keys, and sums of gradients."""
-    made = [(True, False)] if run.first else []
-    if run.count > UNROLLED:  # a loop, the last keys of which are sent in vain, and the first sums, zeros, too
-        made += [(True, backward)] * run.count
-    else:
-        for n in range(run.count):
-            message = n + 1 < run.count, backward and n > 0
-            made += [message] if any(message) else []
-    return made + ([(False, True)] if backward and run.last % devices else [])
 
 
 def _all_gather(case: Case, backward: bool) -> list[Sent]:

@@ -137,8 +137,8 @@ def _ring(case: Case, of: str, machine: Machine) -> Time:
 
 
 def _all_gather(case: Case, of: str, machine: Machine) -> Time:
-    """Each group's computing hides the gathering of the next and the scattering of the last; the first gathering is
-    hidden by nothing, nor is the last scattering."""
+    """Each group's computing hides one thing, as XLA has one collective on its way at a time: forward the gathering of
+    the next group, backward the scattering of the last, which is more. What is left is hidden by nothing."""
     n, groups = case.devices, case.groups
     computing = float(tiles.whole(case).max()) * _of_tiles(case, of, machine, case.heads)
     if n == 1:
@@ -147,8 +147,8 @@ def _all_gather(case: Case, of: str, machine: Machine) -> Time:
     scatter = machine.collective((n - 1) * keys_bytes(case, FP32) // groups, n) if of == "backward" else 0.0
     total = gather + scatter
     for group in range(groups):
-        beside = (gather if group + 1 < groups else 0.0) + (scatter if group else 0.0)
-        total += max(computing / groups, beside)
+        coming, going = gather if group + 1 < groups else 0.0, scatter if group else 0.0
+        total += max(computing / groups, going) + coming if going else max(computing / groups, coming)
     return Time(total, computing, groups * (gather + scatter), 0.0)
 
 

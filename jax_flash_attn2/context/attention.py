@@ -51,8 +51,8 @@ def context_parallel_attention(
     - "all_gather" (Llama 3, arXiv:2407.21783, section 3.3.2): each device gathers all keys, some heads at a time.
     - "ulysses" (Jacobs et al., arXiv:2309.14509): each device gets all rows and keys of some heads. Key heads that are
       fewer than devices are repeated.
-    - "auto" sends fewest bytes: ulysses where it can, if that is less than a ring sends; all_gather in place of a ring
-      for packed documents and for masks whose tiles are known. `explain` says why.
+    - "auto": ulysses where it can and that sends fewest bytes; else a ring where bounds leave out devices, or where
+      all_gather would hold gigabytes; else all_gather. `docs/scaling.md` has the reasons, `explain` those of a call.
 
     Two ways to call it: within `jax.shard_map` over `axis` (mesh=None), where all arrays are this device's; or with a
     mesh, under jit, on whole arrays, which may be divided along batches and heads too.

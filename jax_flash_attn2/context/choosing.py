@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from ..base.spec import Rules
-from .hops import Run, needed_hops, runs
+from .hops import Run, messages, needed_hops, runs
 from .spread import Spread
 from .ulysses import copies_of_keys
 
@@ -14,6 +14,12 @@ Method = Literal["auto", "all_gather", "ring", "ulysses"]
 
 _AT_ONCE = 32 * 2**20
 """Bytes of gathered keys and values that a group of heads has at most, if it has more than one head."""
+
+_HELD = 8 * 2**30
+"""Bytes that all_gather may hold before "auto" prefers a ring, whose memory shrinks with the number of devices."""
+
+_BLOCKS = 132
+"""Blocks of rows that the query heads of a group have at least: one for each multiprocessor of a large GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +60,34 @@ class Facts:
         return runs(self.needed)
 
     @property
+    def held(self) -> int:
+        """Bytes of keys, and of their gradients, that all_gather holds at least: of two groups of heads."""
+        tokens, heads = self.spread.keys * self.spread.devices, self.kv_heads // groups_of(None, self)
+        each = self.itemsize + max(self.itemsize, 4)
+        return 2 * self.batch * tokens * heads * (self.head_dim + self.v_dim) * each
+
+    @property
     def met(self) -> tuple[int, ...]:
         """The hops of a ring: how many devices before its own those are whose keys a device meets."""
         return tuple((run.first + run.step * k) % self.spread.devices for run in self.runs for k in range(run.count))
 
-    @property
-    def hops(self) -> int:
-        """How often a ring sends keys on at least, forward."""
-        return sum(run.count for run in self.runs) - 1
-
     def sent(self, method: str) -> int:
-        """Bytes that a device sends in a forward and a backward pass."""
+        """Bytes of rows, keys, values and their gradients that a device sends in a forward and a backward pass."""
         keys = self.batch * self.spread.keys * self.kv_heads * (self.head_dim + self.v_dim)
         if method == "ulysses":
             rows = self.batch * self.spread.rows * self.heads * (self.head_dim + self.v_dim)
             keys *= copies_of_keys(self.kv_heads, self.spread.devices)
             return 2 * (rows + keys) * self.itemsize * (self.spread.devices - 1) // self.spread.devices
-        hops = self.hops if method == "ring" else self.spread.devices - 1
-        return hops * keys * (2 * self.itemsize + max(self.itemsize, 4))  # twice the keys, and their gradients in fp32
+        sums = max(self.itemsize, 4)  # gradients are in fp32
+        if method == "all_gather":
+            return (self.spread.devices - 1) * keys * (2 * self.itemsize + sums)
+        sent = [
+            message
+            for run in self.runs
+            for back in (False, True)
+            for message in messages(run, self.spread.devices, back)
+        ]
+        return sum(keys * (self.itemsize * has_keys + sums * has_sums) for has_keys, has_sums in sent)
 
 
 def choose(method: Method, head_groups: int | None, facts: Facts) -> tuple[str, tuple[str, ...]]:
@@ -80,11 +96,7 @@ def choose(method: Method, head_groups: int | None, facts: Facts) -> tuple[str, 
         return method, (f"method={method!r} was asked for",)
     if head_groups is not None:
         return "all_gather", ("head_groups was given, which speaks to all_gather",)
-    other, why = "ring", "a ring holds the keys of two devices at a time and sends them while it computes"
-    if facts.lists:
-        other, why = "all_gather", "a mask's tiles are known where the keys are all there"
-    elif facts.segments:
-        other, why = "all_gather", "of packed documents a ring would send keys that most rows do not see"
+    other, why = _without_ulysses(facts)
     if facts.heads % facts.spread.devices:
         return other, (f"{facts.heads} heads are no multiple of {facts.spread.devices} devices: no ulysses", why)
     own, others = (facts.sent(name) for name in ("ulysses", other))
@@ -94,6 +106,18 @@ def choose(method: Method, head_groups: int | None, facts: Facts) -> tuple[str, 
     return other, (moved, why)
 
 
+def _without_ulysses(facts: Facts) -> tuple[str, str]:
+    if facts.lists:
+        return "all_gather", "a mask's tiles are known where the keys are all there"
+    if facts.sent("ring") < facts.sent("all_gather"):
+        return "ring", f"bounds let a ring meet {len(facts.met)} of {facts.spread.devices} devices, and send less"
+    if facts.held > _HELD:
+        return "ring", f"all_gather would hold {facts.held / 2**30:.3g} GiB of others' keys and their gradients"
+    if facts.segments:
+        return "all_gather", "of packed documents a ring would send keys step by step that most rows do not see"
+    return "all_gather", "what all gather comes over all links at once; a ring waits for the slowest in each step"
+
+
 def groups_of(head_groups: int | None, facts: Facts) -> int:
     """In how many groups of key heads all_gather meets them."""
     if head_groups is not None:
@@ -101,8 +125,10 @@ def groups_of(head_groups: int | None, facts: Facts) -> int:
     if facts.functions or not facts.alone:
         return 1
     row = facts.batch * facts.spread.keys * facts.spread.devices * (facts.head_dim + facts.v_dim) * facts.itemsize
-    most = max(_AT_ONCE // row, 1)
-    return next(n for n in range(1, facts.kv_heads + 1) if facts.kv_heads % n == 0 and facts.kv_heads // n <= most)
+    heads = max(_AT_ONCE // row, 1)
+    most = max(facts.batch * facts.heads * -(-facts.spread.rows // 128) // _BLOCKS, 1)
+    fitting = [n for n in range(1, facts.kv_heads + 1) if facts.kv_heads % n == 0 and n <= most]
+    return next((n for n in fitting if facts.kv_heads // n <= heads), fitting[-1])
 
 
 def pieces(spread: Spread) -> int:

@@ -76,17 +76,22 @@ def _forward(gathering: Gathering, q, k, v, operands, within):
 
 
 def _over_groups(gathering: Gathering, k: Array, v: Array, state: Any, step: Callable[..., Any]) -> Any:
-    """`state = step(state, keys, group)` with the keys and values of each group of heads, while the next ones come."""
-    keys = _fetch(gathering, k, v, 0)
-    if gathering.groups > 1:
+    """`state = step(state, keys, group)` with the keys and values of each group of heads, while the next ones come. The
+    number of the first group is known, and so is that of the last."""
+    last = gathering.groups - 1
 
-        def body(carry: Any, group: Array) -> tuple[Any, None]:
-            state, keys = carry
-            coming = _fetch(gathering, k, v, group + 1)  # waits for no result of this step
-            return (step(state, keys, group), coming), None
+    def turn(carry: Any, group: Any) -> tuple[Any, None]:
+        state, keys = carry
+        coming = _fetch(gathering, k, v, group + 1)  # waits for no result of this step
+        return (step(state, keys, group), coming), None
 
-        (state, keys), _ = lax.scan(body, (state, keys), jnp.arange(gathering.groups - 1, dtype=jnp.int32))
-    return step(state, keys, gathering.groups - 1)
+    carry = state, _fetch(gathering, k, v, 0)
+    if last > 0:
+        carry, _ = turn(carry, 0)
+    if last > 1:
+        carry, _ = lax.scan(turn, carry, jnp.arange(1, last, dtype=jnp.int32))
+    state, keys = carry
+    return step(state, keys, last)
 
 
 def _attention_fwd(gathering: Gathering, q, k, v, operands, within):
@@ -107,16 +112,23 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
     call = dataclasses.replace(gathering.call, rules=dataclasses.replace(gathering.call.rules, wide=True))
 
-    def step(made: dict[str, Array], keys: tuple[Array, Array], group: Any) -> dict[str, Array]:
+    def scattered(made: dict[str, Array], group: Any) -> dict[str, Array]:
+        """With what the group before gave for keys."""
+        sums = dict(zip("kv", _scattered(gathering, *made["given"]), strict=True))
+        put = lambda name, x: _put(gathering, made[name], x.astype(made[name].dtype), 2, group)
+        return {name: put(name, sums[name]) if name in sums else x for name, x in made.items()}
+
+    def step(made: dict[str, Any], keys: tuple[Array, Array], group: Any) -> dict[str, Any]:
+        if "given" in made:  # travels while this group is computed with
+            made = scattered(made, group - 1)
         own_q, own = _of_group(gathering, q, operands, group)
         heads = functools.partial(_heads, gathering, group=group, of=q.shape[2])
         rows = [None if x is None else heads(x, 1) for x in (*stats, dlse)]
         dq, dk, dv, grads = primitives.backward(
             call, own_q, *keys, own, heads(o, 2), rows[:-1], heads(do, 2), rows[-1], wanted=tuple(wanted)
         )
-        dk, dv = _scattered(gathering, dk, dv)
         put = lambda name, x, axis: _put(gathering, made[name], x.astype(made[name].dtype), axis, group)
-        added = {"q": put("q", dq, 2), "k": put("k", dk, 2), "v": put("v", dv, 2)}
+        added = {**made, "q": put("q", dq, 2), "given": (dk, dv)}
         for name in wanted:
             is_cut = not is_read(name) and operands[name].shape[1] > 1
             added[name] = put(name, grads[name], 1) if is_cut else made[name] + grads[name]
@@ -126,6 +138,7 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
     zeros |= {name: jnp.zeros(operands[name].shape, call.rules.result(operands[name].dtype)) for name in wanted}
     k, v, _ = lax.optimization_barrier((k, v, do))  # else XLA would keep what the forward pass gathered
     made = _over_groups(gathering, k, v, sharding.vary_alike((zeros, q))[0], step)
+    made = scattered(made, gathering.groups - 1)
     grads = {name: made[name].astype(x.dtype) if name in wanted else None for name, x in operands.items()}
     return made["q"], made["k"], made["v"], grads, None
 

@@ -36,6 +36,22 @@ def runs(needed: np.ndarray) -> tuple[Run, ...]:
     return (Run(0, int(begin)), *behind)
 
 
+UNROLLED = 3
+"""Up to how many steps are written out: then nothing is sent that nobody needs. More are a loop, which compiles in the
+same time whatever their number, and sends the last keys on in vain, and the first sums, which are zeros."""
+
+
+def messages(run: Run, devices: int, backward: bool) -> list[tuple[bool, bool]]:
+    """What a device sends on one way round: whether each message has keys, and sums of their gradients."""
+    made = [(True, False)] if run.first else []
+    if run.count > UNROLLED:
+        made += [(True, backward)] * run.count
+    else:
+        each = [(n + 1 < run.count, backward and n > 0) for n in range(run.count)]
+        made += [message for message in each if any(message)]
+    return made + ([(False, True)] if backward and run.last % devices else [])
+
+
 def needed_hops(spread: Spread, rules: Rules, ahead: int) -> np.ndarray:
     """bool `[devices]`: whether bounds let some device see keys of the device so many before it, where positions follow
     from the tokens and a row is `ahead` of its own."""

@@ -23,13 +23,9 @@ from ..gpu import passes
 from ..primitives import sharding
 from ..primitives.call import Call
 from . import parts
-from .hops import Run
+from .hops import UNROLLED, Run
 from .messages import packed, unpacked
 from .spread import Spread, cleared
-
-UNROLLED = 3
-"""Up to how many steps are written out: then nothing is sent that nobody needs. More are a loop, which compiles in the
-same time whatever their number, and sends the last keys on in vain."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Plan:
         left = self.summed(letters)
         if not left:
             return x.astype(dtype)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         for axis, (letter, names) in enumerate(zip(letters, divided, strict=True)):
             more = names[len(self.axes.get(letter, ())) :]
             if more:

@@ -189,9 +189,8 @@ def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str
         return ()
     batch, rows, heads, _ = axes_of(q)
     o = _struct((*q.shape[:3], v.shape[3]), q.dtype, mesh, batch, rows, heads)
-    row = _struct(
-        (q.shape[0], q.shape[2], q.shape[1]), jnp.promote_types(q.dtype, jnp.float32), mesh, batch, heads, rows
-    )
+    stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    row = _struct((q.shape[0], q.shape[2], q.shape[1]), stats, mesh, batch, heads, rows)
     names = tuple(operands)
     forward = _forward_pass(call, names, args), args, (o, *[row] * call.row_results(names))
     args = (q, k, v, o, o, *[row] * call.row_stats(names), *operands.values())
