@@ -2,16 +2,20 @@
 
 import functools
 import itertools
+import os
 import random
+import re
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jax_flash_attn2 import Config, context_parallel_attention, flash_attention, from_order, to_order
+from jax_flash_attn2 import Config, context_parallel_attention, explain, flash_attention, from_order, to_order
+from jax_flash_attn2.context.hops import runs
 from jax_flash_attn2.masks import BlockMask, Mask
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
@@ -87,8 +91,9 @@ OPTIONS = {
 """Each option; arrays in the plain order."""
 
 APART = [
-    {"segments", "padding"}, {"lengths", "kv_lengths", "sinks_lengths"}, {"bias", "bias_columns", "bias_rows", "far_bias"},
-    {"mask", "mask_columns", "function", "weights", "block_mask"}, {"sinks", "sinks_lengths"}, {"score", "score_rows"},
+    {"segments", "padding"}, {"lengths", "kv_lengths", "sinks_lengths"}, {"sinks", "sinks_lengths"},
+    {"bias", "bias_columns", "bias_rows", "far_bias"}, {"score", "score_rows"},
+    {"mask", "mask_columns", "function", "weights", "block_mask"},
     {"causal", "window", "both_sides", "positions"},
 ]  # fmt: skip
 """Of each of these, one at a time."""
@@ -98,24 +103,30 @@ def go_together(a, b):
     return not any({a, b} <= group for group in APART)
 
 
+ALONE = [case for case in itertools.product(METHODS, ORDERS, DEVICES, OPTIONS) if case[0::3] != ("ring", "block_mask")]
 PAIRS = [pair for pair in itertools.combinations(list(OPTIONS)[1:], 2) if go_together(*pair)]
+EVERY = os.environ.get("EVERY") == "1"
+"""Whether each option meets every method, order and number of devices, and not only every method; and all pairs, not
+some of them."""
+
+
+def drawn_alone():
+    """Each option and method with one of the orders and numbers of devices, or with all."""
+    places = {}
+    for case in random.Random(1).sample(ALONE, len(ALONE)):
+        places.setdefault(case[0::3], case)
+    return [(*case[:3], case[3:]) for case in (ALONE if EVERY else sorted(places.values()))]
 
 
 def drawn_pairs():
-    """Every pair of options with one of the methods, orders and numbers of devices."""
-    draws = random.Random(5)
+    """Pairs of options, with one of the methods, orders and numbers of devices."""
+    draws, made = random.Random(5), []
     for pair in PAIRS:
         method = draws.choice(METHODS)
         if "block_mask" in pair and method == "ring":
             method = "all_gather"
-        yield method, draws.choice(ORDERS), draws.choice(DEVICES), pair
-
-
-ALONE = [
-    (method, order, devices, (name,))
-    for method, order, devices, name in itertools.product(METHODS, ORDERS, DEVICES, OPTIONS)
-    if (method, name) != ("ring", "block_mask")
-]
+        made.append((method, draws.choice(ORDERS), draws.choice(DEVICES), pair))
+    return made if EVERY else draws.sample(made, 60)
 
 
 def identify(case):
@@ -202,7 +213,7 @@ def check(got, want, tolerance=TOLERANCE):
     for path, x in want.items():
         y = got[path]
         name = jax.tree_util.keystr(path)
-        assert y.shape == x.shape and y.dtype == x.dtype, name
+        assert (y.shape, y.dtype) == (x.shape, x.dtype), name
         np.testing.assert_array_equal(np.isfinite(y), np.isfinite(x), err_msg=name)
         np.testing.assert_array_equal(y[~np.isfinite(x)], x[~np.isfinite(x)], err_msg=name)
         x, y = (np.where(np.isfinite(x), z, 0).astype(np.float64) for z in (x, y))
@@ -210,11 +221,244 @@ def check(got, want, tolerance=TOLERANCE):
         assert error <= tolerance, f"{name}: {error:.1e} of the largest element"
 
 
-@pytest.mark.parametrize("case", ALONE, ids=identify)
+@pytest.mark.in_thirds
+@pytest.mark.parametrize("case", drawn_alone(), ids=identify)
 def test_each_option_alone(case):
     check(on_devices(*case), on_one_device(case[3]))
 
 
-@pytest.mark.parametrize("case", [*drawn_pairs()], ids=identify)
+@pytest.mark.in_thirds
+@pytest.mark.parametrize("case", drawn_pairs(), ids=identify)
 def test_pairs_of_options(case):
     check(on_devices(*case), on_one_device(case[3]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(method):
+    """bf16: no further from fp32 than one device is, in the mean."""
+    names = ("causal", "segments")
+    exact = jax.tree.leaves(on_one_device(names))
+    own = jax.tree.leaves(on_one_device(names, jnp.bfloat16))
+    got = jax.tree.leaves(on_devices(method, "zigzag", 8, names, jnp.bfloat16))
+    off = lambda a, b: np.sqrt(np.mean((np.float64(a) - np.float64(b)) ** 2)) / np.sqrt(np.mean(np.float64(b) ** 2))
+    for x, one, several in zip(exact, own, got, strict=True):
+        assert off(several, x) <= 1.02 * off(one, x)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_of_heads(groups):
+    """all_gather in groups: operands with heads, functions that count them, sinks, dropout."""
+    for names in (("causal", "bias", "score", "sinks"), ("alibi", "dropout", "far_bias", "lengths")):
+        check(on_devices("all_gather", "zigzag", 4, names, head_groups=groups), on_one_device(names))
+
+
+def test_more_devices_than_key_heads_and_other_lengths():
+    """Cross attention: rows and keys of other lengths, the last row at the last key; one key head for all."""
+    q, k, w = (jnp.asarray(draw(name, 2, *s, 16)) for name, s in (("q", (64, 8)), ("k", (128, 1)), ("w", (64, 8))))
+    options = {"causal": True, "causal_alignment": "bottom_right", "dropout_rate": 0.2, "dropout_seed": 1}
+    options |= {"alibi_slopes": jnp.abs(jnp.asarray(draw("slopes", H)))}
+    loss = lambda f: jax.jit(jax.value_and_grad(lambda q, k, w: (f(q, k, k, **options) * w).sum(), (0, 1)))
+    want = loss(flash_attention)(q, k, w)
+    for method, order in zip(METHODS, ORDERS, strict=True):
+        f = functools.partial(context_parallel_attention, axis="sequence", mesh=mesh_of(8), method=method, order=order)
+        value, grads = loss(f)(*(to_order(x, 8, order) for x in (q, k, w)))
+        grads = tuple(from_order(x, 8, order) for x in grads)
+        check(jax.tree.map(np.asarray, (value, grads)), jax.tree.map(np.asarray, want), 4e-6)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_within_shard_map(method, checked):
+    """On a mesh of data and sequence, by hand. What all devices share gets the sum of their gradients."""
+    names = ("causal", "segments", "bias_columns", "sinks", "max_logits")
+    floats, w, u, others = arguments(names)
+    (o, lse, largest), grads = on_one_device(names)
+    grid = mesh_of(8, ("data", "sequence"), (2, 4))
+    move = lambda x, axes: to_order(x, 4, "zigzag", axes)
+    floats, others = ({name: in_order(name, x, move) for name, x in each.items()} for each in (floats, others))
+    ids = others.pop("q_segment_ids")
+    rows, columns = P("data", "sequence"), P("data", None, None, "sequence")
+    specs = {"q": rows, "k": rows, "v": rows, "bias": columns, "sinks": P()}
+
+    def own(floats, w, u, ids):
+        attention = functools.partial(context_parallel_attention, axis="sequence", method=method, q_segment_ids=ids)
+
+        def loss(floats):
+            o, lse, largest = attention(**floats, **others, return_lse=True)
+            seen = jnp.where(lse > -jnp.inf, jnp.sin(lse), 0)
+            return jax.lax.psum((o * w).sum() + (seen * u).sum(), ("data", "sequence")), (o, lse, largest)
+
+        return loss(floats)
+
+    into = (specs, rows, P("data", None, "sequence"), rows)
+    out = (P(), (rows, P("data", None, "sequence"), P("data")))
+    f = jax.shard_map(own, mesh=grid, in_specs=into, out_specs=out, check_vma=checked)
+    got, (o_there, lse_there, largest_there) = jax.jit(jax.grad(f, has_aux=True))(floats, move(w, 1), move(u, 2), ids)
+    back = lambda x, axes: from_order(x, 4, "zigzag", axes)
+    got = {name: in_order(name, x, back) for name, x in got.items()}
+    there = (back(o_there, 1), back(lse_there, 2), [largest_there])
+    check(jax.tree.map(np.asarray, (there, got)), ((o, lse, largest), grads))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_with_a_mesh_of_several_axes(kind):
+    """Batches and heads are divided as they lie, without a collective of theirs; results lie as q does."""
+    floats, *_ = arguments(("causal",))
+    grid = jax.make_mesh((2, 2, 2), ("data", "model", "sequence"), axis_types=(kind,) * 3)
+    spec = P("data", "sequence", "model")
+    placed = {name: jax.device_put(to_order(x, 2, "zigzag"), NamedSharding(grid, spec)) for name, x in floats.items()}
+    attention = functools.partial(context_parallel_attention, axis="sequence", mesh=grid, causal=True)
+    for method in ("ring", "all_gather", "ulysses"):
+        loss = lambda x, method=method: (attention(**x, method=method) ** 2).sum()
+        compiled = jax.jit(jax.grad(loss)).lower(placed).compile()
+        got = {name: from_order(x, 2, "zigzag") for name, x in jax.device_get(compiled(placed)).items()}
+        want = jax.jit(jax.grad(lambda x: (flash_attention(**x, causal=True) ** 2).sum()))(floats)
+        check(got, jax.tree.map(np.asarray, want), 4e-6)
+        text = compiled.as_text()
+        assert not re.search(r" (all-gather|all-to-all|all-reduce|reduce-scatter)(-start)?\(", text)
+        if kind == AxisType.Explicit:
+            assert jax.typeof(attention(**placed, method=method)).sharding.spec == P("data", "sequence", "model", None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_vmapped_and_in_a_scan(method):
+    """Mapped examples with a shared bias; a scan with remat around it, as layers are."""
+    x, bias = jnp.asarray(draw("x", 3, 1, 64, 4, 16)), jnp.asarray(draw("b", 4, 1, 64))
+    attention = functools.partial(
+        context_parallel_attention, axis="sequence", mesh=mesh_of(4), method=method, causal=True
+    )
+
+    def loss(attention):
+        def layer(x, bias):
+            return jax.vmap(lambda x: x + attention(x, x, x, bias))(x), None
+
+        run = lambda x, bias: jax.lax.scan(jax.checkpoint(layer), x, jnp.stack([bias, 2 * bias]))[0]
+        return jax.jit(jax.value_and_grad(lambda x, bias: (run(x, bias) ** 2).sum(), (0, 1)))
+
+    want = loss(lambda *args: flash_attention(*args, causal=True))(x, bias)
+    value, (dx, dbias) = loss(attention)(to_order(x, 4, "zigzag", 2), bias)
+    check(
+        jax.tree.map(np.asarray, (value, (from_order(dx, 4, "zigzag", 2), dbias))), jax.tree.map(np.asarray, want), 1e-5
+    )
+
+
+def test_what_is_hidden_may_be_anything():
+    """NaN past the lengths reaches nothing; a device that has only padding gives 0 and -inf."""
+    floats, *_ = arguments(())
+    lengths = {"q_lengths": jnp.int32([40, 200]), "kv_lengths": jnp.int32([40, 200])}
+    bad = {name: x.at[0, 40:].set(jnp.nan).at[1, 200:].set(jnp.nan) for name, x in floats.items()}
+    loss = lambda attention: jax.jit(jax.grad(lambda x: (attention(**x, **lengths)[0] ** 2).sum()))
+    want = loss(functools.partial(flash_attention, return_lse=True))(bad)
+    for method in METHODS:
+        f = functools.partial(
+            context_parallel_attention,
+            axis="sequence",
+            mesh=mesh_of(8),
+            method=method,
+            order="contiguous",
+            return_lse=True,
+        )
+        check(jax.tree.map(np.asarray, loss(f)(bad)), jax.tree.map(np.asarray, want))
+        o, lse = jax.jit(lambda x, f=f: f(**x, **lengths))(bad)
+        assert (o[0, 40:] == 0).all()
+        assert (lse[0, :, 40:] == -jnp.inf).all()
+
+
+def test_bounds_leave_out_devices():
+    """A window in contiguous order meets the device before; keys that nobody sees are not sent."""
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.float32)
+    for order, sends in (("contiguous", 1), ("zigzag", 2), ("striped", 1)):
+        f = functools.partial(context_parallel_attention, axis="sequence", mesh=mesh_of(8), method="ring", order=order)
+        text = jax.jit(lambda x, f=f: f(x, x, x, causal=True, window_size=60)).lower(x).compile().as_text()
+        assert len(re.findall(r" collective-permute(?:-start)?\(", text)) == sends
+        assert not re.search(r" all-gather(-start)?\(", text)
+        assert (" while(" in text) == (order == "striped") or "known_trip_count" in text
+
+
+def test_runs():
+    """The way round leaves out the longest stretch of hops that nobody needs, and meets all others once."""
+    for bits in itertools.product([False, True], repeat=5):
+        needed = np.array([True, *bits])
+        met = [(run.first + run.step * n) % 6 for run in runs(needed) for n in range(run.count)]
+        assert len(met) == len(set(met))
+        assert {*np.flatnonzero(needed)} <= {*met}
+        gaps = "".join("x" if x else "-" for x in bits)
+        assert len(met) == 6 - max(map(len, gaps.split("x")))
+
+
+def test_balance():
+    """Causal tiles of eight devices: equal in zigzag, nearly twice the mean on one in contiguous order."""
+    x = jnp.zeros((1, 4096, 8, 16))
+    balance = {}
+    for method, order in itertools.product(("ring", "all_gather"), ORDERS):
+        options = {"axis": "sequence", "mesh": mesh_of(8), "method": method, "order": order, "config": Config(64, 64)}
+        made = explain(x, x, x, causal=True, **options)
+        balance[method, order] = made.balance
+        assert method in str(made)
+        if order == "zigzag":  # as many as one device would visit
+            one = explain(x, x, x, causal=True, config=Config(64, 64)).passes[0].visited
+            assert sum(made.visited) == one
+    for method in ("ring", "all_gather"):
+        assert balance[method, "zigzag"] <= 1.05
+        assert balance[method, "contiguous"] > 1.7
+        assert balance[method, "striped"] <= 1.2
+
+
+AUTO = {
+    "heads": ((8, 4), {"causal": True}, "ulysses"),
+    "no_heads": ((6, 2), {"causal": True}, "all_gather"),
+    "documents": ((6, 2), {"q_segment_ids": packed()}, "all_gather"),
+    "window": ((8, 1), {"causal": True, "window_size": 10, "order": "contiguous"}, "ring"),
+    "block_mask": ((6, 2), {"mask": near_or_first}, "all_gather"),
+    "head_groups": ((8, 2), {"head_groups": 2}, "all_gather"),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto(name):
+    (heads, kv_heads), options, method = AUTO[name]
+    q, k = jnp.zeros((B, T, heads, D)), jnp.zeros((B, T, kv_heads, D))
+    made = explain(q, k, k, axis="sequence", mesh=mesh_of(4), **options)
+    assert made.method == method, made
+    assert made.reasons
+
+
+X = np.zeros((2, 64, 6, 16), np.float32)
+HERE = {"axis": "sequence", "mesh": "four"}
+WRONG = {
+    "axis": ({"axis": "time", "mesh": "four"}, ValueError, "axis must be one of the mesh's, ('sequence',), got 'time'"),
+    "axis_type": ({"axis": 0, "mesh": "four"}, TypeError, "axis must be the name of a mesh axis, got 0"),
+    "no_mesh": ({"axis": "sequence"}, ValueError, "axis='sequence' is no axis of an enclosing jax.shard_map; call it within one, or give the mesh"),
+    "method": (HERE | {"method": "rings"}, ValueError, "method must be one of ('auto', 'all_gather', 'ring', 'ulysses'), got 'rings'"),
+    "order": (HERE | {"order": "zig"}, ValueError, "order must be one of ('contiguous', 'zigzag', 'striped'), got 'zig'"),
+    "groups": (HERE | {"head_groups": 0}, ValueError, "head_groups must be a positive integer or None, got 0"),
+    "groups_of_ring": (HERE | {"head_groups": 2, "method": "ring"}, ValueError, 'head_groups speaks to method="all_gather", got method=\'ring\''),
+    "groups_divide": (HERE | {"head_groups": 4}, ValueError, "head_groups must divide the 6 heads of k and v, got 4"),
+    "option": (HERE | {"masks": 3}, TypeError, "context_parallel_attention has no option 'masks'; flash_attention's are its"),
+    "heads": (HERE | {"method": "ulysses"}, ValueError, 'method="ulysses" needs query heads that 4 devices divide, got 6; use "ring" or "all_gather"'),
+    "block_mask": (HERE | {"method": "ring", "mask": "block"}, ValueError, 'method="ring" takes no BlockMask'),
+    "bias": (HERE | {"bias": np.zeros((64, 16), np.float32)}, ValueError, "bias must broadcast to"),
+    "mask": (HERE | {"mask": np.zeros((1, 1, 32, 64), bool)}, ValueError, "mask must broadcast to"),
+    "segments": (HERE | {"q_segment_ids": np.zeros((2, 32), np.int32)}, ValueError, "q_segment_ids must broadcast to"),
+    "low": (HERE | {"causal": True, "causal_alignment": "bottom_right", "q_positions": np.arange(64), "kv_positions": np.arange(64)}, ValueError, "leave one of them out"),
+    "higher": (HERE | {"higher_order": True, "implementation": "triton"}, ValueError, "higher_order=True runs on XLA"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_messages(name):
+    options, error, message = WRONG[name]
+    options = dict(options)
+    if options.get("mesh") == "four":
+        options["mesh"] = mesh_of(4)
+    if isinstance(options.get("mask"), str):
+        options["mask"] = BlockMask.from_predicate(near_or_first, (1, 1, 64, 64), block_m=16, block_n=32)
+    with pytest.raises(error) as caught:
+        context_parallel_attention(X, X, X, **options)
+    assert message in str(caught.value)
+
+
+def test_length():
+    x = jnp.zeros((1, 12, 4, 16))
+    with pytest.raises(ValueError, match="length must be a multiple of 8 for 4 devices in zigzag order, got 12"):
+        context_parallel_attention(x, x, x, axis="sequence", mesh=mesh_of(4))

@@ -51,7 +51,7 @@ class Case:
             Spread("context", self.devices, self.order, self.share, self.share),
             batch=1, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, v_dim=self.head_dim,
             itemsize=self.itemsize, rules=Rules(self.window, 0 if self.causal else None), ahead=0, implied=True,
-            segments=self.document is not None, lists=False, functions=False, alone=True,
+            segments=self.document is not None, lists=False, functions=False,
         )  # fmt: skip
 
     @property

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from ..base import arguments
 from ..base.arguments import describe, is_integer
@@ -20,7 +20,7 @@ from ..primitives import sharding
 from ..tiles import block_lists
 from . import choosing, gathering, ring, ulysses
 from .choosing import Facts, Method
-from .orders import Order, sequence_order
+from .orders import Order, sequence_order, to_order
 from .spread import Spread, cleared, numbered
 
 _TILE = 128
@@ -121,8 +121,11 @@ def _on_mesh(mesh: Any, asked: Asked, arrays: dict[str, Any], options: dict[str,
         raise ValueError(f"axis must be one of the mesh's, {mesh.axis_names}, got {asked.axis!r}")
 
     def divided(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
-        explicit = getattr(mesh, "explicit_axes", ())
-        here = jax.sharding.get_abstract_mesh() if explicit else mesh
+        here = mesh
+        if getattr(mesh, "explicit_axes", ()):  # `on_auto_axes` has made them others
+            here = jax.sharding.get_abstract_mesh()
+            if isinstance(mesh, Mesh):  # whose devices are wanted where passes are lowered
+                here = Mesh(mesh.devices, mesh.axis_names, axis_types=here.axis_types)
         given = {name: x for name, x in arrays.items() if isinstance(x, Array | np.ndarray)}
         lengths = {
             side: arrays[name].shape[-3] if arrays[name].ndim >= 3 else 0 for side, name in (("q", "q"), ("kv", "k"))
@@ -152,6 +155,7 @@ def _spec(axis: str, name: str, x: Any, lengths: Mapping[str, int]) -> Partition
         side = name.partition("_")[0]
         return PartitionSpec(*(None,) * (x.ndim - 1), axis) if x.shape[-1:] == (lengths[side],) else PartitionSpec()
     if name in ("bias", "mask"):
+        _check_whole(name, x, lengths)
         before, (rows, keys) = (None,) * max(x.ndim - 2, 0), (1, 1, *x.shape)[-2:]
         if rows == lengths["q"] > 1:
             return PartitionSpec(*before, axis, None)
@@ -160,18 +164,29 @@ def _spec(axis: str, name: str, x: Any, lengths: Mapping[str, int]) -> Partition
     return PartitionSpec()
 
 
+def _check_whole(name: str, x: Any, lengths: Mapping[str, int]) -> None:
+    for axis, length in ((-2, lengths["q"]), (-1, lengths["kv"])):
+        if x.ndim >= -axis and x.shape[axis] not in (1, length):
+            raise ValueError(
+                f"{name} must broadcast to [*batch, heads, seqlen_q, seqlen_k], whose last two axes are "
+                f"{lengths['q']} and {lengths['kv']} (each 1 or full), got shape {x.shape}"
+            )
+
+
 def _on_share(asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """One device's part of a call."""
     arrays = arrays | {name: arguments.array(name, arrays[name]) for name in ("q", "k", "v")}
     q, k, v = (arrays[name] for name in ("q", "k", "v"))
     arguments.check_shapes(q, k, v)
     spread = _spread(asked, q, k)
-    facts = facts_of(spread, arrays, options, alone=_alone(asked.axis))
+    facts = facts_of(spread, arrays, options)
     method, _ = choosing.choose(asked.method, asked.head_groups, facts)
     mask, lists = mask_for(method, spread, arrays["mask"])
     bias = arrays["bias"]
     if isinstance(mask, Mask) and bias is not None and jnp.shape(bias)[-1:] == (spread.keys,):
-        bias = lax.all_gather(bias, spread.axis, axis=jnp.ndim(bias) - 1, tiled=True)  # weights are added to it
+        bias = to_order(
+            spread.gathered(bias, bias.ndim - 1), spread.devices, spread.order, -1
+        )  # weights are added to it
     _check_arrays(spread, bias, mask)
     share = spread.share(spread.here, lists)
     call, operands, batch = inputs.prepare(**arrays | {"mask": mask, "bias": bias}, **options, share=share)
@@ -193,7 +208,7 @@ def _spread(asked: Asked, q: Array, k: Array) -> Spread:
         sequence_order(devices * x.shape[-3], devices, asked.order)
         if devices > 1 and x.shape[-3] == 0:
             raise ValueError(f"{name} must have tokens on each device, got shape {x.shape}")
-    return Spread(asked.axis, devices, asked.order, q.shape[-3], k.shape[-3])
+    return Spread(asked.axis, devices, asked.order, q.shape[-3], k.shape[-3], _alone(asked.axis))
 
 
 def _alone(axis: str) -> bool:
@@ -202,7 +217,7 @@ def _alone(axis: str) -> bool:
     return all(mesh.shape[name] == 1 for name in getattr(mesh, "auto_axes", ()) if name != axis)
 
 
-def facts_of(spread: Spread, arrays: Mapping[str, Any], options: Mapping[str, Any], *, alone: bool) -> Facts:
+def facts_of(spread: Spread, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Facts:
     """What decides how a call is divided, of this device's arrays."""
     q, k, v, mask = (arrays[name] for name in ("q", "k", "v", "mask"))
     left, right = arguments.window(options["window_size"], arguments.boolean("causal", options["causal"]))
@@ -213,7 +228,7 @@ def facts_of(spread: Spread, arrays: Mapping[str, Any], options: Mapping[str, An
         Rules(left, right), ahead=spread.devices * (spread.keys - spread.rows) if low else 0,
         implied=arrays["q_positions"] is None, segments=arrays["q_segment_ids"] is not None,
         lists=isinstance(mask, BlockMask) or (function and inputs.has_known_tiles(mask)),
-        functions=function or options["score_mod"] is not None, alone=alone,
+        functions=function or options["score_mod"] is not None,
     )  # fmt: skip
 
 
@@ -273,4 +288,5 @@ def _all_gather(asked, facts: Facts, call, q, k, v, operands, native: bool):
 
 def _ulysses(asked, facts: Facts, call, q, k, v, operands, native: bool):
     choosing.check_heads(facts)
-    return ulysses.attention(call, facts.spread, *sharding.vary_alike((q, k, v, operands)), native)
+    args = sharding.vary_alike((q, k, v, operands))
+    return ulysses.attention(ulysses.Ulysses(call, facts.spread, native), *args)

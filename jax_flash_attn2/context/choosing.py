@@ -15,7 +15,7 @@ Method = Literal["auto", "all_gather", "ring", "ulysses"]
 _AT_ONCE = 32 * 2**20
 """Bytes of gathered keys and values that a group of heads has at most, if it has more than one head."""
 
-_HELD = 8 * 2**30
+_HELD = 16 * 2**30
 """Bytes that all_gather may hold before "auto" prefers a ring, whose memory shrinks with the number of devices."""
 
 _BLOCKS = 132
@@ -45,8 +45,6 @@ class Facts:
     """Whether there is a mask of whose tiles there is a list."""
     functions: bool
     """Whether functions count heads."""
-    alone: bool
-    """Whether no other mesh axis may divide the heads."""
 
     @property
     def needed(self) -> np.ndarray:
@@ -122,7 +120,7 @@ def groups_of(head_groups: int | None, facts: Facts) -> int:
     """In how many groups of key heads all_gather meets them."""
     if head_groups is not None:
         return head_groups
-    if facts.functions or not facts.alone:
+    if facts.functions or not facts.spread.alone:
         return 1
     row = facts.batch * facts.spread.keys * facts.spread.devices * (facts.head_dim + facts.v_dim) * facts.itemsize
     heads = max(_AT_ONCE // row, 1)

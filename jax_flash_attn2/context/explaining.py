@@ -95,8 +95,8 @@ def _explained(asked: Asked, n: int, arrays: dict[str, Any], options: dict[str, 
     arguments.check_shapes(q, k, v)
     for x in (q, k):
         sequence_order(x.shape[-3], n, asked.order)  # or what is wrong
-    spread = Spread(asked.axis, n, asked.order, q.shape[-3] // n, k.shape[-3] // n)
-    facts = facts_of(spread, arrays, options, alone=alone)
+    spread = Spread(asked.axis, n, asked.order, q.shape[-3] // n, k.shape[-3] // n, alone)
+    facts = facts_of(spread, arrays, options)
     method, reasons = choosing.choose(asked.method, asked.head_groups, facts)
     mask_for(method, spread, arrays["mask"])  # or what is wrong
     arrays = {name: _in_plain_order(name, x, spread) for name, x in arrays.items()}

@@ -21,7 +21,6 @@ from ..call import api
 from ..primitives import sharding
 from ..primitives.call import Call
 from .messages import packed, unpacked
-from .orders import to_order
 from .spread import Spread, cleared
 
 
@@ -186,15 +185,11 @@ def _of_group(gathering: Gathering, q: Array, operands: Mapping[str, Array], gro
 
 def _fetch(gathering: Gathering, k: Array, v: Array, group: Any) -> tuple[Array, Array]:
     """The keys and values of a group of heads, of all devices, in the order of the tokens."""
-    spread = gathering.spread
     own = {name: _heads(gathering, x, 2, group=group, of=k.shape[2]) for name, x in (("k", k), ("v", v))}
-    rows = unpacked(lax.all_gather(packed(own), spread.axis, axis=1, tiled=True), own)
-    return spread.plain(rows["k"], 1), spread.plain(rows["v"], 1)
+    rows = unpacked(gathering.spread.gathered(packed(own), 1), own)
+    return rows["k"], rows["v"]
 
 
 def _scattered(gathering: Gathering, dk: Array, dv: Array) -> list[Array]:
     """Of what each device gives for all keys, the sum over all devices for this one's."""
-    spread = gathering.spread
-    both = to_order(jnp.concatenate([dk, dv], -1), spread.devices, spread.order)
-    both = lax.psum_scatter(both, spread.axis, scatter_dimension=1, tiled=True)
-    return jnp.split(both, [dk.shape[-1]], -1)
+    return jnp.split(gathering.spread.scattered(jnp.concatenate([dk, dv], -1), 1), [dk.shape[-1]], -1)

@@ -9,7 +9,8 @@ from jax import Array, lax
 
 from ..call.share import Share
 from ..primitives.call import Call
-from .orders import Order, from_order, sequence_order, tokens_of
+from . import collectives
+from .orders import Order, from_order, sequence_order, to_order, tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Spread:
     """Of one device."""
     keys: int
     """Of one device."""
+    alone: bool = True
+    """Whether no other mesh axis may divide arrays: else XLA's own collectives would bring them together first."""
 
     @property
     def here(self) -> Array:
@@ -49,7 +52,30 @@ class Spread:
 
     def gathered(self, x: Array, axis: int) -> Array:
         """What each device has a share of, whole and in the order of the tokens."""
+        if not self.alone:
+            return self.plain(collectives.all_gather(x, self.axis, axis), axis)
         return self.plain(lax.all_gather(x, self.axis, axis=axis, tiled=True), axis)
+
+    def scattered(self, x: Array, axis: int) -> Array:
+        """The sum over all devices of what is whole and in the order of the tokens, this device's share of it."""
+        x = to_order(x, self.devices, self.order, axis)
+        if not self.alone:
+            return collectives.psum_scatter(x, self.axis, axis)
+        return lax.psum_scatter(x, self.axis, scatter_dimension=axis, tiled=True)
+
+    def exchanged(self, x: Array, heads: int, axis: int) -> Array:
+        """Of this device's share along an axis all heads -> all of the axis, in the order of the tokens, and this
+        device's heads."""
+        return self.plain(self._all_to_all(x, heads, axis), axis)
+
+    def returned(self, x: Array, heads: int, axis: int) -> Array:
+        """`exchanged` undone."""
+        return self._all_to_all(to_order(x, self.devices, self.order, axis), axis, heads)
+
+    def _all_to_all(self, x: Array, split: int, concat: int) -> Array:
+        if not self.alone:
+            return collectives.all_to_all(x, self.axis, split, concat)
+        return lax.all_to_all(x, self.axis, split_axis=split, concat_axis=concat, tiled=True)
 
     def has_own_keys(self, name: str, operand: Any) -> bool:
         """Whether the last axis of an operand is that of this device's keys, not of all."""

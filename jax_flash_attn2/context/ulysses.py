@@ -1,52 +1,112 @@
 """Heads for sequences: each device has all rows and keys of some heads (DeepSpeed-Ulysses, Jacobs et al. 2023,
 arXiv:2309.14509)."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
+from .. import primitives
 from ..base.operands import BLOCK_LISTS, is_read
 from ..call import api
 from ..primitives import sharding
 from ..primitives.call import Call
-from .orders import to_order
 from .spread import Spread
 
 
-def attention(call: Call, spread: Spread, q: Array, k: Array, v: Array, operands: Mapping[str, Array], native: bool):
-    """o, lse and, if wanted, each row's largest logit.
+@dataclasses.dataclass(frozen=True)
+class Ulysses:
+    """All that is static about one call."""
 
-    Args:
-      call: what is computed.
-      spread: how the sequences lie; its devices divide the query heads.
-      q: `[B, Sq, H, D]`, of this device, as are all others.
-      k: `[B, Sk, Hkv, D]`.
-      v: `[B, Sk, Hkv, Dv]`.
-      operands: as `inputs.prepare` makes them.
-      native: whether JAX differentiates it by itself.
-    """
-    n, heads = spread.devices, q.shape[2]
-    copies = copies_of_keys(k.shape[2], n)
-    if copies > 1:  # each key head goes to as many devices as read it, and their gradients are summed
-        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-    exchange = lambda x: lax.all_to_all(x, spread.axis, split_axis=2, concat_axis=1, tiled=True)
-    q, k, v = (spread.plain(exchange(x), 1) for x in (q, k, v))
-    own = {name: _of_heads(spread, name, x, heads) for name, x in operands.items()}
-    if call.rules.score is not None or call.rules.mask is not None:
-        first = jnp.stack([jnp.int32(0), spread.here * (heads // n), jnp.int32(0)]).astype(jnp.int32)
-        own["origin"] = first.reshape(1, 1, 1, 3)
-    o, lse, largest = api.attend(call, sharding.vary_alike((q, k, v, own)), native)
-    back = lambda x, rows, heads: lax.all_to_all(
-        to_order(x, n, spread.order, rows), spread.axis, split_axis=rows, concat_axis=heads, tiled=True
-    )
-    return back(o, 1, 2), back(lse, 2, 1), None if largest is None else back(largest, 2, 1)
+    call: Call
+    spread: Spread
+    """Its devices divide the query heads."""
+    native: bool
+    """Whether JAX differentiates it by itself."""
+
+    def copies(self, k: Array) -> int:
+        """How often each key head is repeated, so that there is one for each device."""
+        return copies_of_keys(k.shape[2], self.spread.devices)
+
+    def exchange(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """All rows and keys of this device's heads."""
+        k, v = (jnp.repeat(x, self.copies(k), axis=2) for x in (k, v))
+        q, k, v = (self.spread.exchanged(x, 2, 1) for x in (q, k, v))
+        return q, k, v
+
+    def back(self, o: Array, lse: Array, largest: Array | None) -> tuple[Array, Array, Array | None]:
+        """What is known of this device's rows, of all heads."""
+        of_rows = lambda x: self.spread.returned(x, 1, 2)
+        return self.spread.returned(o, 2, 1), of_rows(lse), None if largest is None else of_rows(largest)
 
 
 def copies_of_keys(kv_heads: int, devices: int) -> int:
     """How often each key head is repeated, so that there is one for each device."""
     return devices // math.gcd(kv_heads, devices)
+
+
+def attention(ulysses: Ulysses, q: Array, k: Array, v: Array, operands: Mapping[str, Array]):
+    """o, lse and, if wanted, each row's largest logit.
+
+    Args:
+      ulysses: what is computed, and how.
+      q: `[B, Sq, H, D]`, of this device, as are all others.
+      k: `[B, Sk, Hkv, D]`.
+      v: `[B, Sk, Hkv, Dv]`.
+      operands: as `inputs.prepare` makes them.
+    """
+    spread, rules, heads = ulysses.spread, ulysses.call.rules, q.shape[2]
+    own = {name: _of_heads(spread, name, x, heads) for name, x in operands.items()}
+    if rules.score is not None or rules.mask is not None:
+        first = jnp.stack([jnp.int32(0), spread.here * (heads // spread.devices), jnp.int32(0)]).astype(jnp.int32)
+        own["origin"] = first.reshape(1, 1, 1, 3)
+    q, k, v, own = sharding.vary_alike((q, k, v, own))
+    if not ulysses.native:
+        return _attention(ulysses, q, k, v, own)
+    results = api.natively(ulysses.call, *ulysses.exchange(q, k, v), own)
+    return ulysses.back(*api.results(ulysses.call, results)[:3])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(ulysses: Ulysses, q, k, v, operands):
+    results = primitives.forward(ulysses.call, *ulysses.exchange(q, k, v), operands)
+    return ulysses.back(*api.results(ulysses.call, results)[:3])
+
+
+def _attention_fwd(ulysses: Ulysses, q, k, v, operands):
+    wanted = api.wanted_of(operands)
+    copies = ulysses.copies(k.value)
+    q, k, v = ulysses.exchange(q.value, k.value, v.value)
+    operands = {name: x.value for name, x in operands.items()}
+    o, lse, largest, stats = api.results(ulysses.call, primitives.forward(ulysses.call, q, k, v, operands))
+    o_name, lse_name = api.CHECKPOINT_NAMES
+    o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
+    stats = tuple(checkpoint_name(x, lse_name) for x in stats) or (lse,)
+    return ulysses.back(o, lse, largest), (q, k, v, operands, o, stats, wanted, copies)
+
+
+def _attention_bwd(ulysses: Ulysses, residuals, cotangents):
+    q, k, v, operands, o, stats, wanted, copies = residuals
+    do, dlse, _ = cotangents
+    spread, call = ulysses.spread, ulysses.call
+    do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else spread.exchanged(do, 2, 1)
+    dlse = None if isinstance(dlse, SymbolicZero) else spread.exchanged(dlse, 1, 2)
+    if copies > 1:  # whose gradients are summed before they are rounded
+        call = dataclasses.replace(call, rules=dataclasses.replace(call.rules, wide=True))
+    dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
+    dq, dk, dv = (spread.returned(x, 2, 1) for x in (dq.astype(q.dtype), dk, dv))
+    dk, dv = (x.reshape(*x.shape[:2], -1, copies, x.shape[3]).sum(3).astype(k.dtype) for x in (dk, dv))
+    own = {name: grads[name].astype(x.dtype) if name in grads else None for name, x in operands.items()}
+    return dq, dk, dv, own
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
 def _of_heads(spread: Spread, name: str, x: Array, heads: int) -> Array:
@@ -58,7 +118,7 @@ def _of_heads(spread: Spread, name: str, x: Array, heads: int) -> Array:
     by_heads = x.shape[1] == heads > 1
     axis = 2 if by_rows else 3
     if (by_rows or own_keys) and by_heads:
-        x = spread.plain(lax.all_to_all(x, spread.axis, split_axis=1, concat_axis=axis, tiled=True), axis)
+        x = spread.exchanged(x, 1, axis)
     elif by_rows or own_keys:
         x = spread.gathered(x, axis)
     elif by_heads:
