@@ -106,49 +106,60 @@ def start(vocabulary, attention_fn, mesh, args):
     return jax.jit(step, out_shardings=everywhere), jax.jit(init, out_shardings=everywhere)()
 
 
-def open_checkpoints(args):
-    import orbax.checkpoint as ocp  # takes a second, which only those pay who save
+class Checkpoints:
+    """In a folder that all processes see. Each takes part in writing and reading; writing goes on beside training."""
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
-    return ocp.CheckpointManager(Path(args.save).absolute(), options=options)
+    def __init__(self, args):
+        import orbax.checkpoint as ocp  # takes a second, which only those pay who save
+
+        self.orbax, self.every = ocp, args.save_every
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=1)  # we say when
+        self.manager = ocp.CheckpointManager(Path(args.save).absolute(), options=options)
+        self.newest = self.manager.latest_step()
+        if args.resume and self.newest is None:
+            raise SystemExit(f"there is no checkpoint in {args.save} to resume from")
+        if self.newest is not None and not args.resume:
+            raise SystemExit(
+                f"{args.save} has checkpoints of {self.newest} steps; go on with --resume, or name another"
+            )
+
+    def newest_or(self, state):
+        """The state of the newest checkpoint, or this one; and how many steps it has seen."""
+        if self.newest is None:
+            return state, 0
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        return self.manager.restore(self.newest, args=self.orbax.args.StandardRestore(like)), self.newest
+
+    def save_if_due(self, done, state):
+        if done % self.every == 0:
+            self.manager.save(done, args=self.orbax.args.StandardSave(state))
+
+    def close(self):
+        self.manager.wait_until_finished()
+        self.manager.close()
 
 
-def restore(manager, state):
-    """The last checkpoint, and how many steps it has seen."""
-    import orbax.checkpoint as ocp
-
-    done = manager.latest_step()
-    if done is None:
-        raise SystemExit(f"there is no checkpoint to resume from in {manager.directory}")
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    return manager.restore(done, args=ocp.args.StandardRestore(like)), done
-
-
-def train(mesh, attention_fn, args, checkpoints=None, resume=False, title=None):
+def train(mesh, attention_fn, args, checkpoints=None, title=None):
     """The losses, and which step the first is of (from 0). With a title, progress is shown."""
     text, _, characters = load_text()
     batches = Batches(text, mesh, args)
     step, state = start(len(characters), attention_fn, mesh, args)
-    state, first = restore(checkpoints, state) if resume else (state, 0)
+    state, first = checkpoints.newest_or(state) if checkpoints else (state, 0)
     often = 0.2 if sys.stderr.isatty() else 15
-    bar = tqdm(
-        total=args.steps, initial=first, desc=title, ncols=100, mininterval=often, disable=title is None, leave=True
-    )
+    bar = tqdm(total=args.steps, initial=first, desc=title, ncols=100, mininterval=often, disable=title is None)
     losses = []
     for i in range(first, args.steps):
         misfortune(i, args)
         began = time.perf_counter()
         state, loss = step(state, batches[i])
         losses.append(float(loss))  # waits for the step, of all processes
-        if checkpoints is not None:
-            import orbax.checkpoint as ocp
-
-            checkpoints.save(i + 1, args=ocp.args.StandardSave(state))  # where it is time to
+        if checkpoints:
+            checkpoints.save_if_due(i + 1, state)
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {(time.perf_counter() - began) * 1e3:.0f} ms/step", refresh=False)
         bar.update()
     bar.close()
-    if checkpoints is not None:
-        checkpoints.wait_until_finished()
+    if checkpoints:
+        checkpoints.close()
     return losses, first
 
 
@@ -180,11 +191,9 @@ def work(args):
         divided = f"{args.data} along data x {devices // args.data} along sequence"
         how = f"context {args.context}, {args.method}, {args.order}"
         print(f"{jax.process_count()} processes, {devices} devices: {divided}; {how}", flush=True)
-    checkpoints = open_checkpoints(args) if args.save else None
+    checkpoints = Checkpoints(args) if args.save else None
     title = f"{jax.process_count()} processes" if first else None
-    losses, begin = train(mesh, attention_over(mesh, args), args, checkpoints, args.resume, title)
-    if checkpoints is not None:
-        checkpoints.close()
+    losses, begin = train(mesh, attention_over(mesh, args), args, checkpoints, title)
     if first and args.losses:
         args.losses.write_text(json.dumps({"first": begin, "losses": losses}))
     elif first:

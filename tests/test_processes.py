@@ -1,6 +1,7 @@
 """The example of several processes: their losses are those of one, a run goes on from its checkpoint, and no process
 waits for a dead one."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import caching
+import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
@@ -178,6 +180,23 @@ def test_those_that_hang_are_killed(monkeypatch, capfd):
     ]
     with pytest.raises(ProcessLookupError):
         os.kill(int(out), 0)
+
+
+def test_checkpoints_are_not_mixed_up(tmp_path):
+    """One resumes from what is there, and starts anew only where nothing is."""
+    args = argparse.Namespace(save=str(tmp_path), save_every=2, resume=True)
+    with pytest.raises(SystemExit, match="there is no checkpoint in"):
+        train_long_context.Checkpoints(args)
+    args.resume = False
+    one = train_long_context.Checkpoints(args)
+    for done in range(1, 5):
+        one.save_if_due(done, {"done": jnp.full((), done)})
+    one.close()
+    with pytest.raises(SystemExit, match="has checkpoints of 4 steps; go on with --resume"):
+        train_long_context.Checkpoints(args)
+    args.resume = True
+    state, done = train_long_context.Checkpoints(args).newest_or({"done": jnp.zeros((), int)})
+    assert (state["done"], done) == (4, 4)
 
 
 @pytest.mark.parametrize(
