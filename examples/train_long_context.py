@@ -201,7 +201,7 @@ def work(args):
 
 
 def work_or_leave(args):
-    """An error ends the process at once: the ordinary end would wait for the others, one of which may be dead."""
+    """An error ends the process at once. The ordinary end waits for all others: for a dead one, until JAX says so."""
     try:
         work(args)
     except (Exception, SystemExit) as error:

@@ -160,6 +160,17 @@ def test_four_processes_train_like_one(method):
     assert f"4 processes, 8 devices: 2 along data x 4 along sequence; context 64, {method}" in out
 
 
+@pytest.mark.thorough
+def test_goes_on_on_fewer_processes(tmp_path):
+    """What four, of whom one died, left to two."""
+    code, _, err = run("--processes", 4, "--data", 2, "--no-check", "--save", tmp_path, "--kill", "3:8")
+    assert code == 1
+    assert "process 3 was killed by SIGKILL" in err
+    out = agrees("--processes", 2, "--save", tmp_path, "--resume")
+    steps = [int(x) for x in re.findall(r"^ +(\d+) +\d+\.\d+ +\d+\.\d+$", out, re.MULTILINE)]
+    assert steps in ([4, 5, 6, 7, 8], [7, 8])
+
+
 def test_those_that_hang_are_killed(monkeypatch, capfd):
     """And nothing is left of them."""
     monkeypatch.setattr(processes, "GRACE", 0.5)
