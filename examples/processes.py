@@ -58,7 +58,9 @@ def _watched(children, logs):
             del running[rank]
             if child.returncode == 0:
                 continue
-            failed = failed or time.monotonic()
+            if failed is None:
+                failed = time.monotonic()
+                _say("")  # a bar of process 0 may not have ended its line
             later = f"{time.monotonic() - failed:.1f} s after the first that failed"
             _say(f"process {rank} {_ending(child.returncode)}, {later}")
             for line in _reason(logs[rank]):
