@@ -17,13 +17,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from char_lm import ROPE, Transformer, load_text, windows
 from flax import nnx
 from matplotlib import pyplot as plt
 from tqdm import tqdm
@@ -35,62 +35,12 @@ from jax_flash_attn2.flax import make_attention_fn
 # 1% of the gradient of k lost, 1.5e-3; a softmax scale 1% off, 1e-2; one key of 1024 not seen, 6e-2.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
-
-ROPE = nnx.RoPE()  # rotary position embedding of queries and keys
 ATTENTION = {
     "flash": make_attention_fn(rope=ROPE),
     "flax": functools.partial(nnx.dot_product_attention_with_rope, rope=ROPE),
 }
 TITLE = {"flash": "flash_attention", "flax": "Flax attention"}
 COLOR = {"flash": "#d95f02", "flax": "#386cb0"}
-
-
-class Block(nnx.Module):
-    def __init__(self, width, heads, attention_fn, dtype, rngs):
-        self.norm1 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(
-            heads, width, attention_fn=attention_fn, decode=False, use_bias=False,
-            out_kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs,
-        )  # fmt: skip
-        self.norm2 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x):
-        x = x + self.attention(self.norm1(x), is_causal=True)
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nnx.Module):
-    def __init__(self, vocabulary, args, attention_fn):
-        rngs, dtype = nnx.Rngs(args.seed), jnp.dtype(args.dtype)
-        self.here = nnx.Embed(vocabulary, args.width, dtype=dtype, rngs=rngs)
-        self.before = nnx.Embed(vocabulary, args.width, dtype=dtype, rngs=rngs)
-        blocks = [Block(args.width, args.heads, attention_fn, dtype, rngs) for _ in range(args.layers)]
-        self.blocks = nnx.List(blocks)
-        self.norm = nnx.RMSNorm(args.width, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(args.width, vocabulary, dtype=dtype, rngs=rngs)
-
-    def __call__(self, tokens):  # [batch, length] -> [batch, length, vocabulary]
-        before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))  # seeing pairs of characters saves many steps
-        x = self.here(tokens) + self.before(before)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)).astype(jnp.float32)
-
-
-def load_text():
-    """The text as character numbers, nine tenths to train on and one held out, and the characters."""
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    characters = sorted(set(text))
-    tokens = np.array([characters.index(c) for c in text], np.int32)
-    split = len(tokens) * 9 // 10
-    return tokens[:split], tokens[split:], characters
-
-
-def windows(tokens, starts, context):
-    """A row per start: `context` characters and the one that follows."""
-    return np.stack([tokens[start : start + context + 1] for start in starts])
 
 
 @dataclasses.dataclass
