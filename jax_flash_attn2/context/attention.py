@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ..base import arguments
 from ..base.arguments import describe, is_integer
@@ -50,7 +50,7 @@ def context_parallel_attention(
       are computed with; what no bound lets anybody see is not sent. Memory does not grow with the number of devices.
     - "all_gather" (Llama 3, arXiv:2407.21783, section 3.3.2): each device gathers all keys, some heads at a time.
     - "ulysses" (Jacobs et al., arXiv:2309.14509): each device gets all rows and keys of some heads. Key heads that are
-      fewer than devices are repeated.
+      fewer than devices are repeated. Heads that another mesh axis divides are brought together for it.
     - "auto": ulysses where it can and that sends fewest bytes; else a ring where bounds leave out devices, or where
       all_gather would hold gigabytes; else all_gather. `docs/scaling.md` has the reasons, `explain` those of a call.
 
@@ -64,7 +64,7 @@ def context_parallel_attention(
       bias: broadcasts to `[*batch, H, Sq, Sk]`, rows and keys in `order` (`to_order(bias, axis=(-2, -1))`). Within
         `shard_map`: this device's rows, and all keys; one that is the same for all rows may have this device's keys.
       axis: the name of the mesh axis.
-      mesh: a `jax.sharding.Mesh` or an abstract one; None: within `shard_map`.
+      mesh: a `jax.sharding.Mesh`, whose other axes are not explicit; None: within `shard_map`.
       method: see above.
       order: "zigzag" balances what devices do under causality, "contiguous" does not; "striped" nearly. See
         `sequence_order`.
@@ -120,31 +120,27 @@ def _on_mesh(mesh: Any, asked: Asked, arrays: dict[str, Any], options: dict[str,
     if asked.axis not in mesh.axis_names:
         raise ValueError(f"axis must be one of the mesh's, {mesh.axis_names}, got {asked.axis!r}")
 
-    def divided(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
-        here = mesh
-        if getattr(mesh, "explicit_axes", ()):  # `on_auto_axes` has made them others
-            here = jax.sharding.get_abstract_mesh()
-            if isinstance(mesh, Mesh):  # whose devices are wanted where passes are lowered
-                here = Mesh(mesh.devices, mesh.axis_names, axis_types=here.axis_types)
-        given = {name: x for name, x in arrays.items() if isinstance(x, Array | np.ndarray)}
-        lengths = {
-            side: arrays[name].shape[-3] if arrays[name].ndim >= 3 else 0 for side, name in (("q", "q"), ("kv", "k"))
-        }
-        specs = {name: _spec(asked.axis, name, x, lengths) for name, x in given.items()}
-        batch = (None,) * (arrays["q"].ndim - 3)
-        out = [specs["q"]]
-        out += [PartitionSpec(*batch, None, asked.axis)] if options["return_lse"] else []
-        out += [PartitionSpec()] if options["return_max_logits"] else []
-
-        def own(given: dict[str, Any]) -> tuple[Array, ...]:
-            return _on_share(asked, arrays | given, options)
-
-        f = jax.shard_map(own, mesh=here, in_specs=(specs,), out_specs=tuple(out), axis_names={asked.axis})
-        return jax.jit(f)(given)
-
+    others = [name for name in getattr(mesh, "explicit_axes", ()) if name != asked.axis and mesh.shape[name] > 1]
+    if others:
+        raise ValueError(
+            f"mesh must have no explicit axes of several devices but {asked.axis!r}, got {others}; give one with "
+            "AxisType.Auto there, or call it within jax.shard_map over all axes"
+        )
     for name in ("q", "k", "v"):
         arrays[name] = arguments.array(name, arrays[name])
-    return sharding.on_auto_axes(divided, arrays, options)
+    given = {name: x for name, x in arrays.items() if isinstance(x, Array | np.ndarray)}
+    lengths = {side: (1, 1, 1, *arrays[name].shape)[-3] for side, name in (("q", "q"), ("kv", "k"))}
+    specs = {name: _spec(asked.axis, name, x, lengths) for name, x in given.items()}
+    batch = (None,) * (arrays["q"].ndim - 3)
+    out = [specs["q"]]
+    out += [PartitionSpec(*batch, None, asked.axis)] if options["return_lse"] else []
+    out += [PartitionSpec()] if options["return_max_logits"] else []
+
+    def own(given: dict[str, Any]) -> tuple[Array, ...]:
+        return _on_share(asked, arrays | given, options)
+
+    f = jax.shard_map(own, mesh=mesh, in_specs=(specs,), out_specs=tuple(out), axis_names={asked.axis})
+    return jax.jit(f)(given)
 
 
 def _spec(axis: str, name: str, x: Any, lengths: Mapping[str, int]) -> PartitionSpec:

@@ -112,25 +112,35 @@ def _explained(asked: Asked, n: int, arrays: dict[str, Any], options: dict[str, 
     return ContextExplanation(method, asked.order, reasons, hops, groups, facts.sent(method), visited, first)
 
 
-def _by_device(method: str, facts: Facts, arrays: dict[str, Any], options: dict[str, Any]):
+def _by_device(
+    method: str, facts: Facts, arrays: dict[str, Any], options: dict[str, Any]
+) -> tuple[one_device.Explanation, tuple[int | None, ...]]:
     """What the first call of the first device runs, and the tiles of each device, by calls of one device that stand for
     its part: nothing is run."""
     spread, n = facts.spread, facts.spread.devices
     rows, keys = (sequence_order(n * share, n, spread.order).reshape(n, -1) for share in (spread.rows, spread.keys))
-    first, visited = None, []
+    first: one_device.Explanation | None = None
+    visited: list[int | None] = []
     for i in range(n):
         met = [np.arange(n * spread.keys)] if method == "all_gather" else [keys[(i - hop) % n] for hop in facts.met]
         made = [one_device.explained(**_part(facts, arrays, options, rows[i], own)) for own in met]
         first = first or made[0]
         counts = [x.passes[0].visited for x in made]
-        known = None not in counts and (arrays["mask"] is None or isinstance(arrays["mask"], jax.Array | np.ndarray))
-        visited.append(sum(counts) if known else None)
+        known = [x for x in counts if x is not None]
+        is_array = arrays["mask"] is None or isinstance(arrays["mask"], jax.Array | np.ndarray)
+        visited.append(sum(known) if is_array and len(known) == len(counts) else None)
+    assert first is not None  # of the first device
     return first, tuple(visited)
 
 
 def _part(facts: Facts, arrays: dict[str, Any], options: dict[str, Any], rows: np.ndarray, keys: np.ndarray):
     """The call of one device that has these rows and keys. Masks that are no arrays are left out."""
-    taken = {"causal_alignment": "top_left", "dropout_rate": 0.0, "dropout_seed": None, "score_mod": None}
+    taken: dict[str, Any] = {
+        "causal_alignment": "top_left",
+        "dropout_rate": 0.0,
+        "dropout_seed": None,
+        "score_mod": None,
+    }
     taken |= {name: jnp.take(arrays[name], keys if name in "kv" else rows, axis=-3) for name in "qkv"}
     lengths = {"q": facts.spread.rows * facts.spread.devices, "kv": facts.spread.keys * facts.spread.devices}
     for name in ("bias", "mask"):

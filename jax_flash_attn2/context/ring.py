@@ -146,10 +146,10 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
         if name not in ring.moving:
             sums[name] = _zeros(x, x.dtype, o) if spread.has_all_keys(name, x) else zeros(x)
     nothing = {"k": zeros(k), "v": zeros(v), **{name: zeros(operands[name]) for name in of_hops if name in ring.moving}}
-    of_keys = None
+    of_keys: dict[str, Array] = {}
     for one in ring.runs:
         sums, home = _over(ring, one, _Keys.of(ring, k, v, operands), nothing, sums, step)
-        of_keys = home if of_keys is None else jax.tree.map(jnp.add, of_keys, home)
+        of_keys = jax.tree.map(jnp.add, of_keys, home) if of_keys else home
     grads = {name: x for name, x in (sums | of_keys).items() if name not in ("q", "k", "v")}
     if "sinks" in wanted:
         grads["sinks"] = _of_sinks(ring, q, operands, within, o, stats, do, dlse)
@@ -225,17 +225,17 @@ def _over(
     Returns:
       The last state, and the sums for this device's own keys.
     """
-    keys = _sent(ring, _Load(keys, None), run.first).keys
+    here: Any = _sent(ring, _Load(keys, None), run.first).keys
     hops = [run.first + run.step * n for n in range(run.count)]
     if run.count > UNROLLED:
-        state, sums = _in_a_loop(ring, run, keys, sums, state, step)
+        state, sums = _in_a_loop(ring, run, here, sums, state, step)
     else:
         sums = None
         for n, hop in enumerate(hops):
             last = n + 1 == run.count
-            arrived = _sent(ring, _Load(None if last else keys, sums), run.step)
-            state, added = step(state, keys, hop)
-            keys, sums = arrived.keys, _added(arrived.sums, added)
+            arrived = _sent(ring, _Load(None if last else here, sums), run.step)
+            state, added = step(state, here, hop)
+            here, sums = arrived.keys, _added(arrived.sums, added)
     return state, _sent(ring, _Load(None, sums), -run.last).sums
 
 
