@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 H100 = """
 gpu_device_info {
@@ -120,10 +121,20 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         gpus = devices(folder)
+        import jax
+        import triton
+
         for method in args.methods:
             program, traced, took = compiled(method, gpus, args.tokens, args.order)
             memory = program.memory_analysis().temp_size_in_bytes / 2**20
-            line = {"method": method, "tokens": args.tokens, "order": args.order, "devices": len(gpus)}
+            line: dict[str, Any] = {
+                "jax": jax.__version__,
+                "triton": triton.__version__,
+                "method": method,
+                "tokens": args.tokens,
+                "order": args.order,
+                "devices": len(gpus),
+            }
             line |= {"temporary MiB": round(memory, 1), "trace s": round(traced, 1), "compile s": round(took, 1)}
             print(json.dumps(line | {"schedule": schedule(program.as_text())}), flush=True)
     return 0

@@ -126,7 +126,7 @@ def drawn_pairs():
         if "block_mask" in pair and method == "ring":
             method = "all_gather"
         made.append((method, draws.choice(ORDERS), draws.choice(DEVICES), pair))
-    return made if EVERY else draws.sample(made, 60)
+    return made if EVERY else draws.sample(made, 36)
 
 
 def identify(case):

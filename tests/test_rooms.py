@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import tomllib
 
 import jax_flash_attn2
 
@@ -85,3 +86,10 @@ def test_files_are_short():
     lines = {f.relative_to(PACKAGE.parent): len(f.read_text().splitlines()) for f in files}
     assert lines
     assert not {f: n for f, n in lines.items() if n > LONGEST}
+
+
+def test_every_room_is_installed():
+    """Not only where the sources are: the list of packages in pyproject.toml is all of them."""
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {f"jax_flash_attn2.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    assert {*listed} == rooms | {"jax_flash_attn2", "jax_flash_attn2.kernels"}
