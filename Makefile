@@ -65,6 +65,9 @@ test-drawn: .venv/dev.stamp ## 300 drawn score functions, on both backends
 	DRAWN=300 $(CPU) $(PYTEST) $(WORKERS) tests/test_score_mod.py -k drawn
 	DRAWN=300 TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_translate.py -k drawn
 
+test-every: .venv/dev.stamp ## every option with every method, order and number of devices
+	EVERY=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_context_parallel.py -k "alone or pairs"
+
 test-codegen: .venv/dev.stamp
 	$(CPU) .venv/bin/python -m benchmarks.codegen --check $(if $(NINTH),--ninth $(NINTH))
 

@@ -14,7 +14,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flash_attn2 import Config, context_parallel_attention, explain, flash_attention, from_order, to_order
+from jax_flash_attn2 import (
+    Config,
+    context_parallel_attention,
+    explain,
+    flash_attention,
+    from_order,
+    gpu_target,
+    to_order,
+)
 from jax_flash_attn2.context.hops import runs
 from jax_flash_attn2.masks import BlockMask, Mask
 
@@ -252,6 +260,45 @@ def test_groups_of_heads(groups):
         check(on_devices("all_gather", "zigzag", 4, names, head_groups=groups), on_one_device(names))
 
 
+@pytest.mark.in_thirds
+@pytest.mark.parametrize("kind", ["heads", "weights", "list"])
+def test_masks_with_lists(kind):
+    """Block masks with heads, in every order, where their tiles are those of a device's rows and where they are not; a
+    function whose tiles are known."""
+    length = 1024 if kind == "list" else 128
+    seen = rng(kind).random((2 if kind == "weights" else 1, 4, length, length)) < 0.3
+    tiles = {"block_m": 16, "block_n": 32}
+    mask = {
+        "heads": lambda: BlockMask.from_mask(seen, **tiles),
+        "weights": lambda: BlockMask.from_mask(Mask.from_dense(np.where(seen, np.float32(0.5), 0)), **tiles),
+        "list": lambda: lambda b, h, i, j: (j <= i) & ((i - j) % (h + 3) == 0) & (i - j < 300),
+    }[kind]()
+    q, w = jnp.asarray(draw("q", 2, length, 4, 16)), jnp.asarray(draw("w", 2, length, 4, 16))
+    loss = lambda f: jax.jit(jax.grad(lambda q: (f(q, q, q, mask=mask) * w).sum()))
+    want = loss(flash_attention)(q)
+    ways = [("ulysses", "zigzag", {}), ("all_gather", "contiguous", {"head_groups": 2}), ("all_gather", "striped", {})]
+    for method, order, more in ways[: 2 if kind == "list" else 3]:
+        turn = lambda move, x, order=order: move(x, 4, order)
+        q_there, w_there = turn(to_order, q), turn(to_order, w)
+        options = {"axis": "sequence", "mesh": mesh_of(4), "method": method, "order": order, **more}
+        f = functools.partial(context_parallel_attention, **options)
+        got = jax.jit(jax.grad(lambda q, f=f, w=w_there: (f(q, q, q, mask=mask) * w).sum()))(q_there)
+        check({"q": np.asarray(turn(from_order, got))}, {"q": np.asarray(want)}, 4e-6)
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, (2,)), (2, ()), (2, (2, 2))], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_batch(method, devices, batch):
+    """No batch axis; several. A mesh of one device."""
+    q, k = (jnp.asarray(draw("q", *batch, 64, heads, 16)) for heads in (4, 2))
+    options = {"causal": True, "dropout_rate": 0.2, "dropout_seed": 3}
+    loss = lambda f: jax.jit(jax.grad(lambda q, k: (f(q, k, k, **options) ** 2).sum(), (0, 1)))
+    f = functools.partial(context_parallel_attention, axis="sequence", mesh=mesh_of(devices), method=method)
+    got = loss(f)(*(to_order(x, devices, "zigzag", -3) for x in (q, k)))
+    got = [np.asarray(from_order(x, devices, "zigzag", -3)) for x in got]
+    check(dict(enumerate(got)), dict(enumerate(map(np.asarray, loss(flash_attention)(q, k)))), 4e-6)
+
+
 def test_more_devices_than_key_heads_and_other_lengths():
     """Cross attention: rows and keys of other lengths, the last row at the last key; one key head for all."""
     q, k, w = (jnp.asarray(draw(name, 2, *s, 16)) for name, s in (("q", (64, 8)), ("k", (128, 1)), ("w", (64, 8))))
@@ -416,6 +463,14 @@ def test_balance():
         if order == "zigzag":  # as many as one device would visit
             one = explain(x, x, x, causal=True, config=Config(64, 64)).passes[0].visited
             assert sum(made.visited) == one
+    with gpu_target(compute_capability=90):  # neither do the kernels more than their share, forward or backward
+        one = explain(x, x, x, causal=True, config=Config(64, 64))
+        for method in ("ring", "all_gather"):
+            options = {"axis": "sequence", "mesh": mesh_of(8), "method": method, "config": Config(64, 64)}
+            made = explain(x, x, x, causal=True, **options)
+            assert sum(made.visited) == one.passes[0].visited
+            assert sum(made.backward) == sum(each.visited for each in one.passes[1:])
+            assert max(made.backward) <= 1.05 * min(made.backward)
     for method in ("ring", "all_gather"):
         assert balance[method, "zigzag"] <= 1.05
         assert balance[method, "contiguous"] > 1.7

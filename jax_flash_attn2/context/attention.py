@@ -55,7 +55,8 @@ def context_parallel_attention(
       all_gather would hold gigabytes; else all_gather. `docs/scaling.md` has the reasons, `explain` those of a call.
 
     Two ways to call it: within `jax.shard_map` over `axis` (mesh=None), where all arrays are this device's; or with a
-    mesh, under jit, on whole arrays, which may be divided along batches and heads too.
+    mesh, under jit (without it each call is compiled anew), on whole arrays, which may be divided along batches and
+    heads too.
 
     Args:
       q: `[*batch, Sq, H, D]`; within `shard_map` this device's rows.

@@ -34,6 +34,8 @@ class ContextExplanation:
     """Bytes that a device sends, forward and backward, at least."""
     visited: tuple[int | None, ...]
     """Tiles that each device computes in a forward pass. None: that depends on data that is not known yet (traced)."""
+    backward: tuple[int | None, ...]
+    """The same of a backward pass, all its kernels together."""
     device: one_device.Explanation
     """What the first device's first call runs."""
 
@@ -103,34 +105,43 @@ def _explained(asked: Asked, n: int, arrays: dict[str, Any], options: dict[str, 
     if method == "ulysses":
         choosing.check_heads(facts)
         first = one_device.explained(**arrays, **options)
-        each = first.passes[0].visited
-        visited = (None if each is None else each // n,) * n
+        each = [_visited([first], of) for of in (_FORWARD, _BACKWARD)]
+        visited, backward = ((None if x is None else x // n,) * n for x in each)
     else:
-        first, visited = _by_device(method, facts, arrays, options)
+        first, visited, backward = _by_device(method, facts, arrays, options)
     groups = choosing.groups_of(asked.head_groups, facts) if method == "all_gather" else 1
     hops = facts.met if method == "ring" else ()
-    return ContextExplanation(method, asked.order, reasons, hops, groups, facts.sent(method), visited, first)
+    return ContextExplanation(method, asked.order, reasons, hops, groups, facts.sent(method), visited, backward, first)
 
 
 def _by_device(
     method: str, facts: Facts, arrays: dict[str, Any], options: dict[str, Any]
-) -> tuple[one_device.Explanation, tuple[int | None, ...]]:
+) -> tuple[one_device.Explanation, tuple[int | None, ...], tuple[int | None, ...]]:
     """What the first call of the first device runs, and the tiles of each device, by calls of one device that stand for
     its part: nothing is run."""
     spread, n = facts.spread, facts.spread.devices
     rows, keys = (sequence_order(n * share, n, spread.order).reshape(n, -1) for share in (spread.rows, spread.keys))
     first: one_device.Explanation | None = None
-    visited: list[int | None] = []
+    visited: list[tuple[int | None, int | None]] = []
     for i in range(n):
         met = [np.arange(n * spread.keys)] if method == "all_gather" else [keys[(i - hop) % n] for hop in facts.met]
         made = [one_device.explained(**_part(facts, arrays, options, rows[i], own)) for own in met]
         first = first or made[0]
-        counts = [x.passes[0].visited for x in made]
-        known = [x for x in counts if x is not None]
         is_array = arrays["mask"] is None or isinstance(arrays["mask"], jax.Array | np.ndarray)
-        visited.append(sum(known) if is_array and len(known) == len(counts) else None)
+        visited.append((_visited(made, _FORWARD), _visited(made, _BACKWARD)) if is_array else (None, None))
     assert first is not None  # of the first device
-    return first, tuple(visited)
+    forward, backward = zip(*visited, strict=True)
+    return first, forward, backward
+
+
+_FORWARD, _BACKWARD = slice(0, 1), slice(1, None)
+
+
+def _visited(calls: list[one_device.Explanation], of: slice) -> int | None:
+    """Tiles of these passes of all calls; None: not known."""
+    counts = [x.visited for call in calls for x in call.passes[of]]
+    known = [x for x in counts if x is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _part(facts: Facts, arrays: dict[str, Any], options: dict[str, Any], rows: np.ndarray, keys: np.ndarray):
