@@ -152,7 +152,10 @@ def _part(facts: Facts, arrays: dict[str, Any], options: dict[str, Any], rows: n
         "dropout_seed": None,
         "score_mod": None,
     }
-    taken |= {name: jnp.take(arrays[name], keys if name in "kv" else rows, axis=-3) for name in "qkv"}
+    for name in "qkv":  # of which nothing depends on what they hold
+        *batch, _, heads, width = arrays[name].shape
+        length = len(rows) if name == "q" else len(keys)
+        taken[name] = jax.device_put(np.zeros((*batch, length, heads, width), arrays[name].dtype))
     lengths = {"q": facts.spread.rows * facts.spread.devices, "kv": facts.spread.keys * facts.spread.devices}
     for name in ("bias", "mask"):
         x = arrays[name]

@@ -279,8 +279,12 @@ def _least_largest(x: Array, side: _Side) -> tuple[Array, Array]:
     """Of `[n, 1, seqlen]`, by block."""
     x = _gather(x, 2, side.starts, side.block)
     inits = np.int32(np.iinfo(np.int32).max), np.int32(np.iinfo(np.int32).min)
-    least = lambda x, y: (jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1]))
-    return tuple(lax.reduce((x, x), inits, least, (x.ndim - 1,)))
+    return tuple(lax.reduce((x, x), inits, _least_and_largest, (x.ndim - 1,)))
+
+
+def _least_and_largest(x, y):
+    """Named, as a function made anew would be compiled anew outside jit."""
+    return jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1])
 
 
 def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _Side) -> _Pairs:
@@ -303,7 +307,11 @@ def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _S
 def _any_all(some: Array, every: Array) -> tuple[Array, Array]:
     """`some.any(-1)` and `every.all(-1)` in one reduction: a kernel where two of them would be four, and faster."""
     inits = np.bool_(False), np.bool_(True)
-    return tuple(lax.reduce((some, every), inits, lambda x, y: (x[0] | y[0], x[1] & y[1]), (some.ndim - 1,)))
+    return tuple(lax.reduce((some, every), inits, _any_and_all, (some.ndim - 1,)))
+
+
+def _any_and_all(x, y):
+    return x[0] | y[0], x[1] & y[1]
 
 
 def _hull(x: Array) -> tuple[Array, Array]:
