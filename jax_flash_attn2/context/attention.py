@@ -120,7 +120,6 @@ def _on_mesh(mesh: Any, asked: Asked, arrays: dict[str, Any], options: dict[str,
     """Whole arrays, divided along the axis; other axes are left to XLA."""
     if asked.axis not in mesh.axis_names:
         raise ValueError(f"axis must be one of the mesh's, {mesh.axis_names}, got {asked.axis!r}")
-
     others = [name for name in getattr(mesh, "explicit_axes", ()) if name != asked.axis and mesh.shape[name] > 1]
     if others:
         raise ValueError(
@@ -181,9 +180,8 @@ def _on_share(asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> 
     mask, lists = mask_for(method, spread, arrays["mask"])
     bias = arrays["bias"]
     if isinstance(mask, Mask) and bias is not None and jnp.shape(bias)[-1:] == (spread.keys,):
-        bias = to_order(
-            spread.gathered(bias, bias.ndim - 1), spread.devices, spread.order, -1
-        )  # weights are added to it
+        whole = spread.gathered(bias, bias.ndim - 1)  # to which weights are added
+        bias = to_order(whole, spread.devices, spread.order, -1)
     _check_arrays(spread, bias, mask)
     share = spread.share(spread.here, lists)
     call, operands, batch = inputs.prepare(**arrays | {"mask": mask, "bias": bias}, **options, share=share)
