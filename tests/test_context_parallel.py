@@ -347,17 +347,20 @@ def test_within_shard_map(method, checked):
     check(jax.tree.map(np.asarray, (there, got)), ((o, lse, largest), grads))
 
 
-def test_with_a_mesh_of_several_axes():
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)], ids=str)
+def test_with_a_mesh_of_several_axes(shape):
     """Batches and heads are divided as they lie, without a collective of theirs."""
     floats, *_ = arguments(("causal",))
-    grid = jax.make_mesh((2, 2, 2), ("data", "model", "sequence"), axis_types=(AxisType.Auto,) * 3)
+    grid = jax.make_mesh(shape, ("data", "model", "sequence"), axis_types=(AxisType.Auto,) * 3)
     spec = P("data", "sequence", "model")
-    placed = {name: jax.device_put(to_order(x, 2, "zigzag"), NamedSharding(grid, spec)) for name, x in floats.items()}
+    placed = {
+        name: jax.device_put(to_order(x, shape[2], "zigzag"), NamedSharding(grid, spec)) for name, x in floats.items()
+    }
     attention = functools.partial(context_parallel_attention, axis="sequence", mesh=grid, causal=True)
     for method in ("ring", "all_gather", "ulysses"):
         loss = lambda x, method=method: (attention(**x, method=method) ** 2).sum()
         compiled = jax.jit(jax.grad(loss)).lower(placed).compile()
-        got = {name: from_order(x, 2, "zigzag") for name, x in jax.device_get(compiled(placed)).items()}
+        got = {name: from_order(x, shape[2], "zigzag") for name, x in jax.device_get(compiled(placed)).items()}
         want = jax.jit(jax.grad(lambda x: (flash_attention(**x, causal=True) ** 2).sum()))(floats)
         check(got, jax.tree.map(np.asarray, want), 4e-6)
         if method == "ulysses":  # heads are what it moves
