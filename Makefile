@@ -81,6 +81,7 @@ test-matrix: .venv-triton38/stamp .venv-jax012/stamp test-ptxas ## the oldest Tr
 	TRITON_INTERPRET=1 $(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_kernels.py tests/test_gallery.py $(ALONE)
 	$(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_lowering.py $(ALONE)
 	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) $(addprefix tests/test_,xla.py block_mask.py score_mod.py) $(ALONE)
+	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_context_parallel.py -k "shard_map or half or several"
 	$(CPU) .venv-jax012/bin/python -m pytest tests/test_lowering.py -k smoke
 	TRITON_INTERPRET=1 $(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_translate.py -k "not drawn"
 

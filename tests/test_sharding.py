@@ -311,6 +311,21 @@ def test_functions_of_the_callers_arrays():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), got, want)
 
 
+def test_functions_within_shard_map_to_any_order():
+    """What is the same on all devices, and what is not, meet in a function's equations."""
+    x, table = draw(4, 16, 2, 16), draw(2, 40)
+
+    def loss(x, table):
+        score_mod = lambda s, b, h, i, j: s + table[h, i - j + 20] * 2.0
+        mask = lambda b, h, i, j: (i - j) % 3 != 1
+        return (flash_attention(x, x, x, score_mod=score_mod, mask=mask, higher_order=True) ** 2).sum()
+
+    own = lambda *args: jax.lax.psum(loss(*args), "data")
+    f = jax.shard_map(own, mesh=mesh(AxisType.Auto), in_specs=(BATCH, P()), out_specs=P())
+    got, want = (jax.jit(jax.grad(f, (0, 1)))(x, table) for f in (f, loss))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4), got, want)
+
+
 def test_shard_map_is_told_what_varies():
     """A result that differs from device to device is not taken for one that does not."""
     grid, x = mesh(AxisType.Auto), draw(4, 16, 1, 16)

@@ -1,4 +1,4 @@
-"""Arrays on a mesh whose axes are explicit: that is, arrays whose types say how they are divided."""
+"""Arrays whose types say how they lie on a mesh: divided along explicit axes, or varying over manual ones."""
 
 import contextvars
 from collections.abc import Callable
@@ -63,3 +63,23 @@ def spec_of(x: Any) -> tuple[Any, ...]:
     """How each axis of x is divided, by its type; None: not at all, or not explicitly."""
     spec = jax.typeof(x).sharding.spec if explicit_mesh(x) is not None else ()
     return (*spec, *(None,) * (len(x.shape) - len(spec)))
+
+
+def vary_alike(operands: Any) -> Any:
+    """Within `shard_map`: operands that are the same on all devices of a mesh axis over which others vary, said to vary
+    over it too. That sums their gradients over it, which is what they are owed."""
+    leaves, tree = jax.tree.flatten(operands)
+    own_axes = [varying(jax.typeof(x)) for x in leaves]
+    every = frozenset().union(*own_axes)
+    if not every:
+        return operands
+    leaves = [
+        x if own == every else jax.lax.pcast(x, tuple(sorted(every - own)), to="varying")
+        for x, own in zip(leaves, own_axes, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def varying(aval: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array varies."""
+    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))

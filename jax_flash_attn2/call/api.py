@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives, xla
-from ..base import arguments, errors
+from ..base import arguments, axes, errors
 from ..base.arguments import Alignment, Implementation, WindowSize
 from ..base.operands import DIFFERENTIABLE, is_score_array
 from ..base.spec import Config, Spec
@@ -183,7 +183,7 @@ def defaults() -> dict[str, Any]:
 def _flash_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """Check, run, and hand over what was asked for."""
     call, operands, batch = inputs.prepare(**arrays, **options)
-    return returned(attend(call, sharding.vary_alike(operands), options["higher_order"]), batch, options["return_lse"])
+    return returned(attend(call, axes.vary_alike(operands), options["higher_order"]), batch, options["return_lse"])
 
 
 def attend(call: Call, operands: tuple[Any, ...], higher_order: bool) -> tuple[Array, Array, Array | None]:

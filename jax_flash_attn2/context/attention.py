@@ -10,13 +10,12 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from ..base import arguments
+from ..base import arguments, axes
 from ..base.arguments import describe, is_integer
 from ..base.spec import Rules
 from ..call import api, inputs
 from ..masks.block import BlockMask
 from ..masks.mask import Mask
-from ..primitives import sharding
 from ..tiles import block_lists
 from . import choosing, gathering, ring, ulysses
 from .choosing import Facts, Method
@@ -261,7 +260,7 @@ def _ring(asked, facts: Facts, call, q, k, v, operands, native: bool):
     made = {name: x for name, x in made.items() if name not in implied}
     moving = tuple(name for name, x in made.items() if spread.has_own_keys(name, x))
     k, v = (cleared(x, within.get("kv")) for x in (k, v))
-    args = sharding.vary_alike((cleared(q, within.get("q")), k, v, made, within.get("q")))
+    args = axes.vary_alike((cleared(q, within.get("q")), k, v, made, within.get("q")))
     return ring.attention(ring.Ring(call, spread, facts.runs, moving, implied, native), *args)
 
 
@@ -277,11 +276,11 @@ def _all_gather(asked, facts: Facts, call, q, k, v, operands, native: bool):
     operands = operands | all_keys | {name: spread.gathered(x, 3) for name, x in own.items()}
     keys = jnp.arange(spread.devices * spread.keys, dtype=jnp.int32)
     made, within = numbered(call, operands, spread.row_tokens(spread.here), keys, in_order=True)
-    args = sharding.vary_alike((cleared(q, within.get("q")), k, v, made, within.get("q")))
+    args = axes.vary_alike((cleared(q, within.get("q")), k, v, made, within.get("q")))
     return gathering.attention(gathering.Gathering(call, spread, groups, native), *args)
 
 
 def _ulysses(asked, facts: Facts, call, q, k, v, operands, native: bool):
     choosing.check_heads(facts)
-    args = sharding.vary_alike((q, k, v, operands))
+    args = axes.vary_alike((q, k, v, operands))
     return ulysses.attention(ulysses.Ulysses(call, facts.spread, native), *args)

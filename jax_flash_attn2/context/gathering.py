@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives
+from ..base import axes
 from ..base.operands import is_read
 from ..call import api
-from ..primitives import sharding
 from ..primitives.call import Call
 from .messages import packed, unpacked
 from .spread import Spread, cleared
@@ -70,7 +70,7 @@ def _forward(gathering: Gathering, q, k, v, operands, within):
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     row = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype)
     made = [jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), *[row] * gathering.call.row_results(operands)]
-    o, *rows = _over_groups(gathering, k, v, sharding.vary_alike((made, q))[0], step)
+    o, *rows = _over_groups(gathering, k, v, axes.vary_alike((made, q))[0], step)
     return api.results(gathering.call, [o, *_within(rows, within)])
 
 
@@ -136,7 +136,7 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
     zeros |= {name: jnp.zeros(operands[name].shape, call.rules.result(operands[name].dtype)) for name in wanted}
     k, v, _ = lax.optimization_barrier((k, v, do))  # else XLA would keep what the forward pass gathered
-    made = _over_groups(gathering, k, v, sharding.vary_alike((zeros, q))[0], step)
+    made = _over_groups(gathering, k, v, axes.vary_alike((zeros, q))[0], step)
     made = scattered(made, gathering.groups - 1)
     grads = {name: made[name].astype(x.dtype) if name in wanted else None for name, x in operands.items()}
     return made["q"], made["k"], made["v"], grads, None

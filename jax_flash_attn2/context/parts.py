@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import primitives
-from ..primitives import sharding
+from ..base import axes
 from ..primitives.call import Call
 
 
@@ -41,7 +41,7 @@ def nothing(call: Call, q: Array, v: Array) -> Part:
         jnp.zeros((batch, rows, heads, v.shape[3]), dtype), row - jnp.inf, row,
         row - jnp.inf if call.rules.max_logits else None,
     )  # fmt: skip
-    return sharding.vary_alike((part, q))[0]
+    return axes.vary_alike((part, q))[0]
 
 
 def of_keys(

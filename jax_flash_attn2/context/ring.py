@@ -18,9 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives
+from ..base import axes
 from ..call import api
 from ..gpu import passes
-from ..primitives import sharding
 from ..primitives.call import Call
 from . import parts
 from .hops import UNROLLED, Run
@@ -171,7 +171,7 @@ def _of_sinks(ring: Ring, q, operands, within, o, stats, do, dlse) -> Array:
 def _zeros(x: Array, dtype: Any, like: Array) -> Array:
     """Where a gradient of x is summed. It waits for `like`: XLA would make all zeros of a program at once, and hold
     these through the forward pass."""
-    zero, _ = sharding.vary_alike(lax.optimization_barrier((jnp.zeros((), dtype), like)))
+    zero, _ = axes.vary_alike(lax.optimization_barrier((jnp.zeros((), dtype), like)))
     return jnp.broadcast_to(zero, x.shape)
 
 

@@ -13,9 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives
+from ..base import axes
 from ..base.operands import BLOCK_LISTS, is_read
 from ..call import api
-from ..primitives import sharding
 from ..primitives.call import Call
 from .spread import Spread
 
@@ -66,7 +66,7 @@ def attention(ulysses: Ulysses, q: Array, k: Array, v: Array, operands: Mapping[
     if rules.score is not None or rules.mask is not None:
         first = jnp.stack([jnp.int32(0), spread.here * (heads // spread.devices), jnp.int32(0)]).astype(jnp.int32)
         own["origin"] = first.reshape(1, 1, 1, 3)
-    q, k, v, own = sharding.vary_alike((q, k, v, own))
+    q, k, v, own = axes.vary_alike((q, k, v, own))
     if not ulysses.native:
         return _attention(ulysses, q, k, v, own)
     results = api.natively(ulysses.call, *ulysses.exchange(q, k, v), own)

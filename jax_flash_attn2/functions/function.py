@@ -20,6 +20,7 @@ from jax import lax
 from jax._src import source_info_util
 from jax.extend.core import Literal
 
+from ..base import axes
 from . import views
 from .keys import key_of
 
@@ -253,7 +254,8 @@ def _has_rules(jaxpr: Any) -> bool:
 
 
 def bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-    """The results of an equation of other inputs."""
+    """The results of an equation of other inputs, which within `shard_map` need not vary alike."""
+    inputs = axes.vary_alike([*inputs])
     made = eqn.primitive.get_bind_params(eqn.params)
     functions, params = made if isinstance(made, tuple) else ((), made)  # the latter from jax 0.11 on
     results = eqn.primitive.bind(*functions, *inputs, **params)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax._src import dispatch  # the only way to have the devices named when a primitive is lowered
 from jax._src.sharding_impls import ShardingContext  # and to say which of them `custom_partitioning` may divide by
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -49,33 +49,13 @@ def is_divided(ctx: Any) -> bool:
     return getattr(context, "num_devices", 1) > 1
 
 
-def vary_alike(operands: Any) -> Any:
-    """Within `shard_map`: operands that are the same on all devices of a mesh axis over which others vary, said to vary
-    over it too. That sums their gradients over it, which is what they are owed."""
-    leaves, tree = jax.tree.flatten(operands)
-    axes = [_varying(jax.typeof(x)) for x in leaves]
-    every = frozenset().union(*axes)
-    if not every:
-        return operands
-    leaves = [
-        x if own == every else lax.pcast(x, tuple(sorted(every - own)), to="varying")
-        for x, own in zip(leaves, axes, strict=True)
-    ]
-    return jax.tree.unflatten(tree, leaves)
-
-
-def _varying(aval: Any) -> frozenset[str]:
-    """The manual mesh axes over which an array varies."""
-    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
-
-
 def varying_as_operands(shapes: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """A rule for the shapes of results, which vary over the manual mesh axes over which the operands do (`vary_alike`
     has seen to it that they do so alike)."""
 
     def rule(*operands, **params):
         results = shapes(*operands, **params)
-        like = next((x for x in operands if _varying(x)), None)
+        like = next((x for x in operands if axes.varying(x)), None)
         if like is None:
             return results
         mesh = NamedSharding(like.sharding.mesh, PartitionSpec())
