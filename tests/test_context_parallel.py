@@ -26,7 +26,10 @@ from jax_flash_attn2 import (
 from jax_flash_attn2.context.hops import runs
 from jax_flash_attn2.masks import BlockMask, Mask
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+pytestmark = [
+    pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices"),
+    pytest.mark.usefixtures("compiled_quickly"),
+]
 
 B, T, H, HKV, D = 2, 256, 8, 4, 16
 TILES = Config(block_m=16, block_n=16)
