@@ -14,6 +14,7 @@ NAMES = {
     "cold_start": "what a new process pays: trace, lower and compile of each option, first calls without jit",
     "codegen": "the machine code of every tuned kernel",
     "scaling": "attention over many devices, on paper: the tables and the plot of docs/scaling.md",
+    "ahead": "what XLA makes of attention over eight H100s, compiled without one",
     "gpu": "correctness of every tuned row and the most telling points, on a GPU (gpu.sh)",
     "gpu_smoke": "one small forward and backward of each width, on a GPU: the first thing to run there",
     "report": "all results as one HTML page",

@@ -113,12 +113,12 @@ def schedule(text: str) -> dict[str, list[str]]:
     return made
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="*", default=["ring", "all_gather", "ulysses", "plain"])
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--order", default="zigzag")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         gpus = devices(folder)
         import jax

@@ -262,7 +262,8 @@ def test_half_precision(method):
 @pytest.mark.parametrize("groups", [2, 4])
 def test_groups_of_heads(groups):
     """all_gather in groups: operands with heads, functions that count them, sinks, dropout."""
-    for names in (("causal", "bias", "score", "sinks"), ("alibi", "dropout", "far_bias", "lengths")):
+    more = ("causal", "alibi", "sinks_lengths", "max_logits", "higher_order")
+    for names in (("causal", "bias", "score", "sinks"), ("alibi", "dropout", "far_bias", "lengths"), more):
         check(on_devices("all_gather", "zigzag", 4, names, head_groups=groups), on_one_device(names))
 
 
@@ -416,6 +417,22 @@ def test_vmapped_and_in_a_scan(method):
     check(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, want), 1e-5)
 
 
+def test_gradients_of_nothing():
+    """lse of rows that there are not is -inf, whose square's gradient is too: sinks hear nothing of it."""
+    floats, *_ = arguments(("sinks_lengths",))
+    lengths = OPTIONS["sinks_lengths"]()["q_lengths"]
+
+    def loss(attention):
+        return jax.jit(jax.grad(lambda x: (attention(**x, q_lengths=lengths, return_lse=True)[1] ** 2).sum()))
+
+    want = jax.tree.map(np.asarray, loss(flash_attention)(floats))
+    for method in METHODS:
+        f = functools.partial(
+            context_parallel_attention, axis="sequence", mesh=mesh_of(4), method=method, order="contiguous"
+        )
+        check(jax.tree.map(np.asarray, loss(f)(floats)), want)
+
+
 def test_what_is_hidden_may_be_anything():
     """NaN past the lengths reaches nothing; a device that has only padding gives 0 and -inf."""
     floats, *_ = arguments(())
@@ -511,6 +528,7 @@ WRONG = {
     "axis": ({"axis": "time", "mesh": "four"}, ValueError, "axis must be one of the mesh's, ('sequence',), got 'time'"),
     "axis_type": ({"axis": 0, "mesh": "four"}, TypeError, "axis must be the name of a mesh axis, got 0"),
     "no_mesh": ({"axis": "sequence"}, ValueError, "axis='sequence' is no axis of an enclosing jax.shard_map; call it within one, or give the mesh"),
+    "mesh": ({"axis": "sequence", "mesh": "none"}, TypeError, "mesh must be a jax.sharding.Mesh, or None within jax.shard_map, got 'none'"),
     "method": (HERE | {"method": "rings"}, ValueError, "method must be one of ('auto', 'all_gather', 'ring', 'ulysses'), got 'rings'"),
     "order": (HERE | {"order": "zig"}, ValueError, "order must be one of ('contiguous', 'zigzag', 'striped'), got 'zig'"),
     "groups": (HERE | {"head_groups": 0}, ValueError, "head_groups must be a positive integer or None, got 0"),
@@ -538,6 +556,17 @@ def test_messages(name):
     with pytest.raises(error) as caught:
         context_parallel_attention(X, X, X, **options)
     assert message in str(caught.value)
+
+
+def test_explain_refuses_what_the_call_does():
+    x = jnp.zeros((1, 64, 6, 16))
+    for options, message in (
+        ({"method": "ring"}, "axis must be given with method"),
+        ({"axis": "sequence", "mesh": mesh_of(4), "head_groups": 4}, "head_groups must divide the 6 heads"),
+        ({"axis": "sequence", "mesh": mesh_of(4), "method": "ulysses"}, "needs query heads that 4 devices divide"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explain(x, x, x, **options)
 
 
 def test_length():

@@ -254,14 +254,23 @@ def wanted_of(operands: Mapping[str, Any]) -> _Wanted:
     return _Wanted(name for name in differentiable if operands[name].perturbed)
 
 
-def _attention_fwd(call: Call, q, k, v, operands):
-    wanted = wanted_of(operands)
-    q, k, v = q.value, k.value, v.value
-    operands = {name: x.value for name, x in operands.items()}
-    o, lse, row_max, stats = results(call, primitives.forward(call, q, k, v, operands))
+def values(given: Any) -> Any:
+    """What JAX gives to a forward pass, without what it says of which gradients are asked for."""
+    return jax.tree.map(lambda x: x.value, given, is_leaf=lambda x: hasattr(x, "perturbed"))
+
+
+def named(o: Array, lse: Array, stats: tuple[Array, ...]) -> tuple[Array, Array, tuple[Array, ...]]:
+    """Results by `CHECKPOINT_NAMES`, and what the backward pass reads of rows: stats, or lse if there are none."""
     o_name, lse_name = CHECKPOINT_NAMES
     o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
-    stats = tuple(checkpoint_name(x, lse_name) for x in stats) or (lse,)
+    return o, lse, tuple(checkpoint_name(x, lse_name) for x in stats) or (lse,)
+
+
+def _attention_fwd(call: Call, q, k, v, operands):
+    wanted = wanted_of(operands)
+    q, k, v, operands = values((q, k, v, operands))
+    o, lse, row_max, stats = results(call, primitives.forward(call, q, k, v, operands))
+    o, lse, stats = named(o, lse, stats)
     return (o, lse, row_max), (q, k, v, operands, o, stats, wanted)
 
 

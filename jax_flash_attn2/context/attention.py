@@ -117,6 +117,8 @@ def checked(axis: Any, method: Any, head_groups: Any) -> tuple[str, Method, int 
 
 def _on_mesh(mesh: Any, asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """Whole arrays, divided along the axis; other axes are left to XLA."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, or None within jax.shard_map, got {mesh!r}")
     if asked.axis not in mesh.axis_names:
         raise ValueError(f"axis must be one of the mesh's, {mesh.axis_names}, got {asked.axis!r}")
     others = [name for name in getattr(mesh, "explicit_axes", ()) if name != asked.axis and mesh.shape[name] > 1]
@@ -266,8 +268,6 @@ def _ring(asked, facts: Facts, call, q, k, v, operands, native: bool):
 
 def _all_gather(asked, facts: Facts, call, q, k, v, operands, native: bool):
     spread, groups = facts.spread, choosing.groups_of(asked.head_groups, facts)
-    if k.shape[2] % groups:
-        raise ValueError(f"head_groups must divide the {k.shape[2]} heads of k and v, got {groups}")
     if call.rules.tiles:
         blocks = spread.row_tokens(spread.here)[:: call.rules.tiles[0]] // call.rules.tiles[0]
         operands = block_lists.of_rows(operands, blocks)

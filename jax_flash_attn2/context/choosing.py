@@ -118,6 +118,8 @@ def _without_ulysses(facts: Facts) -> tuple[str, str]:
 
 def groups_of(head_groups: int | None, facts: Facts) -> int:
     """In how many groups of key heads all_gather meets them."""
+    if head_groups is not None and facts.kv_heads % head_groups:
+        raise ValueError(f"head_groups must divide the {facts.kv_heads} heads of k and v, got {head_groups}")
     if head_groups is not None:
         return head_groups
     if facts.functions or not facts.spread.alone:

@@ -79,6 +79,10 @@ def explain(
     Raises:
       What `flash_attention` or `context_parallel_attention` would raise, for these arguments and on this machine.
     """
+    asked_for = {"mesh": mesh, "method": method, "order": order, "head_groups": head_groups}
+    said = [name for name, x in asked_for.items() if x not in (None, "auto", "zigzag")]
+    if axis is None and said:
+        raise ValueError(f"axis must be given with {said[0]}: the mesh axis along which the sequences lie")
     if axis is None:
         return one_device.explain(q, k, v, bias, **options)
     asked = Asked(*checked(axis, method, head_groups), order)

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives
 from ..base import axes
 from ..base.operands import is_read
 from ..call import api
+from ..primitives import share
 from ..primitives.call import Call
 from .messages import packed, unpacked
 from .spread import Spread, cleared
@@ -47,24 +47,24 @@ def attention(gathering: Gathering, q: Array, k: Array, v: Array, operands: Mapp
       operands: of this device's rows and all keys, these in the order of the tokens.
       within: `[n, 1, Sq, 1]`, the rows that are within their sequence; None: all.
     """
-    if not gathering.native:
-        return _attention(gathering, q, k, v, operands, within)
-    k, v = (gathering.spread.gathered(x, 1) for x in (k, v))
-    results = api.natively(gathering.call, q, k, v, operands)
-    return api.results(gathering.call, [results[0], *_within(results[1:], within)])[:3]
+    attend = _attend if gathering.native else _attention
+    return attend(gathering, q, k, v, operands, within)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(gathering: Gathering, q, k, v, operands, within):
+def _attend(gathering: Gathering, q, k, v, operands, within):
     return _forward(gathering, q, k, v, operands, within)[:3]
+
+
+_attention = jax.custom_vjp(_attend, nondiff_argnums=(0,))
 
 
 def _forward(gathering: Gathering, q, k, v, operands, within):
     """o, lse, the largest logits, and what else the backward pass reads of each row."""
+    run = api.natively if gathering.native else primitives.forward
 
     def step(made: list[Array], keys: tuple[Array, Array], group: Any) -> list[Array]:
         own_q, own = _of_group(gathering, q, operands, group)
-        results = primitives.forward(gathering.call, own_q, *keys, own)
+        results = run(gathering.call, own_q, *keys, own)
         return [_put(gathering, x, y, 1 if n else 2, group) for n, (x, y) in enumerate(zip(made, results, strict=True))]
 
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -95,12 +95,9 @@ def _over_groups(gathering: Gathering, k: Array, v: Array, state: Any, step: Cal
 
 def _attention_fwd(gathering: Gathering, q, k, v, operands, within):
     wanted = api.wanted_of(operands)
-    is_given = lambda x: hasattr(x, "perturbed")
-    q, k, v, operands, within = jax.tree.map(lambda x: x.value, (q, k, v, operands, within), is_leaf=is_given)
+    q, k, v, operands, within = api.values((q, k, v, operands, within))
     o, lse, largest, stats = _forward(gathering, q, k, v, operands, within)
-    o_name, lse_name = api.CHECKPOINT_NAMES
-    o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
-    stats = tuple(checkpoint_name(x, lse_name) for x in stats) or (lse,)
+    o, lse, stats = api.named(o, lse, stats)
     return (o, lse, largest), (q, k, v, operands, within, o, stats, wanted)
 
 
@@ -109,7 +106,7 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
     do, dlse, _ = cotangents
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    call = dataclasses.replace(gathering.call, rules=dataclasses.replace(gathering.call.rules, wide=True))
+    call = share.wide(gathering.call)
 
     def scattered(made: dict[str, Array], group: Any) -> dict[str, Array]:
         """With what the group before gave for keys."""
@@ -186,6 +183,8 @@ def _of_group(gathering: Gathering, q: Array, operands: Mapping[str, Array], gro
 def _fetch(gathering: Gathering, k: Array, v: Array, group: Any) -> tuple[Array, Array]:
     """The keys and values of a group of heads, of all devices, in the order of the tokens."""
     own = {name: _heads(gathering, x, 2, group=group, of=k.shape[2]) for name, x in (("k", k), ("v", v))}
+    if gathering.native:  # a message has no derivative
+        return gathering.spread.gathered(own["k"], 1), gathering.spread.gathered(own["v"], 1)
     rows = unpacked(gathering.spread.gathered(packed(own), 1), own)
     return rows["k"], rows["v"]
 

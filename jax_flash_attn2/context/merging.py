@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..base.arguments import array
+from . import parts
 
 
 def merge(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]:
@@ -36,15 +37,10 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]
 
 @jax.jit
 def _merged(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]:
-    largest = jax.lax.stop_gradient(jnp.maximum(lse1, lse2))
-    largest = jnp.where(largest == -jnp.inf, 0, largest)
-    share1, share2 = jnp.exp(lse1 - largest), jnp.exp(lse2 - largest)
-    total = share1 + share2
-    seen = total > 0
-    total = jnp.where(seen, total, 1)
-    by_row = lambda share: jnp.moveaxis(share / total, -2, -1)[..., None]  # [*batch, Sq, H, 1]
-    o = o1.astype(total.dtype) * by_row(share1) + o2.astype(total.dtype) * by_row(share2)
-    return o.astype(o1.dtype), jnp.where(seen, largest + jnp.log(total), -jnp.inf)
+    unit = jnp.ones((), lse1.dtype)
+    of = lambda o, lse: parts.Part(o.astype(lse.dtype), lse, (lse > -jnp.inf).astype(lse.dtype), None)
+    merged = parts.both(of(o1, lse1), of(o2, lse2), unit)
+    return merged.o.astype(o1.dtype), parts.lse_of(merged, unit)
 
 
 def _check(o1: Any, lse1: Any, o2: Any, lse2: Any) -> None:

@@ -60,7 +60,7 @@ def both(x: Part, y: Part, unit: Array) -> Part:
     finite = jnp.where(m == -jnp.inf, 0, m)
     parts = [part.l * jnp.exp((part.m - finite) * unit) for part in (x, y)]
     l = parts[0] + parts[1]
-    by_row = lambda share: jnp.moveaxis(share / jnp.where(l > 0, l, 1), 1, 2)[..., None]
+    by_row = lambda share: jnp.moveaxis(share / jnp.where(l > 0, l, 1), -2, -1)[..., None]
     o = x.o * by_row(parts[0]) + y.o * by_row(parts[1])
     return Part(o, m, l, None if x.largest is None or y.largest is None else jnp.maximum(x.largest, y.largest))
 
@@ -88,7 +88,7 @@ def gradient_of_sinks(part: Part, sinks: Array, within: Array | None, unit: Arra
     seen = part.l > 0 if within is None else (part.l > 0) & within[..., 0]
     m = jnp.where(seen, part.m, 0)
     p = jnp.where(seen, jnp.exp(sinks[..., 0].astype(m.dtype) - m * unit) / jnp.where(seen, part.l, 1), 0)
-    return -(p * delta).sum(-1)[..., None, None]
+    return -jnp.where(seen, p * delta, 0).sum(-1)[..., None, None]  # of nothing seen the gradient may be anything
 
 
 def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:

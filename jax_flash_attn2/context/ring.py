@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives
 from ..base import axes
 from ..call import api
 from ..gpu import passes
+from ..primitives import share
 from ..primitives.call import Call
 from . import parts
 from .hops import UNROLLED, Run
@@ -82,7 +82,7 @@ def _attention(ring: Ring, q, k, v, operands, within):
 def _forward(ring: Ring, q, k, v, operands, within) -> parts.Part:
     call, unit = ring.call, parts.unit(ring.call, q, operands, ring.native)
     run = api.natively if ring.native else primitives.forward
-    wide = dataclasses.replace(call, rules=dataclasses.replace(call.rules, wide=True))
+    wide = share.wide(call)
 
     def step(part: parts.Part, keys: "_Keys", hop: Any) -> tuple[parts.Part, None]:
         own = ring.of_hop(operands, keys.moving, hop)
@@ -101,19 +101,11 @@ def _finished(ring: Ring, q: Array, part: parts.Part, operands: Mapping[str, Arr
 
 def _attention_fwd(ring: Ring, q, k, v, operands, within):
     wanted = api.wanted_of(operands)
-    q, k, v, operands, within = jax.tree.map(lambda x: x.value, (q, k, v, operands, within), is_leaf=_is_given)
+    q, k, v, operands, within = api.values((q, k, v, operands, within))
     part = _forward(ring, q, k, v, operands, within)
     o, lse, largest = _finished(ring, q, part, operands)
-    o_name, lse_name = api.CHECKPOINT_NAMES
-    o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
-    stats = (lse,)
-    if ring.call.row_stats(operands) == 2:
-        stats = tuple(checkpoint_name(x, lse_name) for x in (part.m, part.l))
+    o, lse, stats = api.named(o, lse, (part.m, part.l) if ring.call.row_stats(operands) == 2 else ())
     return (o, lse, largest), (q, k, v, operands, within, o, stats, wanted)
-
-
-def _is_given(x: Any) -> bool:
-    return hasattr(x, "perturbed")
 
 
 def _attention_bwd(ring: Ring, residuals, cotangents):
@@ -121,7 +113,7 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
     do, dlse, _ = cotangents
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    call, spread = dataclasses.replace(ring.call, rules=dataclasses.replace(ring.call.rules, wide=True)), ring.spread
+    call, spread = share.wide(ring.call), ring.spread
     of_hops = tuple(name for name in wanted if name != "sinks")
 
     def step(sums: dict[str, Array], keys: "_Keys", hop: Any) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -226,15 +218,14 @@ def _over(
       The last state, and the sums for this device's own keys.
     """
     here: Any = _sent(ring, _Load(keys, None), run.first).keys
-    hops = [run.first + run.step * n for n in range(run.count)]
     if run.count > UNROLLED:
         state, sums = _in_a_loop(ring, run, here, sums, state, step)
     else:
         sums = None
-        for n, hop in enumerate(hops):
+        for n in range(run.count):
             last = n + 1 == run.count
             arrived = _sent(ring, _Load(None if last else here, sums), run.step)
-            state, added = step(state, here, hop)
+            state, added = step(state, here, run.first + run.step * n)
             here, sums = arrived.keys, _added(arrived.sums, added)
     return state, _sent(ring, _Load(None, sums), -run.last).sums
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives
 from ..base import axes
 from ..base.operands import BLOCK_LISTS, is_read
 from ..call import api
+from ..primitives import share
 from ..primitives.call import Call
 from .spread import Spread
 
@@ -82,12 +82,10 @@ def _attention(ulysses: Ulysses, q, k, v, operands):
 def _attention_fwd(ulysses: Ulysses, q, k, v, operands):
     wanted = api.wanted_of(operands)
     copies = ulysses.copies(k.value)
-    q, k, v = ulysses.exchange(q.value, k.value, v.value)
-    operands = {name: x.value for name, x in operands.items()}
+    q, k, v = ulysses.exchange(*api.values((q, k, v)))
+    operands = api.values(operands)
     o, lse, largest, stats = api.results(ulysses.call, primitives.forward(ulysses.call, q, k, v, operands))
-    o_name, lse_name = api.CHECKPOINT_NAMES
-    o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
-    stats = tuple(checkpoint_name(x, lse_name) for x in stats) or (lse,)
+    o, lse, stats = api.named(o, lse, stats)
     return ulysses.back(o, lse, largest), (q, k, v, operands, o, stats, wanted, copies)
 
 
@@ -98,7 +96,7 @@ def _attention_bwd(ulysses: Ulysses, residuals, cotangents):
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else spread.exchanged(do, 2, 1)
     dlse = None if isinstance(dlse, SymbolicZero) else spread.exchanged(dlse, 1, 2)
     if copies > 1:  # whose gradients are summed before they are rounded
-        call = dataclasses.replace(call, rules=dataclasses.replace(call.rules, wide=True))
+        call = share.wide(call)
     dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
     dq, dk, dv = (spread.returned(x, 2, 1) for x in (dq.astype(q.dtype), dk, dv))
     dk, dv = (x.reshape(*x.shape[:2], -1, copies, x.shape[3]).sum(3).astype(k.dtype) for x in (dk, dv))
