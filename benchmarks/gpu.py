@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_flash_attn2 import Config
-from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.base.config import Tuned
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target
 

@@ -3,7 +3,7 @@
 Beside what is imported here: `jax_flash_attn2.flax` and `jax_flash_attn2.equinox`, adapters for these libraries.
 """
 
-from .base.spec import Config
+from .base.config import Config
 from .base.version import VERSION as __version__
 from .call.api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
 from .call.explain import Explanation, supported
@@ -13,6 +13,7 @@ from .context.merging import merge
 from .context.orders import from_order, sequence_order, to_order
 from .drop_in import dot_product_attention
 from .gpu.target import EXPORT_DISABLED_CHECKS, gpu_target
+from .serving.paged import paged_attention
 
 __all__ = [
     "CHECKPOINT_NAMES",
@@ -29,6 +30,7 @@ __all__ = [
     "get_cached_flash_attention",
     "gpu_target",
     "merge",
+    "paged_attention",
     "sequence_order",
     "supported",
     "to_order",

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .base.arguments import Alignment, Implementation
-from .base.spec import Config
+from .base.config import Config
 from .call.api import flash_attention
 from .functions.trace import ScoreFunction
 

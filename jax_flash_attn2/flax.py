@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .base.spec import Config, Precision
+from .base.config import Config, Precision
 from .call.api import flash_attention
 
 _NOT_OPTIONS = (

@@ -131,3 +131,38 @@ def kept(seed, batch, heads, seqlen_q, seqlen_k, rate, offset=0):
     rows, cols = np.arange(seqlen_q)[:, None] + offset & WORD, np.arange(seqlen_k)
     words = np.broadcast_arrays(*philox((rows, cols // 4, 0, 0), key))
     return (np.choose(cols % 4, words) >= round(rate * 2**32)).reshape(*batch, heads, seqlen_q, seqlen_k)
+
+
+def paged(q, k_pages, v_pages, page_table, lengths, *, cu_q_lens=None, causal=True, k_scale=None, v_scale=None,
+          head_dim_v=None, softmax_scale=None, **options):  # fmt: skip
+    """o and lse of `paged_attention`, sequence by sequence: o in q's shape, lse `[B, H, Sq]` or `[H, T]`."""
+    full = lambda pages, scale: (
+        np.asarray(pages, np.float64)
+        * (
+            1
+            if scale is None
+            else np.broadcast_to(np.asarray(scale, np.float64), pages.shape[::2][:2])[:, None, :, None]
+        )
+    )
+    v_pages, v_scale = (k_pages[..., :head_dim_v], k_scale) if v_pages is None else (v_pages, v_scale)
+    k_pages, v_pages = full(k_pages, k_scale), full(v_pages, v_scale)
+    ragged = cu_q_lens is not None
+    size, batch = k_pages.shape[1], len(lengths)
+    results = []
+    for b in range(batch):
+        rows = q[cu_q_lens[b] : cu_q_lens[b + 1]] if ragged else q[b]
+        n = int(lengths[b])
+        table = np.asarray(page_table)[b, : -(-n // size)]
+        if options.get("window_size") is not None:  # what lies left of it may be anybody's, or nobody's
+            table = np.clip(table, 0, k_pages.shape[0] - 1)
+        k, v = (pages[table].reshape(-1, *pages.shape[2:])[:n] for pages in (k_pages, v_pages))
+        o, lse, _ = attention(
+            rows, jnp.asarray(k), jnp.asarray(v), scale=softmax_scale, causal=causal, causal_alignment="bottom_right",
+            **options,
+        )  # fmt: skip
+        results.append((o, lse))
+    if not ragged:
+        return tuple(jnp.stack(x) for x in zip(*results, strict=True))
+    o, lse = (jnp.concatenate(x, axis) for x, axis in zip(zip(*results, strict=True), (0, 1), strict=True))
+    missing = q.shape[0] - o.shape[0]
+    return jnp.pad(o, ((0, missing), (0, 0), (0, 0))), jnp.pad(lse, ((0, 0), (0, missing)), constant_values=-jnp.inf)

@@ -15,7 +15,8 @@ import pytest
 
 from jax_flash_attn2 import Config, flash_attention, gpu_target
 from jax_flash_attn2.__main__ import main
-from jax_flash_attn2.base.spec import Spec, Tuned
+from jax_flash_attn2.base.config import Tuned
+from jax_flash_attn2.base.spec import Spec
 from jax_flash_attn2.gpu import cache, store
 
 META, PARTS = {"name": "kernel", "shown": {"target": "cuda 90", "triton": "3.9.0"}}, {"z": b"late", "a": b"early" * 99}

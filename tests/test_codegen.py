@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from benchmarks.codegen import compile, points, programs, roofline, rules, sass
 from benchmarks.codegen.points import EXTRAS, Point, read
-from jax_flash_attn2.base.spec import Config, Spec, Tuned
+from jax_flash_attn2.base.config import Config, Tuned
+from jax_flash_attn2.base.spec import Spec
 from jax_flash_attn2.gpu import cache, tuning
 from jax_flash_attn2.gpu.target import Target
 

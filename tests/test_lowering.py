@@ -13,14 +13,14 @@ from cases import ARRAYS, CASES
 from checks import with_mask, with_score
 
 from jax_flash_attn2 import EXPORT_DISABLED_CHECKS, Config, flash_attention, get_cached_flash_attention, gpu_target
-from jax_flash_attn2.base.spec import PASSES
+from jax_flash_attn2.base.config import PASSES
 
 pytest.importorskip("jax_triton", reason="lowering for CUDA needs jax-triton")
 pytest.importorskip("jax_cuda13_plugin", reason="lowering for CUDA needs JAX's CUDA plugin")
 
 import score_functions
 
-from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.base.config import Tuned
 from jax_flash_attn2.functions.trace import trace
 from jax_flash_attn2.gpu import launch, translate
 from jax_flash_attn2.gpu.target import Target

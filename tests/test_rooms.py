@@ -8,7 +8,20 @@ import tomllib
 import jax_flash_attn2
 
 PACKAGE = pathlib.Path(jax_flash_attn2.__file__).parent
-ROOMS = ("kernels", "base", "functions", "tiles", "masks", "xla", "gpu", "primitives", "call", "context", "doors")
+ROOMS = (
+    "kernels",
+    "base",
+    "functions",
+    "tiles",
+    "masks",
+    "xla",
+    "gpu",
+    "primitives",
+    "call",
+    "context",
+    "serving",
+    "doors",
+)
 """From the lowest to the highest; "doors" are the files of the package itself."""
 APART = {("masks", "xla"), ("masks", "gpu"), ("xla", "gpu")}
 """Side by side: neither uses the other."""

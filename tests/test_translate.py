@@ -27,7 +27,7 @@ from score_functions import (
 )
 
 from jax_flash_attn2 import Config, flash_attention
-from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.base.config import Tuned
 from jax_flash_attn2.functions.trace import trace
 from jax_flash_attn2.gpu import interpret, translate
 from jax_flash_attn2.gpu.target import Target

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from jax_flash_attn2.base.spec import ONLY_FOR, Tuned
+from jax_flash_attn2.base.config import ONLY_FOR, Tuned
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target
 

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.base.config import Tuned
 
 from .compile import compile_point
 from .points import Point, points, read

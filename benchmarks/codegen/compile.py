@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash_attn2 import kernels
-from jax_flash_attn2.base.spec import PASSES, Spec, Tuned
+from jax_flash_attn2.base.config import PASSES, Tuned
+from jax_flash_attn2.base.spec import Spec
 from jax_flash_attn2.gpu import cache, passes, store, tuning
 from jax_flash_attn2.gpu.passes import Rows
 from jax_flash_attn2.gpu.target import Target

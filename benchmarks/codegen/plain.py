@@ -5,7 +5,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from jax_flash_attn2.base.spec import Tuned
+from jax_flash_attn2.base.config import Tuned
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target
 

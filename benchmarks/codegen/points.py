@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_flash_attn2.base.config import Config, Tuned
 from jax_flash_attn2.base.operands import mask_arrays, score_arrays
-from jax_flash_attn2.base.spec import Config, Rules, Spec, Tuned
+from jax_flash_attn2.base.spec import Rules, Spec
 from jax_flash_attn2.functions.trace import trace, trace_mask
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target

@@ -14,7 +14,8 @@ import sys
 
 import jax.numpy as jnp
 
-from jax_flash_attn2.base.spec import Config, Rules, Spec, Tuned
+from jax_flash_attn2.base.config import Config, Tuned
+from jax_flash_attn2.base.spec import Rules, Spec
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target
 

@@ -20,6 +20,10 @@ OPERANDS = (
     "dropout_key0",
     "dropout_key1",
     "origin",
+    "page_table",
+    "cu_q_lens",
+    "k_scale",
+    "v_scale",
     "row_ends",
     "row_tiles",
     "col_ends",
@@ -41,8 +45,18 @@ position among the keys, where positions are not given. sinks `[n, H, 1, 1]`, sl
 dropout_key0 and 1 `[n, 1|H, 1, 1]`: uint32. origin `[1, 1, 1, 3]`: int32, the batch, head and row that a score function
 shall count from: those of a device.
 
+page_table, cu_q_lens, k_scale and v_scale say where the keys and values of a paged cache are, and the rows of ragged
+sequences (`serving`). k and v are then pages `[pages, page_size, Hkv, D]`, in no order. page_table `[B, 1, 1, n]`:
+int32, which pages have the keys of a sequence, in their order; a number that is no page's may be read as any page.
+k_scale, v_scale `[1|pages, 1|Hkv, 1, 1]`: fp32, what a page's numbers count. cu_q_lens `[1, 1, 1, B + 1]`: int32, where
+the rows of each sequence begin, and the last end, among those of q `[1, T, H, D]`; B is then the batch of the other
+operands, and of what functions are told.
+
 The last six are a block mask (`block_lists.py`). Their last two axes are no sequences, the first two are as above.
 """
+
+SERVED = ("page_table", "cu_q_lens", "k_scale", "v_scale")
+"""Those of a paged cache and of ragged sequences."""
 
 BLOCK_LISTS = OPERANDS[-6:]
 """The operands of a block mask."""

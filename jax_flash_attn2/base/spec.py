@@ -1,21 +1,14 @@
-"""What a call computes (`Rules`, `Spec`), how a caller wants it done (`Config`) and how a kernel does it (`Tuned`)."""
+"""What a call computes: `Rules`, whatever its shapes, and `Spec`, all that is static about it."""
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from .config import Tuned
 from .operands import BLOCK_LISTS, OPERANDS
-
-Precision = Literal["ieee", "tf32", "tf32x3"]
-
-PASSES = ("fwd", "dq", "dkdv", "dbias")
-"""Every kernel of the package, by the name that `tuning` and the codegen check know it by."""
-
-ONLY_FOR = {"overlaps": ("fwd", "dkdv"), "warp_specialize": ("fwd", "dq")}
-"""Those that have these fields of a `Config`; all have the others."""
 
 
 def next_power_of_two(n: int) -> int:
@@ -56,12 +49,18 @@ class Rules:
     """Whether each row's largest logit is a result."""
     wide: bool = False
     """Whether o and all gradients come in fp32 (fp64), to be summed with those of other keys."""
+    latent: int | None = None
+    """v is k, and its rows are as many of the first columns of k's (multi-head latent attention)."""
     tiles: tuple[int, int] | None = None
     """The rows and keys of a tile of the block mask, if there is one: powers of two, at least 32 keys."""
 
     def result(self, dtype: Any) -> np.dtype:
         """The dtype of a result that would have this one, but for `wide`."""
         return np.dtype(np.float32) if self.wide and np.dtype(dtype).itemsize < 4 else np.dtype(dtype)
+
+    def v_dim(self, v: Any) -> int:
+        """The width of the rows of v."""
+        return v.shape[-1] if self.latent is None else self.latent
 
     @property
     def own_batch(self) -> int:
@@ -100,6 +99,16 @@ class Layout:
         return self.heads * self.width
 
 
+def sequences(q: Any, operands: Mapping[str, Any]) -> int:
+    """How many sequences the rows of q belong to: B."""
+    return operands["cu_q_lens"].shape[3] - 1 if "cu_q_lens" in operands else q.shape[0]
+
+
+def length_of_keys(k: Any, operands: Mapping[str, Any]) -> int:
+    """Sk: as many keys as a sequence may have."""
+    return k.shape[1] * operands["page_table"].shape[3] if "page_table" in operands else k.shape[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What is computed: all that is static about one attention call.
@@ -134,29 +143,33 @@ class Spec:
     """In kernels, the score function as Triton has it (`gpu.functions.Source`); the rules have none then."""
     mask_function: Any = None
     """Likewise the mask function."""
+    page_size: int = 0
+    """The keys of a page, if they lie in pages (`operands.SERVED`)."""
     one_head: bool = False
     """Whether dk and dv are of one query head each, to be summed over those of a group afterwards."""
 
     @classmethod
     def of(cls, rules: Rules, q: Any, k: Any, v: Any, operands: Mapping[str, Any]) -> "Spec":
         """The spec of arrays q `[B, Sq, H, D]`, k, v and operands."""
+        batch = sequences(q, operands)
         present = [(name, operands[name].shape) for name in OPERANDS if name in operands]
         where = tuple(
-            (name, Operand(i, 0 if 1 < s[0] == q.shape[0] else s[0], *(n > 1 for n in s[1:])))
+            (name, Operand(i, 0 if 1 < s[0] == batch else s[0], *(n > 1 for n in s[1:])))
             for i, (name, s) in enumerate(present)
         )
         return cls(
             heads=q.shape[2],
             kv_heads=k.shape[2],
             head_dim=q.shape[3],
-            v_dim=v.shape[3],
+            v_dim=rules.v_dim(v),
             rules=rules,
             operands=where,
             multiple_q=math.gcd(q.shape[1], 128),
-            multiple_k=math.gcd(k.shape[1], 128),
+            multiple_k=math.gcd(length_of_keys(k, operands), 128),
+            page_size=k.shape[1] if "page_table" in operands else 0,
         )
 
-    def told_apart(self, config: "Tuned") -> "Spec":
+    def told_apart(self, config: Tuned) -> "Spec":
         """The same, with only as much of `multiple_q` and `multiple_k` as kernels with these tiles ask about: two specs
         that make the same code become equal, and it is compiled once.
 
@@ -187,6 +200,10 @@ class Spec:
     offset = property(lambda self: self._operand("offset"))
     sinks = property(lambda self: self._operand("sinks"))
     slopes = property(lambda self: self._operand("slopes"))
+    page_table = property(lambda self: self._operand("page_table"))
+    cu_q_lens = property(lambda self: self._operand("cu_q_lens"))
+    k_scale = property(lambda self: self._operand("k_scale"))
+    v_scale = property(lambda self: self._operand("v_scale"))
     dropout_key0 = property(lambda self: self._operand("dropout_key0"))
     dropout_key1 = property(lambda self: self._operand("dropout_key1"))
     row_ends = property(lambda self: self._operand("row_ends"))
@@ -314,50 +331,3 @@ class Spec:
     o_rows = property(lambda self: Layout(self.heads, self.v_dim))
     dk_rows = property(lambda self: Layout(self.heads // self.summed, self.head_dim))
     dv_rows = property(lambda self: Layout(self.heads // self.summed, self.v_dim))
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How a kernel shall run. Nothing here changes what is computed; None means the tuned value.
-
-    Block sizes hold on every backend; the other fields speak to the GPU and have no meaning elsewhere. Under a block
-    mask the kernels' tiles are a part of its tiles, or all of one, as asked here; the XLA path takes each one whole.
-    """
-
-    block_m: int | None = None
-    """Query rows per tile: a power of two, at least 16."""
-    block_n: int | None = None
-    """Key rows per tile: a power of two, at least 16."""
-    num_warps: int | None = None
-    """Warps per program: 1, 2, 4, 8 or 16."""
-    num_stages: int | None = None
-    """Depth of the software pipeline that loads the tiles of the inner loop."""
-    maxnreg: int | None = None
-    """Upper bound on registers per thread (NVIDIA)."""
-    block_ptr: bool | None = None
-    """Reach memory through tensor descriptors (True: "block-ptr") or pointers (False: "ptr-block")."""
-    precision: Precision = "ieee"
-    """Matrix products of fp32 operands: IEEE fp32, one TF32 pass, or three."""
-    overlaps: bool | None = None
-    """Compute p while the tensor cores multiply, which changes no bit: in the pass "fwd" the p of the tile before and v
-    (FlashAttention-3, section 3.2; through tensor descriptors, without a block mask), in "dkdv" do and v."""
-    warp_specialize: bool | None = None
-    """Loads, products and softmax by warps of their own (sm_100 and sm_103; for the passes "fwd" and "dq"). None is
-    off, until it has been timed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuned:
-    """A `Config` with every choice made: what a kernel is compiled with, and a row of the tuning table."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-    block_ptr: bool = False
-    precision: Precision = "ieee"
-    overlaps: bool = False
-    warp_specialize: bool = False
-    starts: bool = False
-    """Whether a bias or a mask is where a tile's product starts from, not what is added to it."""

@@ -15,8 +15,9 @@ from jax.custom_derivatives import SymbolicZero
 from .. import primitives, xla
 from ..base import arguments, axes, errors
 from ..base.arguments import Alignment, Implementation, WindowSize
+from ..base.config import Config
 from ..base.operands import DIFFERENTIABLE, is_score_array
-from ..base.spec import Config, Spec
+from ..base.spec import Spec
 from ..functions.trace import ScoreFunction
 from ..masks.block import BlockMask
 from ..masks.mask import Mask

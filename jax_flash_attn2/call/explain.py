@@ -12,7 +12,8 @@ from jax import Array
 
 from .. import primitives, xla
 from ..base import errors
-from ..base.spec import PASSES, Spec, Tuned
+from ..base.config import PASSES, Tuned
+from ..base.spec import Spec
 from ..gpu import functions, interpret, passes, tuning
 from ..gpu.target import Target, present
 from ..primitives.call import Call

@@ -15,10 +15,11 @@ from jax import Array
 from ..base import arguments
 from ..base.arguments import Implementation
 from ..base.axes import as_called
+from ..base.config import ONLY_FOR, PASSES, Config, Precision
 from ..base.known import is_known, now
 from ..base.operands import mask_arrays
 from ..base.operands import score_arrays as names_of_score_arrays
-from ..base.spec import ONLY_FOR, PASSES, Config, Precision, Rules
+from ..base.spec import Rules
 from ..functions.trace import trace, trace_mask
 from ..gpu import target
 from ..gpu.functions import cheaper_than_bits
@@ -65,7 +66,7 @@ def prepare(
             'higher_order=True runs on XLA, got implementation="triton" too; leave one of them out (the Triton kernels '
             "have a first derivative only)"
         )
-    call = Call(rules, _configs(config, block_ptr, implementation), implementation, target.named())
+    call = Call(rules, configs(config, block_ptr, implementation), implementation, target.named())
     _check_implementation_fits(call, q, v)
 
     whole_q, whole_k = (seqlen_q, seqlen_k) if share is None else (share.rows, share.keys)
@@ -224,7 +225,8 @@ def check_block_size(name: str, n: Any) -> None:
         raise ValueError(f"{name} must be a power of two from 16 to {_MAX_BLOCK}, or None (tuned), got {n!r}")
 
 
-def _configs(config: Any, block_ptr: Any, implementation: Implementation | None) -> tuple[Config, ...]:
+def configs(config: Any, block_ptr: Any, implementation: Implementation | None) -> tuple[Config, ...]:
+    """`config` and `block_ptr` as a `Config` for each of `PASSES`."""
     if not (block_ptr is None or isinstance(block_ptr, bool)):
         raise TypeError(
             f"block_ptr must be True (tensor descriptors), False (pointers) or None (choose), got {block_ptr!r}"
@@ -251,14 +253,18 @@ def _config(name: str, config: Config, block_ptr: bool | None, implementation: I
         raise ValueError(f"config.num_stages must be from 1 to 8, or None (tuned), got {config.num_stages!r}")
     if config.maxnreg is not None and not (arguments.is_integer(config.maxnreg) and 24 <= config.maxnreg <= 255):
         raise ValueError(f"config.maxnreg must be from 24 to 255, or None (no bound), got {config.maxnreg!r}")
-    for field in ("block_ptr", *ONLY_FOR):
+    if config.num_splits is not None and not (
+        arguments.is_integer(config.num_splits) and 1 <= config.num_splits <= 256
+    ):
+        raise ValueError(f"config.num_splits must be from 1 to 256, or None (chosen), got {config.num_splits!r}")
+    for field in ("block_ptr", "overlaps", "warp_specialize"):
         if getattr(config, field) is not None and not isinstance(getattr(config, field), bool):
             raise TypeError(f"config.{field} must be True, False or None (tuned), got {getattr(config, field)!r}")
     for field, passes in ONLY_FOR.items():
         if getattr(config, field) and name not in passes:
             raise ValueError(
                 f"config.{field} is for {' and '.join(map(repr, passes))}, got it for {name!r}; give it by pass: "
-                f"config={{{passes[0]!r}: Config({field}=True)}}"
+                f"config={{{passes[0]!r}: Config({field}={getattr(config, field)!r})}}"
             )
     if config.precision not in get_args(Precision):
         raise ValueError(f"config.precision must be one of {get_args(Precision)}, got {config.precision!r}")

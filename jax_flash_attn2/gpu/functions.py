@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..base.config import Tuned
 from ..base.operands import mask_arrays, score_arrays
-from ..base.spec import Operand, Spec, Tuned
+from ..base.spec import Operand, Spec
 from ..functions import mapped
 from ..functions.function import Function
 from . import translate

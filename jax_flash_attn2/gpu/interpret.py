@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..base.spec import Spec, Tuned
+from ..base.config import Tuned
+from ..base.spec import Spec
 from .passes import Rows
 from .target import Target
 

@@ -20,8 +20,9 @@ from jax_triton import triton_lib
 from triton._C import libtriton
 
 from .. import kernels
+from ..base.config import Tuned
 from ..base.errors import shared_memory_error
-from ..base.spec import Spec, Tuned
+from ..base.spec import Spec
 from ..kernels import bwd, fwd  # noqa: F401  loaded now, so that what is hashed is what is compiled
 from . import cache, tuning
 from .passes import Rows

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..base.config import Tuned
 from ..base.operands import is_score_array
-from ..base.spec import Operand, Spec, Tuned
+from ..base.spec import Operand, Spec
 from ..tiles import block_lists, spans
 from . import functions
 

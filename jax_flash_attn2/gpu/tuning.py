@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..base.config import Config, Tuned
 from ..base.errors import overlaps_error, warp_specialize_error
-from ..base.spec import Config, Spec, Tuned
+from ..base.spec import Spec
 from .target import Target
 
 
@@ -135,7 +136,7 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
     """The config of one pass with every field set (but for `maxnreg`): `wanted` where it says, tuned where not.
 
     Args:
-      name: one of `spec.PASSES`.
+      name: one of `config.PASSES`.
       spec: what is computed.
       dtype: of q, k and v.
       target: the GPU.

@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..base.arguments import Implementation
-from ..base.spec import PASSES, Config, Rules, reshapes
+from ..base.config import PASSES, Config
+from ..base.spec import Rules, reshapes
 from ..gpu.target import Target
 
 
@@ -17,7 +18,7 @@ class Call:
 
     rules: Rules
     configs: tuple[Config, ...]
-    """What the caller asked for, for each of `spec.PASSES`."""
+    """What the caller asked for, for each of `config.PASSES`."""
     implementation: Implementation | None
     target: Target | None
     """The GPU that an enclosing `gpu_target` names; None: the one that is there."""

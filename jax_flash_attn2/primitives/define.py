@@ -15,9 +15,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from .. import xla
+from ..base.config import PASSES
 from ..base.errors import higher_order_error, missing_triton_error, not_on_this_platform_error
 from ..base.operands import names_of
-from ..base.spec import PASSES, Spec
+from ..base.spec import Spec
 from ..gpu import interpret, passes, tuning
 from ..gpu.target import Target, present
 from . import sharding
@@ -68,7 +69,7 @@ def unit(call: Call, dtype: Any) -> Array:
 def _forward_shapes(q, k, v, *operands, call: Call, names):
     stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     row = _aval((q.shape[0], q.shape[2], q.shape[1]), stats)
-    return [_aval((*q.shape[:3], v.shape[3]), call.rules.result(q.dtype)), *[row] * call.row_results(names)]
+    return [_aval((*q.shape[:3], call.rules.v_dim(v)), call.rules.result(q.dtype)), *[row] * call.row_results(names)]
 
 
 def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, apart, adds):

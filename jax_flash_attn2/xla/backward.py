@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..base.config import Config
 from ..base.operands import is_score_array
-from ..base.spec import Config, Spec
+from ..base.spec import Spec
 from . import layout
 from .logits import Logits
 from .tiling import Tiling, loop

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..base.config import Config
 from ..base.operands import BLOCK_LISTS, is_read
-from ..base.spec import Config, Spec
+from ..base.spec import Spec
 from . import layout
 from .logits import HIDDEN, Logits
 from .tiling import Tiling

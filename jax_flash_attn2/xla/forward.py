@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..base.spec import Config, Spec
-from . import layout
+from ..base.config import Config
+from ..base.spec import Spec
+from . import layout, paged
 from .logits import HIDDEN, Logits
 from .tiling import Tiling, loop
 
@@ -32,6 +33,8 @@ def forward(
       it, the row's largest logit, without the sink. A row that sees nothing has o = 0, lse = -inf and a largest logit
       of -inf.
     """
+    if spec.page_size:
+        return paged.forward(forward, spec, config, q, k, v, operands)
     t, dtype = Tiling(spec, config, q, k, operands, whole_rows=True), q.dtype
     logits = Logits(t, operands)
     q, k, v = logits.clear("q", q), logits.clear("kv", k), logits.clear("kv", v)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..base.spec import Config, Spec
+from ..base.config import Config
+from ..base.spec import Spec
 from ..tiles import block_lists, spans
 from . import layout
 

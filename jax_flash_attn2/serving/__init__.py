@@ -1,0 +1,1 @@
+"""Attention as a server runs it: caches in pages, sequences of many lengths in one row."""
