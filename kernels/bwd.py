@@ -10,11 +10,11 @@ import triton.language as tl
 
 from .dropout import drop, keep
 from .fwd import distance, load_scale, logits, scaled
-from .mask import key_span, phase, place, place_of, query_span, tile_at
+from .mask import key_span, phase, place_of, query_span, tile_at
+from .place import place
 from .tile import (
     LOG2E,
     WHOLE,
-    Rows,
     edge,
     keys,
     load_constants,
@@ -24,6 +24,7 @@ from .tile import (
     operand_offsets,
     program,
     queries,
+    rows_of,
     store_constants,
     store_operand,
     store_tile,
@@ -98,11 +99,11 @@ def attn_bwd_dq_kernel(
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1
-    block, b, h = program(tl.cdiv(sizes[1], M), SPEC.heads, SPEC.causal)
+    block, _, b, h = program(tl.cdiv(sizes[1], M), SPEC.heads, SPEC.causal)
     start_m = block * M
     here = place(x, b, h, sizes, SPEC)
-    k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, SPEC)
-    v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, SPEC)
+    k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, x, SPEC)
+    v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, x, SPEC)
     q_tile = tile(queries(own[0], here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
     q_scaled = scaled(q_tile, x, b, SPEC, CFG)
     do_tile = tile(queries(own[1], here), start_m, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
@@ -119,7 +120,7 @@ def attn_bwd_dq_kernel(
     scale_log2 = load_scale(x, b, SPEC, CFG)
     acc = tl.zeros([M, SPEC.block_d], tl.float32)
     slope_acc = tl.zeros([M], tl.float32)
-    span = key_span(block, here, x, SPEC, CFG)
+    span = key_span(block, start_m, here, x, SPEC, CFG)
     for BARE in tl.static_range(FIRST, 2):  # masked, then bare, as in the forward pass
         first, last = phase(span, BARE, False, SPEC)
         for i in tl.range(first, last, 1 if SPEC.listed else N, warp_specialize=CFG.warp_specialize):
@@ -170,13 +171,13 @@ def attn_bwd_dkdv_kernel(
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks else 1  # keys past the end are stored nowhere
-    block, b, group = program(tl.cdiv(sizes[2], N), SPEC.heads // SPEC.summed, False)  # the first keys are seen most
+    block, _, b, group = program(tl.cdiv(sizes[2], N), SPEC.heads // SPEC.summed, False)  # the first keys are seen most
     start_n = block * N
     here = place(x, b, group * SPEC.summed, sizes, SPEC)
     q = opened(q, b, here.seqlen_q, M, SPEC.q_rows, CFG)
     do = opened(do, b, here.seqlen_q, M, SPEC.o_rows, CFG)
-    k_tile = scaled(tile(keys(k, here, SPEC), start_n, N, SPEC.k_rows, EDGE_K), x, b, SPEC, CFG)  # [N, D]
-    v_tile = tile(keys(v, here, SPEC), start_n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
+    k_tile = scaled(tile(keys(k, here, x, SPEC), start_n, N, SPEC.k_rows, EDGE_K), x, b, SPEC, CFG)  # [N, D]
+    v_tile = tile(keys(v, here, x, SPEC), start_n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
     scale_log2 = load_scale(x, b, SPEC, CFG)
     dk_acc = tl.zeros([N, SPEC.block_d], tl.float32)
     dv_acc = tl.zeros([N, SPEC.block_dv], tl.float32)
@@ -217,8 +218,8 @@ def attn_bwd_dkdv_kernel(
                     ds = through_score(ds, p, scores, x, here, i, start_n, M, N, True, SPEC.score.slope, SPEC)
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=CFG.precision)
     scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32)
-    store_tile(Rows(dk, b, group, here.seqlen_k, here.end_k), dk_acc * scale, start_n, SPEC.dk_rows)
-    store_tile(Rows(dv, b, group, here.seqlen_k, here.end_k), dv_acc, start_n, SPEC.dv_rows)
+    store_tile(rows_of(dk, b, group, here.seqlen_k, here.end_k), dk_acc * scale, start_n, SPEC.dk_rows)
+    store_tile(rows_of(dv, b, group, here.seqlen_k, here.end_k), dv_acc, start_n, SPEC.dv_rows)
 
 
 @triton.jit
@@ -281,8 +282,8 @@ def attn_bwd_dbias_kernel(
                 for j in range(first, last, 1 if SPEC.listed else N):
                     n, part = tile_at(j, span, x, SPEC.row_tiles, SPEC.tile_keys, N, not SPEC.listed, SPEC)
                     if not SPEC.listed or (n >= n_begin and n < n_end):  # a list has all of the row's tiles
-                        k_tile = tile(keys(k, here, SPEC), n, N, SPEC.k_rows, EDGE_K)  # [N, D]
-                        v_tile = tile(keys(v, here, SPEC), n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
+                        k_tile = tile(keys(k, here, x, SPEC), n, N, SPEC.k_rows, EDGE_K)  # [N, D]
+                        v_tile = tile(keys(v, here, x, SPEC), n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
                         s, unit, capped, scores = logits(
                             q_tile, tl.trans(k_tile), x, here, i, n, part, scale_log2, False, True, SPEC, CFG
                         )  # [M, N]

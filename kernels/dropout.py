@@ -15,12 +15,9 @@ def keep(
     high = load_scalar(x, here.b, here.h, SPEC.dropout_key1, SPEC).to(tl.uint64)
     if SPEC.q_index is not None or SPEC.kv_index is not None:
         return keep_by_index(x, here, low | (high << 32), start_m, start_n, M, N, TRANSPOSED, SPEC)
-    positions = (start_m + here.offset + tl.arange(0, M)).to(tl.uint32, bitcast=True)
-    quads = (start_n // 4 + tl.arange(0, N // 4)).to(tl.uint32, bitcast=True)
-    if TRANSPOSED:
-        c0, c1 = tl.broadcast(positions[None, :], quads[:, None])
-    else:
-        c0, c1 = tl.broadcast(positions[:, None], quads[None, :])
+    i, quad = tile_indices(M, N // 4, TRANSPOSED, SPEC.packed)
+    positions = (start_m + here.offset + i).to(tl.uint32, bitcast=True)
+    c0, c1 = tl.broadcast(positions, (start_n // 4 + quad).to(tl.uint32, bitcast=True))
     zero = tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox(low | (high << 32), c0, c1, zero, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., a, b] is word 2 a + b
@@ -36,7 +33,7 @@ def keep_by_index(
     x, here, key, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
     """`keep`, where it is data which row and key an element belongs to: a call for each of them."""
-    i, j = tile_indices(M, N, TRANSPOSED)
+    i, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
     row, col = start_m + i, start_n + j
     if SPEC.q_index is not None:
         row = load_operand(x, here, start_m + i, start_n + j, SPEC.q_index, SPEC)

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .mask import key_span, log_weights, phase, place, place_of, positions, shown_by_mask, tile_at, visible
+from .mask import key_span, log_weights, phase, place_of, positions, share, shown_by_mask, tile_at, visible
+from .place import packed, part_of, place, ragged_place
 from .tile import (
     LN2,
     LOG2E,
@@ -12,14 +13,17 @@ from .tile import (
     edge,
     keys,
     load_operand,
+    load_page_scale,
     load_scalar,
     opened,
     program,
     queries,
+    row_heads,
     store_tile,
     store_vector,
     tile,
     tile_indices,
+    vector_at,
 )
 
 TINY = tl.constexpr(1e-20)
@@ -75,7 +79,7 @@ def start(
     x, here, start_m, start_n, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
     """What a tile of base-2 logits starts from: the bias, and -inf where the mask hides."""
-    i, j = tile_indices(CFG.block_m, CFG.block_n, TRANSPOSED)
+    i, j = tile_indices(CFG.block_m, CFG.block_n, TRANSPOSED, SPEC.packed)
     s = 0.0
     if SPEC.bias is not None:
         s = load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * LOG2E
@@ -87,14 +91,15 @@ def start(
 @triton.jit
 def logits(
     first, second, x, here, start_m, start_n, part, scale_log2, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr,
-    SPEC: tl.constexpr, CFG: tl.constexpr,
+    SPEC: tl.constexpr, CFG: tl.constexpr, others=None, keys=None,
 ):  # fmt: skip
     """A tile of logits, the unit that makes them base-2 logits, the tanh of the soft cap, and the scores that a score
     function was given.
 
     exp2(s * unit - m) is one FMA and one EX2. What is loaded, a bias or a mask, is where the product starts from, if
     the config says so: added to the product, Triton may compute all up to exp2 in both layouts. A tile is the product
-    of first and second, [M, N], or [N, M] if TRANSPOSED. part: its element mask (`tile_at`).
+    of first and second, [M, N], or [N, M] if TRANSPOSED, plus others, if there are any. part: its element mask
+    (`tile_at`). keys: the `Rows` whose pages have a scale, if they do.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
@@ -106,7 +111,12 @@ def logits(
         s = tl.broadcast_to(s, [N, M] if TRANSPOSED else [M, N])
         s = tl.dot(first, second, s, input_precision=CFG.precision)
     else:
-        s = tl.dot(first, second, input_precision=CFG.precision)
+        if SPEC.rest is not None:
+            s = tl.dot(first, second, others, input_precision=CFG.precision)
+        else:
+            s = tl.dot(first, second, input_precision=CFG.precision)
+        if SPEC.k_scale is not None:
+            s *= load_page_scale(x, keys, start_n, N, SPEC.k_scale, SPEC.k_rows)
         if SPEC.score is not None:
             scores = s * (scale_log2 * LN2)
             b, h, i, j = place_of(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
@@ -130,10 +140,24 @@ def logits(
 
 
 @triton.jit
-def plus_product(acc, alpha, p, v, n, EDGE: tl.constexpr, SPEC: tl.constexpr, CFG: tl.constexpr):
+def plus_product(
+    acc, alpha, p, v, n, EDGE: tl.constexpr, DTYPE: tl.constexpr, SPEC: tl.constexpr, CFG: tl.constexpr
+):  # fmt: skip
     """acc alpha + p v, with the values of the tile at n."""
     v_tile = tile(v, n, CFG.block_n, SPEC.v_rows, EDGE)  # [N, Dv]
+    if SPEC.page_size:
+        v_tile = v_tile.to(DTYPE)
     return tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=CFG.precision)
+
+
+@triton.jit
+def other_columns(rest, v, n, EDGE: tl.constexpr, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """In latent attention, the part of q kᵀ whose columns are no values."""
+    if SPEC.rest is not None:
+        others = tile(v, n, CFG.block_n, SPEC.v_rows, EDGE)
+        return tl.dot(rest, tl.trans(others.to(rest.dtype)), input_precision=CFG.precision)
+    else:
+        return None
 
 
 @triton.jit
@@ -146,7 +170,7 @@ def tile_before(i, first, here, span, x, N: tl.constexpr, BARE: tl.constexpr, SP
 
 @triton.jit
 def with_sink(m, l, acc, x, b, h, SPEC: tl.constexpr):
-    """One more logit, with nothing to add to o."""
+    """One more logit, with nothing to add to o. h: the head, or that of each row."""
     sink = load_scalar(x, b, h, SPEC.sinks, SPEC) * LOG2E
     m_new = tl.maximum(m, sink)
     pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -162,76 +186,124 @@ def soft_cap(s, CAP: tl.constexpr):
 
 
 @triton.jit
-def attn_fwd_kernel(
-    q, k, v, x, sizes, o, lse_out, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
+def finish(
+    m, l, acc, x, here, start_m, o, lse_out, m_out, l_out, max_out, M: tl.constexpr, SPEC: tl.constexpr
 ):  # fmt: skip
-    """One block of query rows against every key it sees: o, and each row's lse (natural); if that is not enough for
-    the backward pass, its maximum m (base 2) and sum l; and, if wanted, its largest logit, without the sink.
-
-    x: the operands of `SPEC.operands`, in order, and, where that is looked up, which keys each block meets. sizes: B,
-    Sq and Sk.
-    """
-    M: tl.constexpr = CFG.block_m
-    N: tl.constexpr = CFG.block_n
-    EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
-    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
-    FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1  # else no tile needs the mask
-    block, b, h = program(tl.cdiv(sizes[1], M), SPEC.heads, SPEC.causal)  # the last rows see most: they go first
-    start_m = block * M
-    here = place(x, b, h, sizes, SPEC)
-    k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, SPEC)
-    v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, SPEC)
-    q_tile = scaled(tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q), x, b, SPEC, CFG)  # [M, D]
-    scale_log2 = load_scale(x, b, SPEC, CFG)
-    rows = start_m + tl.arange(0, M)
-    m = tl.full([M], float("-inf"), tl.float32)
-    l = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, SPEC.block_dv], tl.float32)
-    span = key_span(block, here, x, SPEC, CFG)
-    # One loop body, compiled masked and then bare: the other way round, ptxas serialises wgmma where tiles come
-    # through pointers.
-    for BARE in tl.static_range(FIRST, 2):
-        first, last = phase(span, BARE, False, SPEC)
-        p_before = tl.zeros([M, N], tl.float32)  # in 16 bits it would go through shared memory
-        alpha_before = tl.full([M], 1.0, tl.float32)
-        for i in tl.range(first, last, 1 if SPEC.listed else N, warp_specialize=CFG.warp_specialize):
-            n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
-            k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
-            s, unit, _, _ = logits(
-                q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
-            )  # [M, N]
-            if CFG.overlaps and BARE:  # runs while this tile's p is computed
-                before = tile_before(i, first, here, span, x, N, BARE, SPEC)
-                acc = plus_product(acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, SPEC, CFG)
-            m_new = tl.maximum(m, tl.max(s, 1) * unit)
-            pivot = m_new  # finite, as the first tile shows every row a key
-            if SPEC.hides:
-                pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s * unit - pivot[:, None])  # [M, N]
-            alpha = tl.exp2(m - pivot)
-            l = l * alpha + tl.sum(p, 1)
-            if SPEC.drops:
-                p = drop(p, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
-            if CFG.overlaps and BARE:
-                alpha_before, p_before = alpha, p
-            else:
-                acc = plus_product(acc, alpha, p, v, n, WHOLE if BARE else EDGE_K, SPEC, CFG)
-            m = m_new
-        if CFG.overlaps and BARE and first < last:
-            end = first + tl.cdiv(last - first, N) * N
-            before = tile_before(end, first, here, span, x, N, BARE, SPEC)
-            acc = plus_product(acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, SPEC, CFG)
+    """What comes of all keys: o, and each row's lse (natural); if that is not enough for the backward pass, its maximum
+    m (base 2) and sum l; and, if wanted, its largest logit, without the sink."""
+    _, rows = vector_at(here, start_m, M, SPEC)
     if max_out is not None:
         store_vector(max_out, tl.where(rows < here.end_q, m * LN2, float("-inf")), here, start_m, SPEC)
     if SPEC.sinks is not None:
-        m, l, acc = with_sink(m, l, acc, x, b, h, SPEC)
-    if SPEC.q_lengths is not None:
+        m, l, acc = with_sink(m, l, acc, x, here.b, row_heads(here, M, SPEC), SPEC)
+    if SPEC.q_lengths is not None or SPEC.cu_q_lens is not None:
         m = tl.where(rows < here.end_q, m, float("-inf"))
         l = tl.where(rows < here.end_q, l, 0.0)
         acc = tl.where((rows < here.end_q)[:, None], acc, 0.0)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a row that sees nothing: o = 0
     store_tile(queries(o, here), acc, start_m, SPEC.o_rows)
     store_vector(lse_out, (m + tl.log2(l)) * LN2, here, start_m, SPEC)
-    if SPEC.reshapes:
+    if m_out is not None:
         store_vector(m_out, m, here, start_m, SPEC)
         store_vector(l_out, l, here, start_m, SPEC)
+
+
+@triton.jit
+def block_of_rows(x, block, b, h, sizes, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """Which rows a block has, and the first of them. h: of as many heads as have programs of their own."""
+    if SPEC.cu_q_lens is not None:
+        here, start_m = ragged_place(x, block, h, sizes, SPEC)
+    else:
+        here, start_m = place(x, b, h, sizes, SPEC), block * (CFG.block_m // SPEC.packed)
+    if SPEC.packed > 1:
+        here = packed(here, CFG.block_m, SPEC)
+    return here, start_m
+
+
+@triton.jit
+def attn_fwd_kernel(
+    q, k, v, x, sizes, o, lse_out, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
+):  # fmt: skip
+    """One block of query rows against every key it sees (`finish`), or against a split's part of them: then o is the
+    sum of p v, and m and l are all that is known of a row (`combine.py`).
+
+    x: the operands of `SPEC.operands`, in order, and, where that is looked up, which keys each block meets. sizes: B,
+    Sq and Sk; for keys in pages see `place`. v: in latent attention, where values are the first columns of k, k again,
+    of which the other columns are read.
+    """
+    M: tl.constexpr = CFG.block_m
+    N: tl.constexpr = CFG.block_n
+    EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M // SPEC.packed)
+    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
+    FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1  # else no tile needs the mask
+    HIDES: tl.constexpr = SPEC.hides or CFG.num_splits > 1
+    blocks = tl.cdiv(sizes[1], M // SPEC.packed)
+    if SPEC.cu_q_lens is not None:
+        blocks += sizes[4] + 1
+    # The last rows see most: they go first.
+    block, split, b, h = program(blocks, SPEC.heads // SPEC.heads_packed, SPEC.causal, CFG.num_splits)
+    here, start_m = block_of_rows(x, block, b, h, sizes, SPEC, CFG)
+    last_b = here.pages - 1 if SPEC.page_size else here.b
+    length = SPEC.page_size if SPEC.page_size else here.seqlen_k
+    k = keys(opened(k, last_b, length, N, SPEC.k_rows, CFG), here, x, SPEC)
+    if SPEC.rest is not None or not SPEC.latent:
+        v = keys(opened(v, last_b, length, N, SPEC.v_rows, CFG), here, x, SPEC)
+    q_tile = scaled(tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q), x, here.b, SPEC, CFG)  # [M, D]
+    rest = 0.0
+    if SPEC.rest is not None:
+        rest = scaled(tile(queries(q, here), start_m, M, SPEC.rest, EDGE_Q), x, here.b, SPEC, CFG)
+    scale_log2 = load_scale(x, here.b, SPEC, CFG)
+    m = tl.full([M], float("-inf"), tl.float32)
+    l = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, SPEC.block_dv], tl.float32)
+    span = key_span(block, start_m, here, x, SPEC, CFG)
+    if CFG.num_splits > 1:
+        span = share(span, split, 1 if SPEC.listed else N, CFG.num_splits)
+    # One loop body, compiled masked and then bare: the other way round, ptxas serialises wgmma where tiles come
+    # through pointers.
+    for BARE in tl.static_range(FIRST, 2):
+        EDGE: tl.constexpr = WHOLE if BARE else EDGE_K
+        first, last = phase(span, BARE, False, SPEC)
+        p_before = tl.zeros([M, N], tl.float32)  # in 16 bits it would go through shared memory
+        alpha_before = tl.full([M], 1.0, tl.float32)
+        for i in tl.range(first, last, 1 if SPEC.listed else N, warp_specialize=CFG.warp_specialize):
+            n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
+            k_tile = tile(k, n, N, SPEC.k_rows, EDGE)  # [N, D]
+            if SPEC.page_size:
+                k_tile = k_tile.to(q_tile.dtype)
+            s, unit, _, _ = logits(
+                q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG,
+                other_columns(rest, v, n, EDGE, SPEC, CFG), k,
+            )  # fmt: skip # [M, N]
+            if CFG.overlaps and BARE:  # runs while this tile's p is computed
+                before = tile_before(i, first, here, span, x, N, BARE, SPEC)
+                acc = plus_product(acc, alpha_before, p_before, v, before, EDGE, q_tile.dtype, SPEC, CFG)
+            m_new = tl.maximum(m, tl.max(s, 1) * unit)
+            pivot = m_new  # finite, as the first tile shows every row a key
+            if HIDES:
+                pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.exp2(s * unit - pivot[:, None])  # [M, N]
+            alpha = tl.exp2(m - pivot)
+            l = l * alpha + tl.sum(p, 1)
+            if SPEC.drops:
+                p = drop(p, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
+            if SPEC.v_scale is not None:
+                p *= load_page_scale(x, k, n, N, SPEC.v_scale, SPEC.k_rows)
+            if CFG.overlaps and BARE:
+                alpha_before, p_before = alpha, p
+            elif SPEC.latent:
+                acc = tl.dot(p.to(k_tile.dtype), k_tile, acc * alpha[:, None], input_precision=CFG.precision)
+            else:
+                acc = plus_product(acc, alpha, p, v, n, EDGE, q_tile.dtype, SPEC, CFG)
+            m = m_new
+        if CFG.overlaps and BARE and first < last:
+            end = first + tl.cdiv(last - first, N) * N
+            before = tile_before(end, first, here, span, x, N, BARE, SPEC)
+            acc = plus_product(acc, alpha_before, p_before, v, before, EDGE, q_tile.dtype, SPEC, CFG)
+    if CFG.num_splits > 1:
+        part = part_of(here, split, sizes, SPEC)
+        store_tile(queries(o, part), acc, start_m, SPEC.o_rows)
+        store_vector(m_out, m, part, start_m, SPEC)
+        store_vector(l_out, l, part, start_m, SPEC)
+    else:
+        finish(m, l, acc, x, here, start_m, o, lse_out, m_out, l_out, max_out, M, SPEC)

@@ -5,22 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tile import load_operand, load_scalar, plane_number, tile_indices
-
-
-class Place(NamedTuple):
-    """Which plane of logits a program is in, and how its rows and keys lie to each other."""
-
-    b: tl.tensor
-    h: tl.tensor
-    seqlen_q: tl.tensor
-    seqlen_k: tl.tensor
-    end_q: tl.tensor
-    """Rows from here on see nothing; seqlen_q but for q_lengths."""
-    end_k: tl.tensor
-    """Keys from here on are seen by nobody; seqlen_k but for kv_lengths."""
-    offset: tl.tensor
-    """Row i has position i + offset among the keys."""
+from .tile import load_operand, plane_number, tile_indices
 
 
 class Span(NamedTuple):
@@ -36,17 +21,31 @@ class Span(NamedTuple):
 
 
 @triton.jit
-def place(x, b, h, sizes, SPEC: tl.constexpr):
-    """The plane of batch b and query head h. sizes: B, Sq and Sk."""
-    _, seqlen_q, seqlen_k = sizes
-    end_q, end_k, offset = seqlen_q, seqlen_k, 0
-    if SPEC.q_lengths is not None:
-        end_q = tl.minimum(seqlen_q, load_scalar(x, b, h, SPEC.q_lengths, SPEC))
-    if SPEC.kv_lengths is not None:
-        end_k = tl.minimum(seqlen_k, load_scalar(x, b, h, SPEC.kv_lengths, SPEC))
-    if SPEC.offset is not None:
-        offset = load_scalar(x, b, h, SPEC.offset, SPEC)
-    return Place(b, h, seqlen_q, seqlen_k, end_q, end_k, offset)
+def share(span, split, STEP: tl.constexpr, SPLITS: tl.constexpr):
+    """A split's part of a span: as many tiles as the others have, or fewer. STEP: from tile to tile."""
+    each = tl.cdiv(tl.cdiv(span.end - span.begin, STEP), SPLITS) * STEP
+    low = tl.minimum(span.begin + split * each, span.end)
+    high = tl.minimum(low + each, span.end)
+    full, stop = (tl.minimum(tl.maximum(at, low), high) for at in (span.full, span.stop))
+    return Span(low, full, stop, high)
+
+
+@triton.jit
+def reckoned(start, rows, here, N: tl.constexpr, SPEC: tl.constexpr):
+    """The keys that rows from `start` on meet, where the bounds alone say it."""
+    last = tl.minimum(start + rows, here.end_q) - 1
+    begin, full = 0, 0
+    stop, end = here.end_k, here.end_k
+    if SPEC.rules.right is not None:
+        end = tl.minimum(end, last + here.offset + SPEC.rules.right + 1)
+        stop = tl.minimum(stop, start + here.offset + SPEC.rules.right + 1)
+    if SPEC.rules.left is not None:
+        begin = tl.maximum(start + here.offset - SPEC.rules.left, 0) // N * N
+        full = tl.cdiv(tl.maximum(last + here.offset - SPEC.rules.left, 0), N) * N
+    end = tl.where(start <= last, tl.maximum(end, begin), begin)
+    full = tl.minimum(full, end)
+    stop = tl.maximum(tl.maximum(stop, 0) // N * N, full)
+    return Span(begin, full, tl.minimum(stop, end), end)
 
 
 @triton.jit
@@ -69,20 +68,22 @@ def look_up_list(x, here, block, blocks, ENDS: tl.constexpr, PIECES: tl.constexp
 
 
 @triton.jit
-def key_span(block, here, x, SPEC: tl.constexpr, CFG: tl.constexpr):
-    """The keys that a block of query rows meets."""
-    start_m = block * CFG.block_m
-    if SPEC.listed:
+def key_span(block, start_m, here, x, SPEC: tl.constexpr, CFG: tl.constexpr):
+    """The keys that a block of query rows meets, whose first is start_m."""
+    ROWS: tl.constexpr = CFG.block_m // SPEC.packed
+    if SPEC.reckons:
+        return reckoned(start_m, ROWS, here, CFG.block_n, SPEC)
+    elif SPEC.listed:
         blocks = tl.cdiv(here.seqlen_q, SPEC.tile_rows)
         return look_up_list(
             x, here, start_m // SPEC.tile_rows, blocks, SPEC.row_ends, SPEC.tile_keys // CFG.block_n, SPEC
         )
     elif SPEC.spans:
-        return look_up(x, here, block, tl.cdiv(here.seqlen_q, CFG.block_m), CFG.block_n, SPEC)
+        return look_up(x, here, block, tl.cdiv(here.seqlen_q, ROWS), CFG.block_n, SPEC)
     else:
         stop, end = here.seqlen_k, here.seqlen_k
         if SPEC.causal:
-            end = tl.minimum(end, start_m + CFG.block_m)
+            end = tl.minimum(end, start_m + ROWS)
             stop = tl.minimum(stop, start_m + 1)
         return Span(0, 0, stop // CFG.block_n * CFG.block_n, end)
 
@@ -149,7 +150,7 @@ def shown_by_bits(
     x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
     """Whether element mask `part` of the block mask shows each element: one bit each, 32 keys to a word."""
-    i, j = tile_indices(M, N, TRANSPOSED)
+    i, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
     WORDS: tl.constexpr = SPEC.tile_keys // 32
     first = start_n % SPEC.tile_keys
     words = x[SPEC.tile_bits.at] + (part.to(tl.int64) * SPEC.tile_rows + start_m % SPEC.tile_rows) * WORDS + first // 32
@@ -165,7 +166,7 @@ def log_weights(
     x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
     """The logarithms of the weights that the block mask gives the elements of a tile."""
-    i, j = tile_indices(M, N, TRANSPOSED)
+    i, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
     at = (start_m % SPEC.tile_rows + i) * SPEC.tile_keys + start_n % SPEC.tile_keys + j
     base = x[SPEC.tile_weights.at] + part.to(tl.int64) * (SPEC.tile_rows * SPEC.tile_keys)
     return tl.load(base + at, mask=part >= at * 0, other=0.0)
@@ -183,7 +184,7 @@ def positions(
 ):
     """Where a tile's rows and keys are, as far as causality, windows and distances go: [M, 1] and [1, N], or [1, M] and
     [N, 1]. Counted from the tile's first key, unless they are data."""
-    i, j = tile_indices(M, N, TRANSPOSED)
+    i, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
     if SPEC.q_positions is not None:
         own = load_operand(x, here, start_m + i, start_n + j, SPEC.q_positions, SPEC)
         return own, load_operand(x, here, start_m + i, start_n + j, SPEC.kv_positions, SPEC)
@@ -221,7 +222,7 @@ def near_enough(
     x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
     """`within_bounds`, by positions that are data."""
-    _, j = tile_indices(M, N, TRANSPOSED)
+    _, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
     own, other = positions(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
     seen = start_n + j < here.end_k
     if SPEC.rules.right is not None:
@@ -234,7 +235,7 @@ def near_enough(
 @triton.jit
 def place_of(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
     """What a function of the caller's is told of a tile: batch, head, rows and keys, as the caller counts them."""
-    i, j = tile_indices(M, N, TRANSPOSED)
+    i, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
     b, h = here.b + tl.zeros((), tl.int32), here.h + tl.zeros((), tl.int32)  # tensors, which a loop's number may not be
     row, key = start_m + i, start_n + j
     if SPEC.q_index is not None:
@@ -257,7 +258,7 @@ def visible(
 
     Of all but the mask (`shown_by_mask`), which is loaded before the product where that may start from it.
     """
-    i, j = tile_indices(M, N, TRANSPOSED)
+    i, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
     if SPEC.q_positions is not None:
         seen = near_enough(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
     else:

@@ -23,50 +23,79 @@ def edge(lengths, multiple, rows):
 
 
 @triton.jit
-def program(blocks, HEADS: tl.constexpr, REVERSED: tl.constexpr):
-    """This program's block, batch and head. The blocks of one head run side by side, so they share its K and V."""
+def program(blocks, HEADS: tl.constexpr, REVERSED: tl.constexpr, SPLITS: tl.constexpr = 1):
+    """This program's block, split, batch and head. The blocks of one head run side by side: they share its K and V."""
     pid = tl.program_id(0)
     block = pid % blocks
     if REVERSED:
         block = blocks - 1 - block
-    return block, pid // blocks // HEADS, pid // blocks % HEADS
+    return block, pid // blocks % SPLITS, pid // blocks // SPLITS // HEADS, pid // blocks // SPLITS % HEADS
 
 
 @triton.jit
-def tile_indices(M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The rows and the keys of a tile, counted from its corner: [M, 1] and [1, N], or [1, M] and [N, 1]."""
+def tile_indices(M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, PACKED: tl.constexpr = 1):
+    """The rows and the keys of a tile, counted from its corner: [M, 1] and [1, N], or [1, M] and [N, 1]. PACKED: how
+    many rows of the tile are one row, of as many heads."""
     if TRANSPOSED:
         return tl.arange(0, M)[None, :], tl.arange(0, N)[:, None]
+    elif PACKED > 1:
+        return tl.arange(0, M)[:, None] // PACKED, tl.arange(0, N)[None, :]
     else:
         return tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
 
 
+@triton.jit
+def heads_in_tile(M: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr):
+    """Which of the program's heads each row of a tile is of, [M]. Where they are no power of two, some rows are of
+    the last once more: they compute what another row does."""
+    return tl.minimum(tl.arange(0, M) % PACKED, HEADS - 1)
+
+
 class Rows(NamedTuple):
-    """The rows of one batch and head of an array [B, seqlen, H, D], whose H and D a `base.spec.Layout` has (`tile`)."""
+    """The rows of one sequence and head of an array [B, seqlen, H, D], whose H and D a `base.layout.Layout` has."""
 
     x: tl.tensor
+    first: tl.tensor
+    """Which row of all is the first, counted through the batches; for pointers."""
     b: tl.tensor
+    """For descriptors."""
     h: tl.tensor
+    """The head, or the first of those whose rows a tile has."""
     seqlen: tl.tensor
     limit: tl.tensor
     """Rows from here on are to read 0; seqlen but for lengths."""
+    table: tl.tensor
+    """Which pages have the rows, if pages do."""
+    pages: tl.tensor
+    """How many pages there are."""
+
+
+@triton.jit
+def rows_of(x, b, h, seqlen, limit):
+    """The rows of batch b and head h."""
+    return Rows(x, tl.cast(b, tl.int64) * seqlen, b, h, seqlen, limit, None, 0)
 
 
 @triton.jit
 def queries(x, here):
-    """The rows of x, which are as many as q's, that belong to a `mask.Place`."""
-    return Rows(x, here.b, here.h, here.seqlen_q, here.end_q)
+    """The rows of x, which are as many as q's, that belong to a `place.Place`."""
+    return Rows(x, here.first_q, here.b, here.first_h, here.seqlen_q, here.end_q, None, 0)
 
 
 @triton.jit
-def keys(x, here, SPEC: tl.constexpr):
-    """The rows of x, which are as many as k's, that a `mask.Place` looks at."""
-    return Rows(x, here.b, here.h // SPEC.group, here.seqlen_k, here.end_k)
+def keys(x, here, operands, SPEC: tl.constexpr):
+    """The rows of x, which are as many as k's, that a `place.Place` looks at. operands: say which pages have them."""
+    if SPEC.page_size:
+        table = operands[SPEC.page_table.at] + here.b.to(tl.int64) * (here.seqlen_k // SPEC.page_size)
+        return Rows(x, 0, here.b, here.kv, here.seqlen_k, here.end_k, table, here.pages)
+    else:
+        return rows_of(x, here.b, here.kv, here.seqlen_k, here.end_k)
 
 
 @triton.jit
 def opened(x, b, seqlen, ROWS: tl.constexpr, LAYOUT: tl.constexpr, CFG: tl.constexpr):
-    """x of shape [B, seqlen, H, D], to be read in tiles of ROWS: block-ptr makes a descriptor unless the host has."""
+    """x of shape [B, seqlen, H, D], to be read in tiles of ROWS: block-ptr makes a descriptor unless the host has. b:
+    the last batch that is looked at."""
     if CFG.block_ptr and not isinstance(x, tl.tensor_descriptor):
         width: tl.constexpr = LAYOUT.stride
         # Batches before b and b itself: the bound matters, batches after b are not looked at.
@@ -83,9 +112,33 @@ def opened(x, b, seqlen, ROWS: tl.constexpr, LAYOUT: tl.constexpr, CFG: tl.const
 @triton.jit
 def row_offsets(rows, start, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
     """Where the tile from row `start` on begins, its [ROWS, cols] offsets from there, and the indices."""
-    i, j = tile_indices(ROWS, LAYOUT.cols, False)
-    base = (tl.cast(rows.b, tl.int64) * rows.seqlen + start) * LAYOUT.stride + rows.h * LAYOUT.width
-    return base, i * LAYOUT.stride + j, i, j
+    i, j = tile_indices(ROWS, LAYOUT.cols, False, LAYOUT.packed)
+    if LAYOUT.page:
+        base, offsets = page_offsets(rows, start, i, ROWS, LAYOUT)
+    else:
+        base, offsets = (rows.first + start) * LAYOUT.stride, i * LAYOUT.stride
+    if LAYOUT.packed > 1:
+        offsets += heads_in_tile(ROWS, LAYOUT.packed, LAYOUT.heads_packed)[:, None] * LAYOUT.width
+    return base + (rows.h * LAYOUT.width + LAYOUT.first), offsets + j, i, j
+
+
+@triton.jit
+def page_numbers(rows, at, LAYOUT: tl.constexpr):
+    """Which pages have these rows of a sequence; some page, where there is none of the number."""
+    inside = at < rows.limit
+    number = tl.load(rows.table + at // LAYOUT.page, mask=inside, other=0)
+    return tl.minimum(tl.maximum(number, 0), rows.pages - 1)
+
+
+@triton.jit
+def page_offsets(rows, start, i, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where the tile's page begins and its rows from there; or, where it has several pages, where all do."""
+    if LAYOUT.page >= ROWS:
+        number = page_numbers(rows, start, LAYOUT).to(tl.int64)
+        return (number * LAYOUT.page + start % LAYOUT.page) * LAYOUT.stride, i * LAYOUT.stride
+    else:
+        number = page_numbers(rows, start + i, LAYOUT).to(tl.int64)
+        return tl.zeros((), tl.int64), (number * LAYOUT.page + (start + i) % LAYOUT.page) * LAYOUT.stride
 
 
 @triton.jit
@@ -96,18 +149,22 @@ def tile(rows, start, ROWS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constex
     limit, which is any less, read 0 whatever is there (`CUT`).
     """
     if isinstance(rows.x, tl.tensor_descriptor):  # strides and the array's own bounds live in the descriptor
-        loaded = rows.x.load([rows.b, start, rows.h, 0]).reshape(ROWS, LAYOUT.cols)
+        if LAYOUT.page:
+            at = [page_numbers(rows, start, LAYOUT), start % LAYOUT.page, rows.h, LAYOUT.first]
+        else:
+            at = [rows.b, start, rows.h, LAYOUT.first]
+        loaded = rows.x.load(at).reshape(ROWS, LAYOUT.cols)
         if EDGE == CUT:
             loaded = tl.where(start + tl.arange(0, ROWS)[:, None] < rows.limit, loaded, 0.0)
         return loaded
     else:
         base, offsets, i, j = row_offsets(rows, start, ROWS, LAYOUT)
-        if EDGE != WHOLE and LAYOUT.cols > LAYOUT.width:
-            return tl.load(rows.x + base + offsets, mask=(start + i < rows.limit) & (j < LAYOUT.width), other=0.0)
+        if EDGE != WHOLE and LAYOUT.cols > LAYOUT.taken:
+            return tl.load(rows.x + base + offsets, mask=(start + i < rows.limit) & (j < LAYOUT.taken), other=0.0)
         elif EDGE != WHOLE:
             return tl.load(rows.x + base + offsets, mask=start + i < rows.limit, other=0.0)
-        elif LAYOUT.cols > LAYOUT.width:
-            return tl.load(rows.x + base + offsets, mask=j < LAYOUT.width, other=0.0)
+        elif LAYOUT.cols > LAYOUT.taken:
+            return tl.load(rows.x + base + offsets, mask=j < LAYOUT.taken, other=0.0)
         else:
             return tl.load(rows.x + base + offsets)
 
@@ -117,23 +174,39 @@ def store_tile(rows, values, start, LAYOUT: tl.constexpr):
     """The inverse of `tile`; rows past seqlen and columns past the width are dropped."""
     base, offsets, i, j = row_offsets(rows, start, values.shape[0], LAYOUT)
     values = values.to(rows.x.dtype.element_ty)
-    tl.store(rows.x + base + offsets, values, mask=(start + i < rows.seqlen) & (j < LAYOUT.width))
+    tl.store(rows.x + base + offsets, values, mask=(start + i < rows.seqlen) & (j < LAYOUT.taken))
+
+
+@triton.jit
+def row_heads(here, ROWS: tl.constexpr, SPEC: tl.constexpr):
+    """The query head of each row of a tile, [ROWS]; or of all."""
+    if SPEC.packed > 1:
+        return here.first_h + heads_in_tile(ROWS, SPEC.packed, SPEC.heads_packed)
+    else:
+        return here.h
+
+
+@triton.jit
+def vector_at(here, start, ROWS: tl.constexpr, SPEC: tl.constexpr):
+    """Where an array [B, H, seqlen_q] has something of each row of a tile, and which rows these are."""
+    i, h = start + tl.arange(0, ROWS), here.h
+    if SPEC.packed > 1:
+        i, h = start + tl.arange(0, ROWS) // SPEC.packed, row_heads(here, ROWS, SPEC)
+    return here.first_stat + h * tl.cast(here.rows_q, tl.int64) + i, i
 
 
 @triton.jit
 def load_vector(x, past, here, start, ROWS: tl.constexpr, SPEC: tl.constexpr):
     """x[b, h, start:start+ROWS] of an array [B, H, seqlen_q]; reads `past` past the end."""
-    i = start + tl.arange(0, ROWS)
-    at = (tl.cast(here.b, tl.int64) * SPEC.heads + here.h) * here.seqlen_q
-    return tl.load(x + at + i, mask=i < here.seqlen_q, other=past)
+    at, i = vector_at(here, start, ROWS, SPEC)
+    return tl.load(x + at, mask=i < here.seqlen_q, other=past)
 
 
 @triton.jit
 def store_vector(x, vector, here, start, SPEC: tl.constexpr):
     """The inverse of `load_vector`."""
-    i = start + tl.arange(0, vector.shape[0])
-    at = (tl.cast(here.b, tl.int64) * SPEC.heads + here.h) * here.seqlen_q
-    tl.store(x + at + i, vector, mask=i < here.seqlen_q)
+    at, i = vector_at(here, start, vector.shape[0], SPEC)
+    tl.store(x + at, vector, mask=i < here.seqlen_q)
 
 
 @triton.jit
@@ -202,6 +275,21 @@ def operand_offsets(b, h, rows, cols, seqlen_q, seqlen_k, OPERAND: tl.constexpr,
         offsets = tl.zeros_like(rows).to(tl.int64)
         inside = rows >= 0
     return plane_number(b, h, OPERAND, SPEC) * height * width, offsets, inside
+
+
+@triton.jit
+def load_page_scale(x, rows, start, ROWS: tl.constexpr, OPERAND: tl.constexpr, LAYOUT: tl.constexpr):
+    """What 1 counts in each row of a tile of pages: [1, ROWS], or a number where it has one page."""
+    at = start + tl.arange(0, ROWS)[None, :]
+    if OPERAND.batch == 1:
+        number = 0
+    elif LAYOUT.page >= ROWS:
+        number = page_numbers(rows, start, LAYOUT)
+    else:
+        number = page_numbers(rows, at, LAYOUT)
+    if OPERAND.heads:
+        number = number * LAYOUT.heads + rows.h
+    return tl.load(x[OPERAND.at] + number)
 
 
 @triton.jit

@@ -58,5 +58,6 @@ class Tuned:
     precision: Precision = "ieee"
     overlaps: bool = False
     warp_specialize: bool = False
+    num_splits: int = 1
     starts: bool = False
     """Whether a bias or a mask is where a tile's product starts from, not what is added to it."""

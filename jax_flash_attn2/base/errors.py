@@ -60,6 +60,17 @@ def overlaps_error(listed: bool) -> ValueError:
     return ValueError(f"config.overlaps=True needs tensor descriptors and no block mask, and {why}")
 
 
+def check_pages(config: Any, page_size: int) -> None:
+    """Raises if keys in pages cannot be read so."""
+    if config.block_ptr and config.block_n > page_size:
+        raise ValueError(
+            f"block_ptr=True reads tiles that lie in one page, got block_n={config.block_n} and pages of {page_size}; "
+            "make block_n smaller, or use block_ptr=False"
+        )
+    if config.overlaps:
+        raise ValueError("config.overlaps=True is not for keys in pages; leave it None")
+
+
 def shared_memory_error(kernel: str, config: Any, used: int, target: Any) -> ValueError:
     """A tile is too large for the chip."""
     return ValueError(

@@ -8,12 +8,8 @@ from typing import Any
 import numpy as np
 
 from .config import Tuned
+from .layout import Layout
 from .operands import BLOCK_LISTS, OPERANDS
-
-
-def next_power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def reshapes(rules: "Rules", names: Iterable[str]) -> bool:
@@ -81,24 +77,6 @@ class Operand:
     cols: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the rows of an array `[B, S, heads, width]` lie in memory, and how wide a tile of them is."""
-
-    heads: int
-    width: int
-
-    @property
-    def cols(self) -> int:
-        """The width of a tile: a power of two, at least 16 (`tl.dot`)."""
-        return max(16, next_power_of_two(self.width))
-
-    @property
-    def stride(self) -> int:
-        """Elements from one row to the next."""
-        return self.heads * self.width
-
-
 def sequences(q: Any, operands: Mapping[str, Any]) -> int:
     """How many sequences the rows of q belong to: B."""
     return operands["cu_q_lens"].shape[3] - 1 if "cu_q_lens" in operands else q.shape[0]
@@ -143,6 +121,11 @@ class Spec:
     """In kernels, the score function as Triton has it (`gpu.functions.Source`); the rules have none then."""
     mask_function: Any = None
     """Likewise the mask function."""
+    short: bool = False
+    """Whether rows are few, or keys in pages: then one launch does without a table of spans where bounds are all that
+    decides."""
+    packed: int = 1
+    """How many rows of a tile are one row, of as many heads that share a key head; a power of two."""
     page_size: int = 0
     """The keys of a page, if they lie in pages (`operands.SERVED`)."""
     one_head: bool = False
@@ -164,7 +147,7 @@ class Spec:
             v_dim=rules.v_dim(v),
             rules=rules,
             operands=where,
-            multiple_q=math.gcd(q.shape[1], 128),
+            multiple_q=1 if "cu_q_lens" in operands else math.gcd(q.shape[1], 128),
             multiple_k=math.gcd(length_of_keys(k, operands), 128),
             page_size=k.shape[1] if "page_table" in operands else 0,
         )
@@ -177,7 +160,7 @@ class Spec:
         aligned: a load is 16 bytes at most, so beyond 16 elements it makes no difference.
         """
         axes = [operand for name, operand in self.operands if name not in BLOCK_LISTS] + [self.dbias]
-        multiple_q = _whole(self.multiple_q, config.block_m, self.q_lengths)
+        multiple_q = _whole(self.multiple_q, config.block_m // self.packed, self.q_lengths)
         multiple_k = _whole(self.multiple_k, config.block_n, self.kv_lengths)
         if any(operand is not None and operand.cols for operand in axes):
             multiple_k = max(multiple_k, min(self.multiple_k, 16))
@@ -246,6 +229,17 @@ class Spec:
         return self.bounded and not self.listed
 
     @property
+    def reckons(self) -> bool:
+        """Whether a program reckons its span for itself."""
+        other = ("mask", "q_segments", "q_lengths", "q_positions")
+        return self.short and self.spans and not self.by_function and not any(map(self._operand, other))
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether there is a table of spans."""
+        return self.spans and not self.reckons
+
+    @property
     def tile_rows(self) -> int:
         """The rows of a tile of the block mask."""
         return self.rules.tiles[0] if self.rules.tiles else 0
@@ -301,6 +295,21 @@ class Spec:
         return 1 / (1 - self.rules.dropout_rate)
 
     @property
+    def latent(self) -> bool:
+        """Whether values are the first columns of keys."""
+        return self.rules.latent is not None
+
+    @property
+    def heads_packed(self) -> int:
+        """How many query heads a program has rows of."""
+        return min(self.packed, self.group)
+
+    @property
+    def blocks_at(self) -> int:
+        """Where the kernels find the table of blocks of ragged rows, behind the operands."""
+        return len(self.operands)
+
+    @property
     def spans_at(self) -> int:
         """Where the kernels find the table of spans, behind the operands."""
         return len(self.operands)
@@ -323,11 +332,37 @@ class Spec:
     @property
     def block_dv(self) -> int:
         """`v_dim` as a tile width."""
-        return self.v_rows.cols
+        return self.o_rows.cols
 
-    q_rows = property(lambda self: Layout(self.heads, self.head_dim))
-    k_rows = property(lambda self: Layout(self.kv_heads, self.head_dim))
-    v_rows = property(lambda self: Layout(self.kv_heads, self.v_dim))
-    o_rows = property(lambda self: Layout(self.heads, self.v_dim))
+    @property
+    def q_rows(self) -> Layout:
+        """Those of q; in latent attention, of their first columns."""
+        return Layout(self.heads, self.head_dim, self.packed, self.heads_packed, columns=self.rules.latent or 0)
+
+    @property
+    def rest(self) -> Layout | None:
+        """In latent attention, of the other columns of q, if there are any."""
+        first = self.rules.latent
+        if first is None or first == self.head_dim:
+            return None
+        return dataclasses.replace(self.q_rows, first=first, columns=self.head_dim - first)
+
+    @property
+    def k_rows(self) -> Layout:
+        """Those of k; in latent attention, of the columns that are values."""
+        return Layout(self.kv_heads, self.head_dim, page=self.page_size, columns=self.rules.latent or 0)
+
+    @property
+    def v_rows(self) -> Layout:
+        """Those of v; in latent attention, of the other columns of k."""
+        if self.rest is not None:
+            return dataclasses.replace(self.k_rows, first=self.rest.first, columns=self.rest.columns)
+        return Layout(self.kv_heads, self.v_dim, page=self.page_size)
+
+    @property
+    def o_rows(self) -> Layout:
+        """Those of o."""
+        return Layout(self.heads, self.v_dim, self.packed, self.heads_packed)
+
     dk_rows = property(lambda self: Layout(self.heads // self.summed, self.head_dim))
     dv_rows = property(lambda self: Layout(self.heads // self.summed, self.v_dim))

@@ -60,7 +60,7 @@ def for_kernels(
     score, mask = spec.rules.score, spec.rules.mask
     if score is None and mask is None:
         return spec
-    several, at = spec.origin is not None or batch > spec.rules.own_batch, spec.spans_at + spec.spans
+    several, at = spec.origin is not None or batch > spec.rules.own_batch, spec.spans_at + spec.looks_up
     of_score = of_mask = None
     if score is not None:
         arrays = _types(_arrays(score, score_arrays, operands))

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..base.config import Tuned
+from ..base.layout import next_power_of_two
 from ..base.operands import is_score_array
-from ..base.spec import Operand, Spec
+from ..base.spec import Operand, Spec, length_of_keys, sequences
 from ..tiles import block_lists, spans
-from . import functions
+from . import functions, short
 
 LN2 = math.log(2)
 
@@ -54,26 +55,54 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str, Array]) -> tuple[Array | None, ...]:
     """One launch: o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, what `backward` needs of each row (`define.forward`), and, if
     wanted, each row's largest logit."""
-    from ..kernels.fwd import attn_fwd_kernel
+    from ..kernels import combine, fwd
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     row = _struct((batch, heads, seqlen_q), jnp.float32)
     own = row if spec.reshapes else None
-    result = spec.rules.result
-    return run(
-        attn_fwd_kernel,
-        _cdiv(seqlen_q, config.block_m) * heads * batch,
+    o = _struct((*q.shape[:3], spec.v_dim), spec.rules.result(q.dtype))
+    results = (o, row, own, own, row if spec.rules.max_logits else None)
+    splits = config.num_splits
+    part = lambda x: _struct((splits, *x.shape), jnp.float32)
+    read = _read(
+        spec, operands, (*_query_spans(spec, config, q, k, operands), *_ragged_blocks(spec, config, q, operands))
+    )
+    sizes = (batch, seqlen_q, length_of_keys(k, operands))
+    sizes += (k.shape[0], sequences(q, operands)) if spec.page_size else ()
+    translated = functions.for_kernels(spec, operands, batch)
+    made = run(
+        fwd.attn_fwd_kernel,
+        short.programs(spec, config, q, operands) * splits,
         (
             q,
-            Rows(k, config.block_n, spec.block_d),
-            Rows(v, config.block_n, spec.block_dv),
-            _read(spec, operands, _query_spans(spec, config, q, k, operands)),
-            (batch, seqlen_q, k.shape[1]),
+            Rows(k, config.block_n, spec.k_rows.cols),
+            None if spec.latent and spec.rest is None else Rows(v, config.block_n, spec.v_rows.cols),
+            read,
+            sizes,
         ),
-        (_struct((*q.shape[:3], spec.v_dim), result(q.dtype)), row, own, own, row if spec.rules.max_logits else None),
-        functions.for_kernels(spec, operands, batch).told_apart(config),
+        results if splits == 1 else (part(o), None, part(row), part(row), None),
+        translated.told_apart(config),
         config,
+    )
+    if splits == 1:
+        return made
+    o_parts, _, m_parts, l_parts, _ = made
+    return run(
+        combine.attn_combine_kernel,
+        seqlen_q * heads * batch,
+        (o_parts, m_parts, l_parts, read, sizes),
+        results,
+        combined(translated),
+        Tuned(16, next_power_of_two(splits), 4, 1, num_splits=splits),
+    )
+
+
+def combined(spec: Spec) -> Spec:
+    """The spec of the kernel that makes one result of what splits made: as much as it asks about."""
+    rules = dataclasses.replace(spec.rules, left=None, right=None, tiles=None)
+    return dataclasses.replace(
+        spec, rules=rules, score=None, mask_function=None, multiple_q=1, multiple_k=1, packed=1, page_size=0
     )
 
 
@@ -236,13 +265,31 @@ def _read(spec: Spec, operands: Mapping[str, Array], table: tuple[Array, ...]) -
 
 
 def _query_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> tuple[Array, ...]:
-    if not spec.spans:
+    if not spec.looks_up:
         return ()
-    starts = jnp.arange(0, q.shape[1], config.block_m, dtype=jnp.int32)  # no constant, which cannot be divided
-    table = spans.query_spans(
-        spec, operands, q.shape[0], q.shape[1], k.shape[1], starts, config.block_m, config.block_n
-    )
+    rows = config.block_m // spec.packed
+    starts = jnp.arange(0, q.shape[1], rows, dtype=jnp.int32)  # no constant, which cannot be divided
+    table = spans.query_spans(spec, operands, q.shape[0], q.shape[1], k.shape[1], starts, rows, config.block_n)
     return (_every_batch(spec, table, q.shape[0]),)
+
+
+def _ragged_blocks(spec: Spec, config: Tuned, q, operands: Mapping[str, Array]) -> tuple[Array, ...]:
+    """int32 `[blocks, 4]`: of each block of rows its sequence, its first row there, where the sequence begins in q and
+    how many rows it has. The rows behind the last sequence, and blocks without rows, are of sequence -1."""
+    if spec.cu_q_lens is None:
+        return ()
+    ends = operands["cu_q_lens"].ravel()
+    batch, rows, total = ends.shape[0] - 1, config.block_m // spec.packed, q.shape[1]
+    ends = jnp.concatenate([ends, jnp.full(1, total, jnp.int32)])  # what is behind is one more sequence
+    lengths = jnp.maximum(jnp.diff(ends), 0)
+    blocks = jnp.cumsum((lengths + rows - 1) // rows, dtype=jnp.int32)
+    block = jnp.arange(-(-total // rows) + batch + 1, dtype=jnp.int32)
+    whose = jnp.searchsorted(blocks, block, side="right", method="compare_all").astype(jnp.int32)
+    own = jnp.minimum(whose, batch)
+    before = jnp.where(own > 0, blocks[own - 1], 0)
+    length = jnp.where(whose > batch, 0, lengths[own])
+    table = jnp.stack([jnp.where(whose < batch, whose, -1), (block - before) * rows, ends[own], length], -1)
+    return (table.astype(jnp.int32),)
 
 
 def _key_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> tuple[Array, ...]:

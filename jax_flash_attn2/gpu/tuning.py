@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..base.config import Config, Tuned
-from ..base.errors import overlaps_error, warp_specialize_error
+from ..base.errors import check_pages, overlaps_error, warp_specialize_error
 from ..base.spec import Spec
 from .target import Target
 
@@ -162,6 +162,16 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
         row = dataclasses.replace(
             row, block_m=min(row.block_m, spec.tile_rows), block_n=min(row.block_n, spec.tile_keys)
         )
+    return fixed(name, spec, dtype, target, row, wanted)
+
+
+def fixed(name: str, spec: Spec, dtype: Any, target: Target, row: Tuned, wanted: Config) -> Tuned:
+    """A row of the table, with what the caller fixed, and what follows from that.
+
+    Raises:
+      ValueError: it is wanted of a chip that cannot, or of keys in pages.
+    """
+    bits = max(np.dtype(dtype).itemsize * 8, 16)
     starts, overlaps = _starts(name, spec, architecture(target)), row.overlaps and _can_overlap(name, spec, row)
     row = dataclasses.replace(row, starts=starts, overlaps=overlaps)
     fixed = {f.name: value for f in dataclasses.fields(wanted) if (value := getattr(wanted, f.name)) is not None}
@@ -172,6 +182,8 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
         raise warp_specialize_error(target)
     if name == "fwd" and config.overlaps and (spec.listed or not config.block_ptr):
         raise overlaps_error(spec.listed)
+    if spec.page_size:
+        check_pages(config, spec.page_size)
     return config
 
 

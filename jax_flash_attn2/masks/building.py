@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..base import arguments, known
-from ..base.spec import next_power_of_two
+from ..base.layout import next_power_of_two
 from ..tiles.block_lists import EMPTY, FULL, PARTIAL
 from . import building_under_jit
 from .sources import packed_here

@@ -19,7 +19,7 @@ from ..base.config import PASSES
 from ..base.errors import higher_order_error, missing_triton_error, not_on_this_platform_error
 from ..base.operands import names_of
 from ..base.spec import Spec
-from ..gpu import interpret, passes, tuning
+from ..gpu import interpret, passes, short, tuning
 from ..gpu.target import Target, present
 from . import sharding
 from .call import Call
@@ -95,7 +95,7 @@ def _forward(run, target, q, k, v, *rest, call: Call, names):
     spec = Spec.of(call.rules, q, k, v, operands)
     if run is None:
         return _present(*xla.forward(spec, call.config("fwd"), q, k, v, operands))
-    config = tuning.choose("fwd", spec, q.dtype, target, call.config("fwd"))
+    spec, config = short.choose(spec, q, k, operands, target, call.config("fwd"))
     return _present(*passes.forward(functools.partial(run, target), spec, config, q, k, v, operands))
 
 
