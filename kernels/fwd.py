@@ -262,22 +262,23 @@ def attn_fwd_kernel(
     # One loop body, compiled masked and then bare: the other way round, ptxas serialises wgmma where tiles come
     # through pointers.
     for BARE in tl.static_range(FIRST, 2):
-        EDGE: tl.constexpr = WHOLE if BARE else EDGE_K
         first, last = phase(span, BARE, False, SPEC)
         p_before = tl.zeros([M, N], tl.float32)  # in 16 bits it would go through shared memory
         alpha_before = tl.full([M], 1.0, tl.float32)
         for i in tl.range(first, last, 1 if SPEC.listed else N, warp_specialize=CFG.warp_specialize):
             n, part = tile_at(i, span, x, SPEC.row_tiles, SPEC.tile_keys, N, BARE, SPEC)
-            k_tile = tile(k, n, N, SPEC.k_rows, EDGE)  # [N, D]
+            k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             if SPEC.page_size:
                 k_tile = k_tile.to(q_tile.dtype)
             s, unit, _, _ = logits(
                 q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG,
-                other_columns(rest, v, n, EDGE, SPEC, CFG), k,
+                other_columns(rest, v, n, WHOLE if BARE else EDGE_K, SPEC, CFG), k,
             )  # fmt: skip # [M, N]
             if CFG.overlaps and BARE:  # runs while this tile's p is computed
                 before = tile_before(i, first, here, span, x, N, BARE, SPEC)
-                acc = plus_product(acc, alpha_before, p_before, v, before, EDGE, q_tile.dtype, SPEC, CFG)
+                acc = plus_product(
+                    acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, q_tile.dtype, SPEC, CFG
+                )
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             pivot = m_new  # finite, as the first tile shows every row a key
             if HIDES:
@@ -294,12 +295,14 @@ def attn_fwd_kernel(
             elif SPEC.latent:
                 acc = tl.dot(p.to(k_tile.dtype), k_tile, acc * alpha[:, None], input_precision=CFG.precision)
             else:
-                acc = plus_product(acc, alpha, p, v, n, EDGE, q_tile.dtype, SPEC, CFG)
+                acc = plus_product(acc, alpha, p, v, n, WHOLE if BARE else EDGE_K, q_tile.dtype, SPEC, CFG)
             m = m_new
         if CFG.overlaps and BARE and first < last:
             end = first + tl.cdiv(last - first, N) * N
             before = tile_before(end, first, here, span, x, N, BARE, SPEC)
-            acc = plus_product(acc, alpha_before, p_before, v, before, EDGE, q_tile.dtype, SPEC, CFG)
+            acc = plus_product(
+                acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, q_tile.dtype, SPEC, CFG
+            )
     if CFG.num_splits > 1:
         part = part_of(here, split, sizes, SPEC)
         store_tile(queries(o, part), acc, start_m, SPEC.o_rows)

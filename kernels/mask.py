@@ -26,8 +26,8 @@ def share(span, split, STEP: tl.constexpr, SPLITS: tl.constexpr):
     each = tl.cdiv(tl.cdiv(span.end - span.begin, STEP), SPLITS) * STEP
     low = tl.minimum(span.begin + split * each, span.end)
     high = tl.minimum(low + each, span.end)
-    full, stop = (tl.minimum(tl.maximum(at, low), high) for at in (span.full, span.stop))
-    return Span(low, full, stop, high)
+    full = tl.minimum(tl.maximum(span.full, low), high)
+    return Span(low, full, tl.minimum(tl.maximum(span.stop, low), high), high)
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash_attn2 import kernels
-from jax_flash_attn2.base.config import PASSES, Tuned
+from jax_flash_attn2.base.config import PASSES, Config, Tuned
 from jax_flash_attn2.base.spec import Spec
-from jax_flash_attn2.gpu import cache, passes, store, tuning
+from jax_flash_attn2.gpu import cache, passes, short, store, tuning
 from jax_flash_attn2.gpu.passes import Rows
 from jax_flash_attn2.gpu.target import Target
 
@@ -22,7 +22,8 @@ from .points import EXTRAS, Point, arrays
 KEPT = Path(__file__).parents[2] / ".cache" / "codegen"
 _TYPES = {
     **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
-    **{"int32": "i32", "uint32": "u32", "bool": "i1"},
+    **{"int32": "i32", "uint32": "u32", "bool": "i1", "int8": "i8"},
+    **{"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"},
 }
 
 
@@ -36,9 +37,10 @@ def launches(point: Point) -> list[tuple]:
 
     rules, q, k, v, operands = arrays(point)
     spec, extra = Spec.of(rules, q, k, v, operands), EXTRAS[point.extra]
-    if point.name == "fwd":
+    if point.name in ("fwd", "combine"):
+        spec, _ = short.choose(spec, q, k, operands, Target(point.arch), Config(block_ptr=point.config.block_ptr))
         jax.eval_shape(lambda *a: passes.forward(run, spec, point.config, *a), q, k, v, operands)
-        return seen
+        return [launch for launch in seen if point.name in launch[0].__name__]
     configs = dict.fromkeys(PASSES, point.config)
     row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)

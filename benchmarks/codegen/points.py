@@ -12,7 +12,7 @@ from jax_flash_attn2.base.config import Config, Tuned
 from jax_flash_attn2.base.operands import mask_arrays, score_arrays
 from jax_flash_attn2.base.spec import Rules, Spec
 from jax_flash_attn2.functions.trace import trace, trace_mask
-from jax_flash_attn2.gpu import tuning
+from jax_flash_attn2.gpu import short, tuning
 from jax_flash_attn2.gpu.target import Target
 
 
@@ -24,7 +24,15 @@ class Extra:
     operands: dict[str, tuple] = dataclasses.field(default_factory=dict)
     """By name: the four axes ("b", "h", "q", "k" or a length) and the dtype (None: that of q)."""
     seqlen: int = 1024
+    rows: int | None = None
+    """Query rows, if they are fewer than keys."""
+    batch: int = 2
+    heads: int = 8
     kv_heads: int = 8
+    page_size: int = 0
+    """Keys of a page; 0: they lie in order."""
+    cache: str | None = None
+    """The dtype of k and v, if it is another than q's."""
     widths: tuple[int, int] | None = None
     """Of q and k, and of v; else both are the row's."""
     dtype: str = "bfloat16"
@@ -37,6 +45,11 @@ class Extra:
     """The operands whose gradients are wanted."""
     mixes: bool = False
     """Whether more is loaded, drawn or computed in a loop than without."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a decoding kernel's."""
+        return self.rows is not None
 
 
 _BLOCKS = {
@@ -54,7 +67,39 @@ _SCORES = {
 _MASKS = {
     "blocks-documents": lambda ids: lambda b, h, i, j: ids[b, i] == ids[b, j],
 }
-_READS = {"score-alibi": (8,), "score-table": (8, 257), "blocks-documents": (2, 1024)}
+_READS = {"score-alibi": (8,), "score-table": (32, 257), "blocks-documents": (2, 1024)}
+_ONE_ROW = {"rows": 1, "batch": 1, "heads": 32, "kv_heads": 8, "seqlen": 32768, "mixes": True}
+_PAGED = {**_ONE_ROW, "batch": 8, "page_size": 64, "operands": {
+    "kv_lengths": ("b", 1, 1, 1, "int32"), "offset": ("b", 1, 1, 1, "int32"), "page_table": ("b", 1, 1, 512, "int32")
+}}  # fmt: skip
+_SCALES = {f"{side}_scale": (4096, 8, 1, 1, "float32") for side in "kv"}
+_RAGGED = {**_PAGED["operands"], "cu_q_lens": (1, 1, 1, 9, "int32")}
+DECODING = {
+    "decode": Extra({"right": None}, **{**_ONE_ROW, "operands": {"kv_lengths": ("b", 1, 1, 1, "int32")}}),
+    "decode-rows": Extra(**{**_ONE_ROW, "rows": 8, "operands": {"offset": (1, 1, 1, 1, "int32")}}),
+    "decode-fp32": Extra({"right": None}, **_ONE_ROW, dtype="float32"),
+    "decode-options": Extra(
+        {"left": 4096, "soft_cap": 30.0},
+        **{
+            **_ONE_ROW,
+            "operands": {
+                "kv_lengths": ("b", 1, 1, 1, "int32"),
+                "offset": ("b", 1, 1, 1, "int32"),
+                "sinks": (1, "h", 1, 1, "float32"),
+                "slopes": (1, "h", 1, 1, "float32"),
+            },
+        },
+    ),
+    "decode-table": Extra({"right": None}, **_ONE_ROW, score="score-table"),
+    "decode-blocks": Extra({"tiles": (128, 128), "right": None}, **{**_ONE_ROW, "operands": _BLOCKS}),
+    "paged": Extra(**_PAGED),
+    "paged-16": Extra(**{**_PAGED, "page_size": 16}),
+    "paged-int8": Extra(**{**_PAGED, "operands": _PAGED["operands"] | _SCALES}, cache="int8"),
+    "paged-fp8": Extra(**_PAGED, cache="float8_e4m3fn"),
+    "ragged": Extra(**{**_PAGED, "operands": _RAGGED, "rows": 512}),
+    "latent": Extra({"latent": 512}, **{**_PAGED, "kv_heads": 1, "heads": 128}, widths=(576, 576)),
+}
+"""Few rows against many keys, by the name that a point has it by."""
 EXTRAS = {
     "": Extra(),
     "bias": Extra(operands=_BIAS, mixes=True),
@@ -89,6 +134,7 @@ EXTRAS = {
     **{name: Extra(score=name, mixes=True) for name in _SCORES},
     **{name: Extra({"tiles": (128, 128), "right": None}, _LISTS, mask=name, mixes=True) for name in _MASKS},
     "dtable": Extra(score="score-table", wanted=("score_array_0",), mixes=True),
+    **DECODING,
 }
 """By the name that a point has it by."""
 
@@ -118,6 +164,7 @@ def written(config: Tuned) -> str:
     registers = f"-r{config.maxnreg}" if config.maxnreg else ""
     how = "block" if config.block_ptr else "ptr"
     how += "-overlaps" * config.overlaps + "-specialized" * config.warp_specialize
+    how += f"-split{config.num_splits}" if config.num_splits > 1 else ""
     return f"{config.block_m}x{config.block_n}-w{config.num_warps}-s{config.num_stages}{registers}-{how}"
 
 
@@ -128,11 +175,12 @@ def read(text: str) -> Tuned:
       ValueError: the text is none.
     """
     sizes = r"(\d+)x(\d+)-w(\d+)-s(\d+)(?:-r(\d+))?"
-    found = re.fullmatch(sizes + "-(block|ptr)(-overlaps)?(-specialized)?", text)
+    found = re.fullmatch(sizes + r"-(block|ptr)(-overlaps)?(-specialized)?(?:-split(\d+))?", text)
     if found is None:
         raise ValueError(f"a config is written like 128x64-w8-s2-ptr or 128x64-w8-s2-r168-block, got {text!r}")
     m, n, warps, stages = map(int, found.groups()[:4])
     how = {"block_ptr": found[6] == "block", "overlaps": bool(found[7]), "warp_specialize": bool(found[8])}
+    how["num_splits"] = int(found[9] or 1)
     return Tuned(m, n, warps, stages, int(found[5]) if found[5] else None, **how)
 
 
@@ -145,7 +193,8 @@ def points() -> list[Point]:
     ]
     tuned = list(dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain if not p.extra))
     chips = {"bias": (80, 86, 90, 100), "blocks": (80, 86, 90, 100)}
-    options = [name for name, extra in EXTRAS.items() if extra.mixes and name not in ("fp32", "dbias", "ds", "dtable")]
+    apart = ("fp32", "dbias", "ds", "dtable", *DECODING)
+    options = [name for name, extra in EXTRAS.items() if extra.mixes and name not in apart]
     chosen = [
         (*key, True, extra)
         for key in tuned
@@ -165,7 +214,24 @@ def points() -> list[Point]:
     chosen += [(arch, name, 64, True, "fp32") for arch in (80, 90) for name in ("fwd", "dq", "dkdv")]
     chosen += [(arch, name, 256, True, "mla") for arch in (80, 90, 100) for name in ("fwd", "dq", "dkdv")]
     chosen += [(120, name, width, True, "") for width in (64, 128) for name in ("fwd", "dq", "dkdv")]
-    return list(dict.fromkeys(plain + [_tuned(*key) for key in chosen]))
+    chosen += [(*key, True, extra) for *key, extra in _decoding()]
+    by_pointers = [(arch, "fwd", 128, True, name, Config(block_ptr=False)) for arch in (90, 100) for name in _VARIANTS]
+    return list(dict.fromkeys(plain + [_tuned(*key) for key in (*chosen, *by_pointers)]))
+
+
+_VARIANTS = ("decode", "decode-rows", "paged", "paged-int8")
+"""What also comes through pointers where a chip has descriptors of its own."""
+
+
+def _decoding() -> list[tuple[int, str, int, str]]:
+    """Chip, kernel, width and extra of the decoding kernels."""
+    chips = (80, 86, 90, 100)
+    found = [(arch, "fwd", width, "decode") for arch in chips for width in (64, 128, 256)]
+    found += [(arch, "fwd", 128, extra) for arch in chips for extra in ("decode-rows", "paged", "ragged")]
+    others = ("decode-fp32", "decode-options", "decode-table", "decode-blocks", "paged-16", "paged-int8", "latent")
+    found += [(arch, "fwd", 128, extra) for arch in (80, 90) for extra in others]
+    found += [(arch, "fwd", 128, extra) for arch, extra in ((90, "paged-fp8"), (100, "paged-fp8"), (100, "latent"))]
+    return found + [(arch, "combine", 128, extra) for arch in (80, 90) for extra in ("decode", "decode-options")]
 
 
 def _extra(row: tuning.Row) -> str:
@@ -175,11 +241,14 @@ def _extra(row: tuning.Row) -> str:
     return "mla" if row.v_width else ""
 
 
-def _tuned(arch: int, name: str, head_dim: int, causal: bool, extra: str) -> Point:
-    made = Point(arch, name, head_dim, causal, Tuned(0, 0, 0, 0), extra)
-    rules, q, *rest = arrays(made)
-    spec = Spec.of(rules, q, *rest)
-    config = tuning.choose(name, spec, q.dtype, Target(arch), Config())
+def _tuned(arch: int, name: str, head_dim: int, causal: bool, extra: str, wanted: Config | None = None) -> Point:
+    made, wanted = Point(arch, name, head_dim, causal, Tuned(0, 0, 0, 0), extra), wanted or Config()
+    rules, q, k, v, operands = arrays(made)
+    spec = Spec.of(rules, q, k, v, operands)
+    if name in ("fwd", "combine"):
+        _, config = short.choose(spec, q, k, operands, Target(arch), wanted)
+    else:
+        config = tuning.choose(name, spec, q.dtype, Target(arch), wanted)
     return dataclasses.replace(made, causal=spec.causal, config=config)
 
 
@@ -187,12 +256,13 @@ def arrays(point: Point) -> tuple:
     """Rules, q, k, v and operands to compile for."""
     extra = EXTRAS[point.extra]
     width, v_width = extra.widths or (point.head_dim, point.head_dim)
-    sizes = {"b": 2, "h": 8, "q": extra.seqlen, "k": extra.seqlen}
+    rows = extra.rows or extra.seqlen
+    sizes = {"b": extra.batch, "h": extra.heads, "q": rows, "k": extra.seqlen}
     dtype = jnp.dtype(extra.dtype)
-    q, k, v = (
-        jax.ShapeDtypeStruct((2, extra.seqlen, heads, d), dtype)
-        for heads, d in ((8, width), (extra.kv_heads, width), (extra.kv_heads, v_width))
-    )
+    q = jax.ShapeDtypeStruct((1 if "cu_q_lens" in extra.operands else extra.batch, rows, extra.heads, width), dtype)
+    held = (4096, extra.page_size) if extra.page_size else (extra.batch, extra.seqlen)
+    kept = jnp.dtype(extra.cache or dtype)
+    k, v = (jax.ShapeDtypeStruct((*held, extra.kv_heads, d), kept) for d in (width, v_width))
     operands = {"scale": jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)}
     for name, (*axes, kind) in extra.operands.items():
         operands[name] = jax.ShapeDtypeStruct([sizes.get(axis, axis) for axis in axes], kind or dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax_flash_attn2.gpu.target import Target
 
-from .points import EXTRAS, Point
+from .points import EXTRAS, Extra, Point
 
 BASELINE = Path(__file__).with_name("baseline.json")
 WORSE = 1.05
@@ -19,7 +19,9 @@ def broken_rules(point: Point, code) -> list[str]:
     limit = Target(point.arch).shared_memory
     loops, extra = code.loops, EXTRAS[point.extra]
     rules = {
-        "no hot loop found": not loops,
+        "no hot loop found": not loops and point.name != "combine",
+        "it spills": extra.decodes and code.spill_bytes > 0,
+        "narrow loads": extra.decodes and any(_narrow(extra, loop) > 4 for loop in loops),
         f"{code.shared} bytes of shared memory, the chip has {limit}": code.shared > limit,
         "a spill in a loop": any(loop["local"] for loop in loops),
         f"{code.registers} registers and yet spills": code.registers < 64 and code.spill_bytes > 0,
@@ -43,11 +45,20 @@ def broken_rules(point: Point, code) -> list[str]:
     return [rule for rule, broken in rules.items() if broken]
 
 
+def _narrow(extra: Extra, loop: Mapping[str, int]) -> int:
+    """How many copies are of less than 16 bytes, or 8 of a cache of bytes; page numbers and scales are."""
+    return loop["cp.async"] - loop["wide cp.async"] - (loop["half-wide cp.async"] if extra.cache else 0)
+
+
 def _has_wgmma(point: Point) -> bool:
     """Whether this kernel's products should be Hopper's: all, but for dk and dv of width 256 through pointers, or with
     a second tile beside the logits, where tiles that are large enough spill."""
     wide = (point.name, point.head_dim) == ("dkdv", 256)
-    return point.arch == 90 and not (wide and (EXTRAS[point.extra].mixes or not point.config.block_ptr))
+    return (
+        point.arch == 90
+        and point.config.block_m >= 64
+        and not (wide and (EXTRAS[point.extra].mixes or not point.config.block_ptr))
+    )
 
 
 def mask_cost(loops: Sequence[Mapping[str, int]]) -> float:

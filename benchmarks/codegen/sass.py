@@ -28,6 +28,8 @@ _CLASSES = {
     "mufu": r"MUFU",
     "ffma": r"FFMA",
     "cp.async": r"LDGSTS",
+    "wide cp.async": r"LDGSTS\.\S*128",
+    "half-wide cp.async": r"LDGSTS\.\S*64",
     "tma": r"UTMALDG",
     "ldg": r"LDG(\.|$)",
     "wide ldg": r"LDG\.\S*(64|128)",

@@ -26,6 +26,21 @@ _TILES_EACH = 4
 """Tiles of keys that a split has at the least: with fewer, what splits tell each other is as much as what they read."""
 
 
+# Of keys as wide as this. None of them has been timed on a GPU yet: they pass `benchmarks.codegen --check` (no spills,
+# no loads of less than 16 bytes) and leave room for two programs or more on a multiprocessor, which hide each other's
+# waits.
+_TILES = {
+    64: Tuned(64, 128, 4, 3),
+    128: Tuned(64, 64, 4, 3),
+    256: Tuned(32, 32, 4, 3),
+    512: Tuned(32, 32, 8, 2),
+    1024: Tuned(16, 16, 8, 2),
+}
+_OF_FP32 = {width: Tuned(16, 32 if width <= 128 else 16, 4, 2) for width in _TILES}
+_AMPLE = 128 * 1024
+"""Bytes of shared memory that hold a third stage beside those of another program."""
+
+
 def choose(
     spec: Spec, q: Any, k: Any, operands: Mapping[str, Any], target: Target, wanted: Config
 ) -> tuple[Spec, Tuned]:
@@ -60,19 +75,18 @@ def choose(
 
 def _row(spec: Spec, q: Any, k: Any, target: Target, wanted: Config) -> Tuned:
     """The largest tile that rows and keys are given, however few there are."""
-    width, bits = max(spec.block_d, spec.block_dv, 64), max(q.dtype.itemsize, 2) * 8
-    if bits == 32:
-        row = Tuned(16, 32 if width <= 128 else 16, 4, 2)
-    elif width > 256:
-        row = Tuned(16, 32, 4, 2)
-    else:
-        row = {64: Tuned(64, 128, 4, 3), 128: Tuned(64, 64, 4, 3), 256: Tuned(32, 32, 4, 3)}[width]
-    block_ptr = target.has_tma if wanted.block_ptr is None else wanted.block_ptr
+    width = max(spec.block_d, spec.block_dv, 64)
+    row = (_OF_FP32 if q.dtype.itemsize == 4 else _TILES)[width]
+    block_ptr = target.has_tma and not spec.latent if wanted.block_ptr is None else wanted.block_ptr
     widths = (spec.k_rows.width, spec.v_rows.width)
     if wanted.block_ptr is None and any(n * k.dtype.itemsize % 16 for n in widths):
         block_ptr = False  # a descriptor's rows are multiples of 16 bytes
     if wanted.block_ptr is None and spec.page_size and spec.page_size < row.block_n:
         block_ptr = False  # a descriptor's tile is of one page
+    if target.shared_memory < _AMPLE:
+        row = dataclasses.replace(row, num_stages=2)
+    elif spec.page_size and not block_ptr and width <= 256:
+        row = dataclasses.replace(row, num_stages=5)  # two of which wait for the page table
     row = dataclasses.replace(row, block_ptr=block_ptr)
     if spec.page_size and block_ptr:
         row = dataclasses.replace(row, block_n=min(row.block_n, spec.page_size))
