@@ -43,5 +43,5 @@ def _gathered(pages: Array, table: Array, scale: Array | None, dtype: Any) -> Ar
     x = pages[table].astype(dtype)
     if scale is not None:
         scale = jnp.broadcast_to(scale[..., 0], (pages.shape[0], pages.shape[2], 1))[table]
-        x = (x * scale[:, :, None]).astype(dtype)
+        x = (x.astype(scale.dtype) * scale[:, :, None]).astype(dtype)
     return x.reshape(table.shape[0], -1, *x.shape[3:])
