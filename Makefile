@@ -59,7 +59,7 @@ test-xla: .venv/dev.stamp
 	$(CPU) $(PYTEST) $(WORKERS) tests --ignore=tests/test_kernels.py $(SOME) $(FULLY)
 
 test-kernels: .venv/dev.stamp
-	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) $(addprefix tests/test_,kernels.py context_kernels.py translate.py gallery.py score_mod.py) $(SOME)
+	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) $(addprefix tests/test_,kernels.py context_kernels.py decode_kernels.py translate.py gallery.py score_mod.py) $(SOME)
 
 test-drawn: .venv/dev.stamp ## 300 drawn score functions, on both backends
 	DRAWN=300 $(CPU) $(PYTEST) $(WORKERS) tests/test_score_mod.py -k drawn

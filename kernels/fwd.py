@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .dropout import drop, keep
 from .mask import key_span, log_weights, phase, place_of, positions, share, shown_by_mask, tile_at, visible
-from .place import packed, part_of, place, ragged_place
+from .place import packed, part_of, place, ragged_place, windowed
 from .tile import (
     LN2,
     LOG2E,
@@ -217,7 +217,7 @@ def block_of_rows(x, block, b, h, sizes, SPEC: tl.constexpr, CFG: tl.constexpr):
         here, start_m = place(x, b, h, sizes, SPEC), block * (CFG.block_m // SPEC.packed)
     if SPEC.packed > 1:
         here = packed(here, CFG.block_m, SPEC)
-    return here, start_m
+    return windowed(here, start_m, SPEC), start_m
 
 
 @triton.jit

@@ -24,6 +24,8 @@ class Place(NamedTuple):
     """Rows from here on see nothing; seqlen_q but for q_lengths."""
     end_k: tl.tensor
     """Keys from here on are seen by nobody; seqlen_k but for kv_lengths."""
+    begin_k: tl.tensor
+    """Keys before this are seen by nobody, if they lie in pages that may not be there; None: else."""
     offset: tl.tensor
     """Row i has position i + offset among the keys."""
     first_q: tl.tensor
@@ -51,7 +53,8 @@ def place(x, b, h, sizes, SPEC: tl.constexpr):
         offset = load_scalar(x, b, h, SPEC.offset, SPEC)
     first = tl.cast(b, tl.int64) * seqlen_q
     return Place(
-        b, h, h, h // SPEC.group, seqlen_q, seqlen_k, end_q, end_k, offset, first, first * SPEC.heads, seqlen_q, pages
+        b, h, h, h // SPEC.group, seqlen_q, seqlen_k, end_q, end_k, None, offset,
+        first, first * SPEC.heads, seqlen_q, pages,
     )  # fmt: skip
 
 
@@ -72,7 +75,7 @@ def ragged_place(x, block, h, sizes, SPEC: tl.constexpr):
     offset = load_scalar(x, b, 0, SPEC.offset, SPEC)
     first = first.to(tl.int64)
     here = Place(
-        b, h, h, h // SPEC.group, seqlen_q, sizes[2], end_q, end_k, offset, first, first, sizes[1], sizes[3]
+        b, h, h, h // SPEC.group, seqlen_q, sizes[2], end_q, end_k, None, offset, first, first, sizes[1], sizes[3]
     )  # fmt: skip
     return here, start
 
@@ -84,8 +87,8 @@ def packed(here, M: tl.constexpr, SPEC: tl.constexpr):
     first = here.h * SPEC.heads_packed
     h = first + heads_in_tile(M, SPEC.packed, SPEC.heads_packed)[:, None]
     return Place(
-        here.b, h, first, first // SPEC.group, here.seqlen_q, here.seqlen_k, here.end_q, here.end_k, here.offset,
-        here.first_q, here.first_stat, here.rows_q, here.pages,
+        here.b, h, first, first // SPEC.group, here.seqlen_q, here.seqlen_k, here.end_q, here.end_k, here.begin_k,
+        here.offset, here.first_q, here.first_stat, here.rows_q, here.pages,
     )  # fmt: skip
 
 
@@ -94,8 +97,8 @@ def part_of(here, split, sizes, SPEC: tl.constexpr):
     """Where the results of a split are: behind those of the splits before it."""
     rows = split.to(tl.int64) * (sizes[0] * sizes[1])
     return Place(
-        here.b, here.h, here.first_h, here.kv, here.seqlen_q, here.seqlen_k, here.end_q, here.end_k, here.offset,
-        here.first_q + rows, here.first_stat + rows * SPEC.heads, here.rows_q, here.pages,
+        here.b, here.h, here.first_h, here.kv, here.seqlen_q, here.seqlen_k, here.end_q, here.end_k, here.begin_k,
+        here.offset, here.first_q + rows, here.first_stat + rows * SPEC.heads, here.rows_q, here.pages,
     )  # fmt: skip
 
 
@@ -103,6 +106,19 @@ def part_of(here, split, sizes, SPEC: tl.constexpr):
 def ending(here, end_q):
     """The same, whose rows from end_q on see nothing."""
     return Place(
-        here.b, here.h, here.first_h, here.kv, here.seqlen_q, here.seqlen_k, end_q, here.end_k, here.offset,
-        here.first_q, here.first_stat, here.rows_q, here.pages,
+        here.b, here.h, here.first_h, here.kv, here.seqlen_q, here.seqlen_k, end_q, here.end_k, here.begin_k,
+        here.offset, here.first_q, here.first_stat, here.rows_q, here.pages,
     )  # fmt: skip
+
+
+@triton.jit
+def windowed(here, start, SPEC: tl.constexpr):
+    """The same of rows from `start` on, which see nothing left of a window."""
+    if SPEC.page_size and SPEC.rules.left is not None:
+        begin = tl.maximum(start + here.offset - SPEC.rules.left, 0)
+        return Place(
+            here.b, here.h, here.first_h, here.kv, here.seqlen_q, here.seqlen_k, here.end_q, here.end_k, begin,
+            here.offset, here.first_q, here.first_stat, here.rows_q, here.pages,
+        )  # fmt: skip
+    else:
+        return here

@@ -64,6 +64,8 @@ class Rows(NamedTuple):
     seqlen: tl.tensor
     limit: tl.tensor
     """Rows from here on are to read 0; seqlen but for lengths."""
+    begin: tl.tensor
+    """In pages, rows before this are to read 0 too; None: there are none."""
     table: tl.tensor
     """Which pages have the rows, if pages do."""
     pages: tl.tensor
@@ -73,13 +75,13 @@ class Rows(NamedTuple):
 @triton.jit
 def rows_of(x, b, h, seqlen, limit):
     """The rows of batch b and head h."""
-    return Rows(x, tl.cast(b, tl.int64) * seqlen, b, h, seqlen, limit, None, 0)
+    return Rows(x, tl.cast(b, tl.int64) * seqlen, b, h, seqlen, limit, None, None, 0)
 
 
 @triton.jit
 def queries(x, here):
     """The rows of x, which are as many as q's, that belong to a `place.Place`."""
-    return Rows(x, here.first_q, here.b, here.first_h, here.seqlen_q, here.end_q, None, 0)
+    return Rows(x, here.first_q, here.b, here.first_h, here.seqlen_q, here.end_q, None, None, 0)
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def keys(x, here, operands, SPEC: tl.constexpr):
     """The rows of x, which are as many as k's, that a `place.Place` looks at. operands: say which pages have them."""
     if SPEC.page_size:
         table = operands[SPEC.page_table.at] + here.b.to(tl.int64) * (here.seqlen_k // SPEC.page_size)
-        return Rows(x, 0, here.b, here.kv, here.seqlen_k, here.end_k, table, here.pages)
+        return Rows(x, 0, here.b, here.kv, here.seqlen_k, here.end_k, here.begin_k, table, here.pages)
     else:
         return rows_of(x, here.b, here.kv, here.seqlen_k, here.end_k)
 
@@ -123,21 +125,32 @@ def row_offsets(rows, start, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def page_numbers(rows, at, LAYOUT: tl.constexpr):
-    """Which pages have these rows of a sequence; some page, where there is none of the number."""
-    inside = at < rows.limit
-    number = tl.load(rows.table + at // LAYOUT.page, mask=inside, other=0)
+def present(rows, at, LAYOUT: tl.constexpr):
+    """Which of these rows are to be read."""
+    if LAYOUT.page and rows.begin is not None:
+        return (at >= rows.begin) & (at < rows.limit)
+    else:
+        return at < rows.limit
+
+
+@triton.jit
+def page_numbers(rows, start, i, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Which page has a tile of ROWS rows from `start` on, or which have its rows i; some page, if none is called so."""
+    if LAYOUT.page >= ROWS:
+        number = tl.load(rows.table + start // LAYOUT.page)
+    else:
+        at = start + i
+        number = tl.load(rows.table + at // LAYOUT.page, mask=present(rows, at, LAYOUT), other=0)
     return tl.minimum(tl.maximum(number, 0), rows.pages - 1)
 
 
 @triton.jit
 def page_offsets(rows, start, i, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
     """Where the tile's page begins and its rows from there; or, where it has several pages, where all do."""
+    number = page_numbers(rows, start, i, ROWS, LAYOUT).to(tl.int64)
     if LAYOUT.page >= ROWS:
-        number = page_numbers(rows, start, LAYOUT).to(tl.int64)
         return (number * LAYOUT.page + start % LAYOUT.page) * LAYOUT.stride, i * LAYOUT.stride
     else:
-        number = page_numbers(rows, start + i, LAYOUT).to(tl.int64)
         return tl.zeros((), tl.int64), (number * LAYOUT.page + (start + i) % LAYOUT.page) * LAYOUT.stride
 
 
@@ -150,7 +163,7 @@ def tile(rows, start, ROWS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constex
     """
     if isinstance(rows.x, tl.tensor_descriptor):  # strides and the array's own bounds live in the descriptor
         if LAYOUT.page:
-            at = [page_numbers(rows, start, LAYOUT), start % LAYOUT.page, rows.h, LAYOUT.first]
+            at = [page_numbers(rows, start, 0, ROWS, LAYOUT), start % LAYOUT.page, rows.h, LAYOUT.first]
         else:
             at = [rows.b, start, rows.h, LAYOUT.first]
         loaded = rows.x.load(at).reshape(ROWS, LAYOUT.cols)
@@ -160,9 +173,11 @@ def tile(rows, start, ROWS: tl.constexpr, LAYOUT: tl.constexpr, EDGE: tl.constex
     else:
         base, offsets, i, j = row_offsets(rows, start, ROWS, LAYOUT)
         if EDGE != WHOLE and LAYOUT.cols > LAYOUT.taken:
-            return tl.load(rows.x + base + offsets, mask=(start + i < rows.limit) & (j < LAYOUT.taken), other=0.0)
+            return tl.load(
+                rows.x + base + offsets, mask=present(rows, start + i, LAYOUT) & (j < LAYOUT.taken), other=0.0
+            )
         elif EDGE != WHOLE:
-            return tl.load(rows.x + base + offsets, mask=start + i < rows.limit, other=0.0)
+            return tl.load(rows.x + base + offsets, mask=present(rows, start + i, LAYOUT), other=0.0)
         elif LAYOUT.cols > LAYOUT.taken:
             return tl.load(rows.x + base + offsets, mask=j < LAYOUT.taken, other=0.0)
         else:
@@ -280,16 +295,16 @@ def operand_offsets(b, h, rows, cols, seqlen_q, seqlen_k, OPERAND: tl.constexpr,
 @triton.jit
 def load_page_scale(x, rows, start, ROWS: tl.constexpr, OPERAND: tl.constexpr, LAYOUT: tl.constexpr):
     """What 1 counts in each row of a tile of pages: [1, ROWS], or a number where it has one page."""
-    at = start + tl.arange(0, ROWS)[None, :]
-    if OPERAND.batch == 1:
-        number = 0
-    elif LAYOUT.page >= ROWS:
-        number = page_numbers(rows, start, LAYOUT)
-    else:
-        number = page_numbers(rows, at, LAYOUT)
+    i = tl.arange(0, ROWS)[None, :]
+    number = 0
+    if OPERAND.batch != 1:
+        number = page_numbers(rows, start, i, ROWS, LAYOUT)
     if OPERAND.heads:
         number = number * LAYOUT.heads + rows.h
-    return tl.load(x[OPERAND.at] + number)
+    if OPERAND.batch == 1 or LAYOUT.page >= ROWS:
+        return tl.load(x[OPERAND.at] + number)
+    else:
+        return tl.load(x[OPERAND.at] + number, mask=present(rows, start + i, LAYOUT), other=0.0)
 
 
 @triton.jit

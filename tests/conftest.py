@@ -19,7 +19,7 @@ import selection
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 caching.use()
 
-INTERPRETED = ("test_kernels.py", "test_context_kernels.py", "test_translate.py")
+INTERPRETED = ("test_kernels.py", "test_context_kernels.py", "test_decode_kernels.py", "test_translate.py")
 OLDER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
 """The newer ones set up MLIR's rewrite patterns anew for each kernel, 15 ms or more. XLA ignores what it does not know
 here."""

@@ -21,7 +21,7 @@ def broken_rules(point: Point, code) -> list[str]:
     rules = {
         "no hot loop found": not loops and point.name != "combine",
         "it spills": extra.decodes and code.spill_bytes > 0,
-        "narrow loads": extra.decodes and any(_narrow(extra, loop) > 4 for loop in loops),
+        "narrow loads": extra.decodes and not extra.score and any(_narrow(extra, loop) > 4 for loop in loops),
         f"{code.shared} bytes of shared memory, the chip has {limit}": code.shared > limit,
         "a spill in a loop": any(loop["local"] for loop in loops),
         f"{code.registers} registers and yet spills": code.registers < 64 and code.spill_bytes > 0,

@@ -1,5 +1,8 @@
 """`jax.vmap` of the two primitives: the new axis joins the batch, and what is not mapped is not copied."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import batching
@@ -36,12 +39,36 @@ def _mapped_size(operands, dims) -> int:
 
 def _batch_forward(args, dims, *, call: Call, names):
     size = _mapped_size(args, dims)
+    if "page_table" in names:
+        return _batch_paged(size, args, dims, call=call, names=names)
     q, k, v = (_fold(size, x, d) for x, d in zip(args[:3], dims[:3], strict=True))
     batch = q.shape[0] // size
     periods = _periods(call, batch, names)
     operands = (_fold_operand(size, n, x, d) for n, x, d in zip(periods, args[3:], dims[3:], strict=True))
     out = forward_p.bind(q, k, v, *operands, call=call, names=names)
     return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
+
+
+def _batch_paged(size, args, dims, *, call: Call, names):
+    """More sequences over the same pages are a batch. Pages or ragged rows of their own come one after the other."""
+    bind = functools.partial(forward_p.bind, call=call, names=names)
+    own = [dim is not None for name, dim in zip(("k", "v", *names), dims[1:], strict=True) if name in _OF_PAGES]
+    if any(own) or "cu_q_lens" in names:
+        mapped = [None if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
+        at_once = lambda own: bind(*(x if y is None else y for x, y in zip(args, own, strict=True)))
+        out = jax.lax.map(at_once, mapped)
+        return out, [0] * len(out)
+    q = _fold(size, args[0], dims[0])
+    batch = q.shape[0] // size
+    operands = [
+        x if name in _OF_PAGES else _fold(size, x, dim) if name == "page_table" else _fold_operand(size, batch, x, dim)
+        for name, x, dim in zip(names, args[3:], dims[3:], strict=True)
+    ]
+    out = bind(q, *args[1:3], *operands)
+    return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
+
+
+_OF_PAGES = ("k", "v", "k_scale", "v_scale")
 
 
 def _batch_backward(args, dims, *, call: Call, names, wanted, apart, adds):

@@ -22,7 +22,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base import axes
-from ..base.operands import BLOCK_LISTS, is_read, names_of
+from ..base.operands import BLOCK_LISTS, SERVED, is_read, names_of
 from . import share
 from .call import Call
 from .plan import WHOLE, Pass, Plan, axes_of, devices
@@ -119,7 +119,7 @@ def forward(unit: Callable[..., Array], maths: Maths, *args: Array, call: Call, 
 
     def own_share(plan: Plan, _, q, k, v, *rest):
         operands = share.own_operands(plan, call, dict(zip(names, rest, strict=True)))
-        operands = share.own_sinks(plan, operands)
+        operands = share.own_scales(plan, share.own_sinks(plan, operands))
         k, v, split = share.own_heads(plan, k), share.own_heads(plan, v), bool(plan.axes["j"])
         here = share.wide(call) if split else call
         results = maths(q, k, v, *operands.values(), call=here, names=tuple(operands))
@@ -214,9 +214,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _forward_pass(call: Call, names: Sequence[str], args: Sequence[Any]) -> Pass:
-    letters = ["bihd", "bjxd", "bjxv", *(_letters(n, x, *args[:2]) for n, x in zip(names, args[3:], strict=True))]
+    keys = ["bjxd", "bjxv"]
+    if "page_table" in names:  # a page is anybody's
+        keys = ["1jxd", "1jxd" if call.rules.latent else "1jxv"]
+    letters = ["bihd", *keys, *(_letters(n, x, *args[:2]) for n, x in zip(names, args[3:], strict=True))]
     results = ["bihv", *["bhi"] * call.row_results(names)]
-    return Pass(_sizes(call, *args[:2]), letters, results, merged=2 + call.rules.max_logits)
+    return Pass(_sizes(call, args[0], args[1], names), letters, results, merged=2 + call.rules.max_logits)
 
 
 def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, apart, adds: bool) -> Pass:
@@ -230,13 +233,13 @@ def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted
         own["sinks"] = own["sinks"][:3] + WHOLE
     grads = [f"b{own[name][1:]}" if n > 1 else own[name] for name, n in zip(wanted, apart, strict=True)]
     groups = math.gcd(*(n for n in apart if n > 1))
-    return Pass(_sizes(call, *args[:2]), letters, ["bihd", "bjxd", "bjxv", *grads], groups)
+    return Pass(_sizes(call, args[0], args[1], names), letters, ["bihd", "bjxd", "bjxv", *grads], groups)
 
 
-def _sizes(call: Call, q: Any, k: Any) -> dict[str, int]:
+def _sizes(call: Call, q: Any, k: Any, names: Sequence[str]) -> dict[str, int]:
     sizes = {"b": q.shape[0], "i": q.shape[1], "h": q.shape[2], "x": k.shape[2], "j": k.shape[1]}
-    if call.rules.tiles:
-        del sizes["i"], sizes["j"]  # whose lists count blocks of rows and keys from the first of all
+    if call.rules.tiles or "page_table" in names:
+        del sizes["i"], sizes["j"]  # whose lists count blocks of rows and keys from the first of all, or pages of keys
     return sizes
 
 
@@ -245,13 +248,17 @@ def _letters(name: str, x: Array, q: Array, k: Array) -> str:
     needs all of what a function reads."""
     if is_read(name):
         return "1" * x.ndim
+    if name in SERVED:  # of which the table goes by sequences, and scales go by key heads
+        b = "b" if name == "page_table" and x.shape[0] == q.shape[0] > 1 else "1"
+        return f"{b}{'x' if x.shape[1] > 1 else '1'}11"
     full = (q.shape[0], q.shape[2], *((0, 0) if name in BLOCK_LISTS else (q.shape[1], k.shape[1])))
     return "".join(letter if n == m > 1 else "1" for letter, n, m in zip("bhij", x.shape, full, strict=True))
 
 
 def _whole_batches(names: Sequence[str], operands: Sequence[Array], batch: int) -> list[Array]:
     """Operands whose batch axis has a period of its own, repeated: their batches must divide as all others do."""
-    parts = [not is_read(n) and 1 < x.shape[0] < batch for n, x in zip(names, operands, strict=True)]
+    fixed = lambda name: is_read(name) or name in SERVED
+    parts = [not fixed(n) and 1 < x.shape[0] < batch for n, x in zip(names, operands, strict=True)]
     return [jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if p else x for p, x in zip(parts, operands, strict=True)]
 
 

@@ -101,6 +101,12 @@ def own_heads(plan: Plan, k: Array) -> Array:
     return jnp.take(k, numbers[:1] if one else numbers, axis=2)
 
 
+def own_scales(plan: Plan, operands: Mapping[str, Array]) -> dict[str, Array]:
+    """Operands whose scales of pages `[pages, Hkv, 1, 1]` are those of `own_heads`."""
+    scales = [name for name in ("k_scale", "v_scale") if name in operands and operands[name].shape[1] > 1]
+    return {**operands, **{name: own_heads(plan, operands[name].swapaxes(1, 2)).swapaxes(1, 2) for name in scales}}
+
+
 def put_heads(plan: Plan, dk: Array, k: Array) -> Array:
     """`own_heads` undone, for what is to be summed over devices."""
     slices, one = _slices(plan)
