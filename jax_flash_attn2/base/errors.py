@@ -71,6 +71,14 @@ def check_pages(config: Any, page_size: int) -> None:
         raise ValueError("config.overlaps=True is not for keys in pages; leave it None")
 
 
+def narrow_pages_error(dtype: Any, target: Any) -> ValueError:
+    """The chip has no such numbers."""
+    return ValueError(
+        f"pages of {dtype.name} need a GPU of compute capability 8.9 or later, got {target.name}; hold them in "
+        'float8_e5m2 or int8, or use implementation="xla"'
+    )
+
+
 def shared_memory_error(kernel: str, config: Any, used: int, target: Any) -> ValueError:
     """A tile is too large for the chip."""
     return ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..base.config import Config, Tuned
+from ..base.errors import narrow_pages_error
 from ..base.layout import next_power_of_two
 from ..base.operands import BLOCK_LISTS
 from ..base.spec import Spec, length_of_keys, sequences
@@ -36,7 +37,7 @@ _TILES = {
     512: Tuned(32, 32, 8, 2),
     1024: Tuned(16, 16, 8, 2),
 }
-_OF_FP32 = {width: Tuned(16, 32 if width <= 128 else 16, 4, 2) for width in _TILES}
+_OF_FP32 = {width: Tuned(16, 32 if width <= 128 else 16, 8, 2) for width in _TILES}
 _AMPLE = 128 * 1024
 """Bytes of shared memory that hold a third stage beside those of another program."""
 
@@ -57,6 +58,8 @@ def choose(
     Raises:
       ValueError: it is wanted of a chip that cannot, or of keys in pages.
     """
+    if k.dtype.name == "float8_e4m3fn" and 0 < target.capability < 89:
+        raise narrow_pages_error(k.dtype, target)
     few = q.shape[1] <= ROWS or bool(spec.page_size)
     if not few:
         config = tuning.choose("fwd", spec, q.dtype, target, wanted)
@@ -77,7 +80,8 @@ def _row(spec: Spec, q: Any, k: Any, target: Target, wanted: Config) -> Tuned:
     """The largest tile that rows and keys are given, however few there are."""
     width = max(spec.block_d, spec.block_dv, 64)
     row = (_OF_FP32 if q.dtype.itemsize == 4 else _TILES)[width]
-    block_ptr = target.has_tma and not spec.latent if wanted.block_ptr is None else wanted.block_ptr
+    block_ptr = target.has_tma and not spec.latent and q.dtype.itemsize == 2  # the others would spill
+    block_ptr = block_ptr if wanted.block_ptr is None else wanted.block_ptr
     widths = (spec.k_rows.width, spec.v_rows.width)
     if wanted.block_ptr is None and any(n * k.dtype.itemsize % 16 for n in widths):
         block_ptr = False  # a descriptor's rows are multiples of 16 bytes
