@@ -14,7 +14,7 @@ from .. import primitives, xla
 from ..base import errors
 from ..base.config import PASSES, Tuned
 from ..base.spec import Spec
-from ..gpu import functions, interpret, passes, tuning
+from ..gpu import functions, interpret, passes, short, tuning
 from ..gpu.target import Target, present
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
@@ -43,6 +43,8 @@ class Pass:
     """Floating point operations of the matrix products in the tiles visited (a multiply-add is 2)."""
     bytes: int
     """What must move at least: every operand read and every result written once."""
+    packed: int = 1
+    """Query heads whose rows one tile has, where they are few; it counts once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Explanation:
                 c = p.config
                 how += f" warps {c.num_warps} stages {c.num_stages} {'block-ptr' if c.block_ptr else 'ptr-block'}"
                 how += " overlaps" * c.overlaps + " specialized" * c.warp_specialize
+                how += f" {p.packed} heads in a tile" if p.packed > 1 else ""
+                how += f" {c.num_splits} splits" if c.num_splits > 1 else ""
             if p.visited is None:
                 tiles = f"{p.tiles} tiles, how many are visited depends on the data"
             else:
@@ -100,9 +104,11 @@ def explained(q, k, v, bias=None, **options: Any) -> Explanation:
         dq_does = "bias" in operands and passes.gives_dbias(spec, operands["bias"].shape, q, k)
         summed = "bias" in operands and not dq_does
         reads = 0 if call.rules.score is None else len(call.rules.score.reads)
-        kernels = [
+        few, config = short.choose(spec, q, k, operands, target, call.config("fwd"))
+        kernels = [_kernel("fwd", config, few, q, k, v, operands)]
+        kernels += [
             _kernel(name, tuning.choose(name, spec, q.dtype, target, call.config(name)), spec, q, k, v, operands)
-            for name in (*PASSES[:3], *["dbias"] * (summed + reads))
+            for name in (*PASSES[1:3], *["dbias"] * (summed + reads))
         ]
         result = Explanation("triton", target.name, tuple(kernels), reasons)
     if spec.scores or spec.by_function:
@@ -162,8 +168,9 @@ def _target(call: Call, q: Array, higher_order: bool) -> tuple[Target | None, tu
 
 
 def _kernel(name: str, config: Tuned, spec: Spec, q, k, v, operands) -> Pass:
-    starts = np.arange(0, q.shape[1], config.block_m)
-    counts = _count(spec, q, k, operands, starts, config.block_m, config.block_n)
+    rows = config.block_m // spec.packed
+    starts = np.arange(0, q.shape[1], rows)
+    counts = _count(spec, q, k, operands, starts, rows, config.block_n)
     return _pass(name, config, config.block_m, config.block_n, counts, spec, q, k, v, operands)
 
 
@@ -195,14 +202,15 @@ def _pass(name, config, block_m, block_n, counts, spec: Spec, q, k, v, operands)
         "bwd": 2 * (q.size + k.size + v.size) + 2 * o,
     }
     extra = sum(x.size * x.dtype.itemsize for x in operands.values())
-    return Pass(name, config, block_m, block_n, tiles, visited, masked, flops, sizes[name] * q.dtype.itemsize + extra)
+    moved = sizes[name] * q.dtype.itemsize + extra
+    return Pass(name, config, block_m, block_n, tiles, visited, masked, flops, moved, spec.heads_packed)
 
 
 def _count(
     spec: Spec, q, k, operands, starts, block_m, block_n, together: bool = False
 ) -> tuple[int, int | None, int | None]:
     """Tiles in all, visited and masked. together: a tile is met for all batches and heads, or for none of them."""
-    batch, seqlen_q, heads = q.shape[:3]
+    batch, seqlen_q, heads = q.shape[0], q.shape[1], spec.heads // spec.heads_packed
     seqlen_k = k.shape[1]
     tiles = batch * heads * len(starts) * -(-seqlen_k // block_n) if seqlen_k else 0
     if not tiles:
@@ -223,7 +231,7 @@ def _count(
 
 def _count_listed(spec: Spec, q, k, operands, block_m, block_n, together) -> tuple[int | None, int | None]:
     """Tiles visited and masked where there is a block mask, of whose tiles these are pieces."""
-    batch, seqlen_q, heads = q.shape[:3]
+    batch, seqlen_q, heads = q.shape[0], q.shape[1], spec.heads // spec.heads_packed
     parts, bounded = block_lists.parts(operands), spec.causal or spec.bounded
     status = block_lists.status(spec, operands, batch, seqlen_q, k.shape[1], parts, bounded=bounded)
     if isinstance(status, jax.core.Tracer):
