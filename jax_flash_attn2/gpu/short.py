@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..base.config import Config, Tuned
-from ..base.errors import narrow_pages_error
 from ..base.layout import next_power_of_two
 from ..base.operands import BLOCK_LISTS
 from ..base.spec import Spec, length_of_keys, sequences
@@ -58,8 +57,6 @@ def choose(
     Raises:
       ValueError: it is wanted of a chip that cannot, or of keys in pages.
     """
-    if k.dtype.name == "float8_e4m3fn" and 0 < target.capability < 89:
-        raise narrow_pages_error(k.dtype, target)
     few = q.shape[1] <= ROWS or bool(spec.page_size)
     if not few:
         config = tuning.choose("fwd", spec, q.dtype, target, wanted)

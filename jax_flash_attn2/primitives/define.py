@@ -16,7 +16,12 @@ from jax.interpreters import ad, mlir
 
 from .. import xla
 from ..base.config import PASSES
-from ..base.errors import higher_order_error, missing_triton_error, not_on_this_platform_error
+from ..base.errors import (
+    higher_order_error,
+    missing_triton_error,
+    narrow_pages_error,
+    not_on_this_platform_error,
+)
 from ..base.operands import names_of
 from ..base.spec import Spec
 from ..gpu import interpret, passes, short, tuning
@@ -166,6 +171,8 @@ def _on_gpu(maths, platform: str):
         except ImportError as error:
             raise missing_triton_error(error) from error
         target = call.target or (present() if platform == "cuda" else Target(0))
+        if operands[1].dtype == jnp.float8_e4m3fn and 0 < target.capability < 89:
+            raise narrow_pages_error(operands[1].dtype, target)
         return maths(launch.run, target, *operands, call=call, **params)
 
     return lowered
