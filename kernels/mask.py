@@ -34,15 +34,16 @@ def share(span, split, STEP: tl.constexpr, SPLITS: tl.constexpr):
 def reckoned(start, rows, here, N: tl.constexpr, SPEC: tl.constexpr):
     """The keys that rows from `start` on meet, where the bounds alone say it."""
     last = tl.minimum(start + rows, here.end_q) - 1
-    begin, full = 0, 0
+    seen, full = 0, 0
     stop, end = here.end_k, here.end_k
     if SPEC.rules.right is not None:
         end = tl.minimum(end, last + here.offset + SPEC.rules.right + 1)
         stop = tl.minimum(stop, start + here.offset + SPEC.rules.right + 1)
     if SPEC.rules.left is not None:
-        begin = tl.maximum(start + here.offset - SPEC.rules.left, 0) // N * N
+        seen = tl.maximum(start + here.offset - SPEC.rules.left, 0)
         full = tl.cdiv(tl.maximum(last + here.offset - SPEC.rules.left, 0), N) * N
-    end = tl.where(start <= last, tl.maximum(end, begin), begin)
+    begin = seen // N * N
+    end = tl.where((start <= last) & (seen < end), end, begin)
     full = tl.minimum(full, end)
     stop = tl.maximum(tl.maximum(stop, 0) // N * N, full)
     return Span(begin, full, tl.minimum(stop, end), end)

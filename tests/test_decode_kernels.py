@@ -6,10 +6,14 @@ import numpy as np
 import paged_cases
 import pytest
 import reference
+import triton
+import triton.language as tl
+from jax_flash_attn2.kernels.mask import reckoned, share
+from jax_flash_attn2.kernels.place import Place
 
 from jax_flash_attn2 import Config, flash_attention, paged_attention
 from jax_flash_attn2.base.spec import Rules, Spec
-from jax_flash_attn2.gpu import short
+from jax_flash_attn2.gpu import interpret, short
 from jax_flash_attn2.gpu.target import Target
 
 RNG = np.random.default_rng(0)
@@ -91,12 +95,15 @@ def _fitting(n, block_ptr):
     return {"block_ptr": block_ptr and not odd}
 
 
-def test_sequences_do_not_influence_each_other():
-    pages, table = draw(2, 24, 16, HKV, D), jnp.asarray(RNG.permutation(24).reshape(3, 8), jnp.int32)
+@pytest.mark.parametrize("block_ptr", [False, True])
+def test_sequences_do_not_influence_each_other(block_ptr):
+    pages, table = draw(2, 6, 64, HKV, D), jnp.asarray(RNG.permutation(6).reshape(3, 2), jnp.int32)
     q, lengths = draw(3, 2, H, D), jnp.int32([100, 7, 128])
     attend = lambda q, table, lengths: paged_attention(
-        q, pages[0], pages[1], table, lengths, splits=3, implementation="triton", return_lse=True
+        q, *pages, table, lengths, splits=3, implementation="triton", block_ptr=block_ptr, return_lse=True
     )
+    for x, y in zip(attend(q, table, lengths), reference.paged(q, *pages, table, lengths), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6)
     whole, turned = attend(q, table, lengths), attend(q[::-1], table[::-1], lengths.at[2].set(0)[::-1])
     for x, y in zip(whole, turned, strict=True):
         np.testing.assert_array_equal(x[:2], y[::-1][:2])
@@ -121,3 +128,43 @@ def test_programs_fill_a_chip(batch, heads, kv_heads, rows, keys):
         assert short.programs(spec, config, q, {}) == batch * kv_heads * tiles * max(
             heads // kv_heads // config.block_m, 1
         )
+
+
+@triton.jit
+def reckon_kernel(cases, out, ROWS: tl.constexpr, N: tl.constexpr, SPEC: tl.constexpr):
+    at = cases + tl.program_id(0) * 4
+    start, end_q, end_k, offset = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    here = Place(0, 0, 0, 0, end_q, end_k, end_q, end_k, None, offset, 0, 0, 0, 0)
+    span = share(reckoned(start, ROWS, here, N, SPEC), 0, N, 1)
+    to = out + tl.program_id(0) * 4
+    tl.store(to, span.begin)
+    tl.store(to + 1, span.full)
+    tl.store(to + 2, span.stop)
+    tl.store(to + 3, span.end)
+
+
+@pytest.mark.parametrize(("left", "right"), [(None, 0), (5, 0), (20, 3), (0, None), (None, None), (0, 0)])
+def test_reckoned_spans_are_those_of_the_bounds(left, right):
+    rng, rows, n = np.random.default_rng(3), 8, 16
+    cases = np.stack([rng.integers(0, 20, 40), rng.integers(0, 25, 40), rng.integers(0, 70, 40),
+                      rng.integers(-10, 60, 40)], 1).astype(np.int32)  # fmt: skip
+    out = np.full((40, 4), -1, np.int32)
+    spec = Spec(1, 1, 16, 16, Rules(left, right))
+    reckon_kernel[(len(cases),)](interpret._Tensor(cases), interpret._Tensor(out), ROWS=rows, N=n, SPEC=spec)
+    keys = np.arange(96)
+    for (start, end_q, end_k, offset), (begin, full, stop, end) in zip(cases, out, strict=True):
+        own = np.arange(start, min(start + rows, end_q))[:, None] + offset
+        seen = (keys < end_k) & np.ones_like(own, bool)
+        seen &= True if left is None else keys >= own - left
+        seen &= True if right is None else keys <= own + right
+        tiles, number = seen.reshape(len(own), 6, n), np.arange(6)
+        some = tiles.any((0, 2)) if len(own) else np.zeros(6, bool)
+        met = (number >= begin // n) & (number < -(-end // n))
+        whole = (number >= full // n) & (number < stop // n)
+        assert begin <= full <= stop <= end or not met.any()
+        assert begin % n == 0
+        assert full % n == 0 or full == end
+        np.testing.assert_array_equal(met, some)  # as many as need be, and no more
+        assert not (whole & ~tiles.all((0, 2))).any()
+        if left is None and len(own):
+            np.testing.assert_array_equal(whole, tiles.all((0, 2)))
