@@ -14,6 +14,7 @@ from .context.orders import from_order, sequence_order, to_order
 from .drop_in import dot_product_attention
 from .gpu.target import EXPORT_DISABLED_CHECKS, gpu_target
 from .serving.paged import paged_attention
+from .serving.varlen import varlen_attention
 
 __all__ = [
     "CHECKPOINT_NAMES",
@@ -34,4 +35,5 @@ __all__ = [
     "sequence_order",
     "supported",
     "to_order",
+    "varlen_attention",
 ]

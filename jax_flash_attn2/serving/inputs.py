@@ -11,6 +11,7 @@ from ..base import arguments
 from ..base.arguments import Implementation, describe
 from ..base.config import Config
 from ..base.known import full, is_known
+from ..masks.ragged import sequence_of_rows
 
 NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
 """The dtypes of a cache whose numbers count what a scale says."""
@@ -93,15 +94,35 @@ def lengths_of(lengths: Any, batch: int | None = None) -> Any:
     return lengths
 
 
-def starts_of(cu_q_lens: Any, batch: int) -> Any:
-    """cu_q_lens `[B + 1]` in int32."""
-    _check_int32("cu_q_lens", cu_q_lens, "[B + 1]")
-    if cu_q_lens.shape != (batch + 1,):
+def starts_of(starts: Any, batch: int | None = None, name: str = "cu_q_lens") -> Any:
+    """cu_q_lens or cu_k_lens `[B + 1]` in int32."""
+    _check_int32(name, starts, "[B + 1]")
+    if starts.ndim != 1 or not starts.size or batch not in (None, starts.shape[0] - 1):
+        wanted = "" if batch is None else f" = [{batch + 1}]"
         raise ValueError(
-            f"cu_q_lens must have shape [B + 1] = [{batch + 1}] (where the rows of each sequence begin, and the last "
-            f"end), got {cu_q_lens.shape}"
+            f"{name} must have shape [B + 1]{wanted} (where the {_ROWS[name]} of each sequence begin, and the last "
+            f"end), got {starts.shape}"
         )
-    return cu_q_lens
+    return starts
+
+
+_ROWS = {"cu_q_lens": "rows", "cu_k_lens": "keys"}
+
+
+def check_starts(starts: Any, rows: int, name: str = "cu_q_lens", of: str = "q") -> None:
+    """Raises if starts are known, and do not fit the rows that there are."""
+    if starts is not None and is_known(starts):
+        values = np.asarray(starts)
+        if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > rows:
+            raise ValueError(
+                f"{name} must rise from 0 to at most the {rows} {_ROWS[name]} of {of}, got {values.tolist()}"
+            )
+
+
+def bad_starts(starts: Any, rows: int) -> Array:
+    """Whether starts are what `check_starts` refuses."""
+    starts = jnp.asarray(starts)
+    return (starts[0] != 0) | (jnp.diff(starts) < 0).any() | (starts[-1] > rows)
 
 
 def _check_int32(name: str, x: Any, wanted: str) -> None:
@@ -139,10 +160,7 @@ def check_values(table: Any, lengths: Any, starts: Any, rows: int, left: int | N
             f"lengths must be from 0 to {capacity}, the keys of {width} pages of {pages[1]}, got {wrong[1]} of "
             f"sequence {wrong[0]}; widen page_table"
         )
-    if starts is not None and is_known(starts):
-        values = np.asarray(starts)
-        if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > rows:
-            raise ValueError(f"cu_q_lens must rise from 0 to at most the {rows} rows of q, got {values.tolist()}")
+    check_starts(starts, rows)
     if not (is_known(table) and is_known(lengths) and is_known(starts)):
         return
     first, end = (np.asarray(x) for x in live_pages(np, table, lengths, starts, rows, left, pages[1]))
@@ -181,7 +199,7 @@ def bad_sequences(table, lengths, starts, rows: int, left: int | None, pages: tu
     wrong = (at >= first[:, None]) & (at < end[:, None]) & ((table < 0) | (table >= pages[0]))
     bad = wrong.any(1) | (lengths < 0) | (lengths > table.shape[1] * pages[1])
     if starts is not None and not is_known(starts):
-        bad |= (starts[0] != 0) | (jnp.diff(starts) < 0).any() | (starts[-1] > rows)
+        bad |= bad_starts(starts, rows)
     return bad
 
 
@@ -193,12 +211,6 @@ def poisoned(q: Array, bad: Array | None, starts: Any) -> Array:
         return jnp.where(bad[:, None, None, None], jnp.nan, q)
     whose = sequence_of_rows(starts, q.shape[1])
     return jnp.where(jnp.append(bad, bad.any())[whose][:, None, None], jnp.nan, q)
-
-
-def sequence_of_rows(starts: Array, rows: int) -> Array:
-    """`[T]`: which sequence each row belongs to; B: none."""
-    row = jnp.arange(rows, dtype=jnp.int32)
-    return jnp.searchsorted(jnp.asarray(starts)[1:], row, side="right", method="compare_all").astype(jnp.int32)
 
 
 def no_gradient_error() -> TypeError:
@@ -217,6 +229,21 @@ def check_rows(q: Array, ragged: bool) -> None:
         raise ValueError(
             f"q must have shape [B, Sq, H, D], [B, H, D] (one row of each sequence), or [T, H, D] with cu_q_lens, got "
             f"{q.shape}"
+        )
+
+
+def check_packed(q: Array, k: Array, v: Array, *, together: bool) -> None:
+    """Raises unless q, k and v are rows of sequences. together: their sequences are the same."""
+    for name, x, wanted in (("q", q, "[T, H, D]"), ("k", k, "[Tk, Hkv, D]"), ("v", v, "[Tk, Hkv, Dv]")):
+        if x.ndim != 3:
+            raise ValueError(
+                f"{name} must have shape {wanted}, all sequences in one row, got {x.shape}; `masks.pack` packs a "
+                "padded batch, and jax.vmap takes several rows with sequences of their own"
+            )
+    if together and k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"k must have as many rows as q where there is no cu_k_lens, got {k.shape[0]} and {q.shape[0]}; give "
+            "cu_k_lens"
         )
 
 
