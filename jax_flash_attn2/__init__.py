@@ -14,6 +14,7 @@ from .context.orders import from_order, sequence_order, to_order
 from .drop_in import dot_product_attention
 from .gpu.target import EXPORT_DISABLED_CHECKS, gpu_target
 from .serving.paged import paged_attention
+from .serving.pages import write_pages
 from .serving.varlen import varlen_attention
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "supported",
     "to_order",
     "varlen_attention",
+    "write_pages",
 ]

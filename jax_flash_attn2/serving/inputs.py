@@ -150,16 +150,60 @@ def scale_of(name: str, scale: Any, pages: Array) -> Array | None:
     return jnp.asarray(scale).astype(jnp.float32).reshape(*(scale.shape or (1, 1)), 1, 1)
 
 
+def page_scales(scales: dict[str, Any], held: dict[str, Array]) -> dict[str, Any]:
+    """Those of `write_pages` that are given, of the pages that there are: by page `[num_pages, Hkv]`, or one number."""
+    made = {}
+    for name, scale in scales.items():
+        pages = held.get(f"{name[0]}_pages")
+        if pages is None:
+            if scale is not None:
+                raise ValueError(f"{name} is of {name[0]}_pages, which is None; leave it out")
+            continue
+        one = scale_of(name, scale, pages)
+        if scale is None or getattr(scale, "ndim", 0) == 0:
+            made |= {} if one is None else {name: one}
+            continue
+        made[name] = scale
+        if pages.dtype.name not in NARROW:
+            raise TypeError(
+                f"{name} must be a number or None for pages in {pages.dtype.name}, which need no scale of their own, "
+                f"got an array {scale.shape}"
+            )
+        if scale.dtype != jnp.float32:
+            raise TypeError(f"{name} must be float32 to be written to, got {scale.dtype.name}; cast it")
+    return made
+
+
+def new_tokens(held: dict[str, Array], new: dict[str, Any], *, ragged: bool) -> dict[str, Array]:
+    """k and, if there are v_pages, v."""
+    if (new["v"] is None) != ("v_pages" not in held):
+        came, missing = ("v_pages", "v") if new["v"] is None else ("v", "v_pages")
+        raise ValueError(f"v_pages and v go together, got {came} and no {missing}; both are None for a latent cache")
+    made = {name: arguments.array(name, x) for name, x in new.items() if x is not None}
+    for name, x in made.items():
+        wanted, pages = f"Hkv, {'D' if name == 'k' else 'Dv'}]", held[f"{name}_pages"]
+        if ragged and x.ndim != 3:
+            raise ValueError(f"{name} must have shape [T, {wanted} with cu_q_lens, got {x.shape}")
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} must have shape [B, Sq, {wanted}, [B, {wanted} (one token of each sequence), or [T, {wanted} "
+                f"with cu_q_lens, got {x.shape}"
+            )
+        if x.shape[-2:] != pages.shape[2:]:
+            raise ValueError(
+                f"{name} must have the heads and the head_dim of {name}_pages, {pages.shape[2:]}, got {x.shape[-2:]} "
+                f"(shapes: {name} {x.shape}, {name}_pages {pages.shape})"
+            )
+        if x.shape[:-1] != made["k"].shape[:-1]:
+            raise ValueError(f"v must have the tokens of k, {made['k'].shape[:-2]}, got {x.shape[:-2]}")
+    return made
+
+
 def check_values(table: Any, lengths: Any, starts: Any, rows: int, left: int | None, pages: tuple[int, int]) -> None:
     """Raises if page numbers, lengths or starts that are known do not fit. rows: of all sequences, or of each if there
     are no starts. left: how far a row sees, None: all. pages: their number, and how many keys each has."""
     width = table.shape[1]
-    capacity = width * pages[1]
-    if is_known(lengths) and (wrong := _outside(lengths, 0, capacity)) is not None:
-        raise ValueError(
-            f"lengths must be from 0 to {capacity}, the keys of {width} pages of {pages[1]}, got {wrong[1]} of "
-            f"sequence {wrong[0]}; widen page_table"
-        )
+    _check_lengths(lengths, width, pages[1])
     check_starts(starts, rows)
     if not (is_known(table) and is_known(lengths) and is_known(starts)):
         return
@@ -172,6 +216,49 @@ def check_values(table: Any, lengths: Any, starts: Any, rows: int, left: int | N
         raise ValueError(
             f"page_table must name pages from 0 to {pages[0] - 1}, got {numbers[b, i]} as page {i} of sequence {b}, "
             f"whose rows see pages {first[b]} to {end[b] - 1}"
+        )
+
+
+def check_writes(table: Any, lengths: Any, starts: Any, rows: int, pages: tuple[int, int]) -> None:
+    """Raises if new tokens, rows of each sequence or of all, would go to no place, or to a page that is not one
+    sequence's alone, as far as that is known."""
+    _check_lengths(lengths, table.shape[1], pages[1])
+    check_starts(starts, rows, of="k")
+    if not (is_known(table) and is_known(lengths) and is_known(starts)):
+        return
+    lengths, numbers, at = np.asarray(lengths), np.asarray(table), np.arange(table.shape[1])
+    own = np.where(lengths > 0, rows if starts is None else np.diff(np.asarray(starts)), 0)
+    if (wrong := np.flatnonzero(own > lengths)).size:
+        b = wrong[0]
+        raise ValueError(
+            f"lengths must count the new tokens too, got {lengths[b]} of sequence {b}, which has {own[b]} new ones"
+        )
+    held = at < -(-lengths // pages[1])[:, None]
+    written = held & (at >= ((lengths - own) // pages[1])[:, None]) & (own > 0)[:, None]
+    there = (numbers >= 0) & (numbers < pages[0])
+    if (wrong := np.argwhere(written & ~there)).size:
+        b, i = wrong[0]
+        raise ValueError(
+            f"page_table must name pages from 0 to {pages[0] - 1}, got {numbers[b, i]} as page {i} of sequence {b}, "
+            f"to which new tokens go"
+        )
+    holders = np.bincount(numbers[held & there], minlength=pages[0])
+    if (wrong := np.argwhere(written & (holders[np.where(there, numbers, 0)] > 1))).size:
+        b, i = wrong[0]
+        others = [int(c) for c, j in np.argwhere(held & (numbers == numbers[b, i])) if (c, j) != (b, i)]
+        raise ValueError(
+            f"page_table must give new tokens pages that are one sequence's alone, got {numbers[b, i]} as page {i} of "
+            f"sequence {b}, which sequence {others[0]} holds too; copy it to a page of its own, or put -1 where a "
+            "window has left it behind"
+        )
+
+
+def _check_lengths(lengths: Any, width: int, size: int) -> None:
+    capacity = width * size
+    if is_known(lengths) and (wrong := _outside(lengths, 0, capacity)) is not None:
+        raise ValueError(
+            f"lengths must be from 0 to {capacity}, the keys of {width} pages of {size}, got {wrong[1]} of sequence "
+            f"{wrong[0]}; widen page_table"
         )
 
 
