@@ -92,12 +92,15 @@ def test_is_each_sequence_by_itself(name):
 
 
 def test_one_set_of_starts_means_the_same_for_keys():
-    """Equal to both given, but for rounding, though it has no positions."""
-    x = {n: x[:T] for n, x in inputs().items() if n in ("q", "k", "v")}
-    call = jax.jit(functools.partial(varlen_attention, **x, causal=True, window_size=8, config=CONFIG))
-    np.testing.assert_allclose(
-        call(cu_q_lens=starts(ROWS)), call(cu_q_lens=starts(ROWS), cu_k_lens=starts(ROWS)), atol=1e-6
-    )
+    """Equal to both given, but for rounding, though it has no positions; in padding too, whatever that holds."""
+    x = {n: x[:T].copy() if x.ndim == 3 else x for n, x in inputs().items() if n != "alibi_slopes"}
+    for n in ("q", "k", "v"):
+        x[n][sum(ROWS) :] = np.nan
+    call = functools.partial(varlen_attention, **x, causal=True, window_size=8, config=CONFIG, return_lse=True)
+    (o, lse), wanted = (jax.jit(call)(cu_q_lens=starts(ROWS), **more) for more in ({}, {"cu_k_lens": starts(ROWS)}))
+    np.testing.assert_allclose(o, wanted[0], atol=1e-6)
+    np.testing.assert_allclose(lse, wanted[1], atol=1e-6)
+    assert (lse[:, sum(ROWS) :] == -np.inf).all()
 
 
 def test_a_score_function_is_told_of_the_one_row():
@@ -165,7 +168,14 @@ LAYOUTS = {
     "decoding": ([1] * 8 + [50, 0, 3], [100, 3, 0, 64, 65, 10, 1, 1, 80, 70, 30]),
     "fewer keys": ([60, 33, 0, 70], [20, 64, 50, 7]),
 }
-SIGHTS = {"all": (None, None), "causal": (None, 0), "window": (20, 0), "both sides": (9, 14), "ahead": (None, 2)}
+SIGHTS = {
+    "all": (None, None),
+    "behind": (20, None),
+    "causal": (None, 0),
+    "window": (20, 0),
+    "both sides": (9, 14),
+    "ahead": (None, 2),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
