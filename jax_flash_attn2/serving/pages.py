@@ -135,8 +135,8 @@ def _written_pages(table, lengths, starts, own, tokens: int, pages: tuple[int, i
     """
     count, size = pages
     batch = lengths.shape[0]
-    begin = jnp.maximum(lengths - own, 0)
-    touched = jnp.where(lengths > begin, (lengths - 1) // size - begin // size + 1, 0)
+    begin = lengths - own  # if negative, so is the number of its page, which is then none
+    touched = jnp.where(own > 0, (lengths - 1) // size - begin // size + 1, 0)
     ends = jnp.append(jnp.zeros((1,), jnp.int32), jnp.cumsum(touched, dtype=jnp.int32))
     n = min(tokens, tokens // size + 2 * batch)
     whose = sequence_of_rows(ends, n)
