@@ -128,14 +128,16 @@ def test_a_score_function_is_told_of_the_one_row():
 
 
 def test_transforms():
-    """vmap over rows with their own sequences, remat, and a derivative of a derivative."""
+    """vmap over rows with their own sequences, by a device each, remat, and forward mode."""
     x, cu = inputs()["q"][:40], np.stack([starts([3, 20, 10]), starts([0, 40, 0])])
 
     def loss(x, cu, **options):
         return (varlen_attention(x, x[:, :HKV], x[:, 2:, :DV], cu, causal=True, **options) ** 2).sum()
 
     both = np.stack([x, x[::-1]])
-    mapped = run(jax.vmap(jax.grad(jax.checkpoint(loss))), both, cu)
+    mesh, each = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,)), jax.P("x")
+    gradient = jax.vmap(jax.grad(jax.checkpoint(loss)))
+    mapped = run(jax.shard_map(gradient, mesh=mesh, in_specs=each, out_specs=each), both, cu)
     for own, one, ends in zip(mapped, both, cu, strict=True):
         np.testing.assert_allclose(own, jax.jit(jax.grad(loss))(one, ends), atol=1e-5)
     along = jax.jvp(lambda x: loss(x, cu[0], higher_order=True), (x,), (x,))[1]
