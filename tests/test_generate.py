@@ -62,6 +62,7 @@ def test_pages_come_back():
         held = them.table[them.table >= 0].tolist()
         assert len({*held, *them.free}) == len(held) + len(them.free) == args.slots * args.pages
         them.take(np.full(args.slots, 5))
+        assert all(len(it.text) == it.prompt for it in them.slots if it is not None and it.reads)
         steps += 1
     assert [them.done[i] for i in range(4)] == [[5] * n for n in counts]
     assert steps < sum(map(len, prompts)) // args.chunk + sum(counts)  # prompts are read while others decode
