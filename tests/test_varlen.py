@@ -148,16 +148,16 @@ BAD = [[1, 5, 9], [0, 9, 5], [0, 5, 41], [0, -1, 5]]
 
 
 @pytest.mark.parametrize("cu_k", [False, True])
-def test_wrong_starts_under_jit_give_nan(cu_k):
+def test_wrong_starts_under_jit_give_nan(cu_k, compiled_fully):
     """In all rows, and in all gradients, never what another sequence holds; the same call then does what is right."""
     x = inputs()["q"][:40]
     good = np.int32([0, 5, 40])
 
     @jax.jit
     def both(x, starts):
-        given = (good, starts) if cu_k else (starts,)
-        call = lambda x: varlen_attention(x, x, x, *given, causal=True, return_lse=True, return_max_logits=True)
-        out, vjp = jax.vjp(call, x)
+        given = {"cu_q_lens": good, "cu_k_lens": starts} if cu_k else {"cu_q_lens": starts}
+        call = functools.partial(varlen_attention, **given, causal=True, return_lse=True, return_max_logits=True)
+        out, vjp = jax.vjp(call, x, x, x)
         return out, vjp(jax.tree.map(jnp.ones_like, out))
 
     for bad in BAD:

@@ -126,13 +126,10 @@ def _varlen_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[
 
     given: dict[str, Any] = defaults() | {"bias": None} | arrays | where | options
     call, (q, k, v, operands), batch = prepare(**given)
-    unsure = not is_known((starts_q, starts_k))
-    if unsure:  # a sink reaches each row, and costs no copy of anything as large as q
-        no_sink = jnp.full((1, q.shape[2], 1, 1), -jnp.inf, operands["scale"].dtype)
-        operands["sinks"] = jnp.where(bad, jnp.nan, operands.get("sinks", no_sink))
     o, lse, row_max = attend(call, axes.vary_alike((q, k, v, operands)), options["higher_order"])
-    if unsure:  # the largest logit hears of no sink, and on XLA lse of no NaN
-        lse, row_max = jnp.where(bad, jnp.nan, lse), None if row_max is None else jnp.where(bad, jnp.nan, row_max)
+    if not is_known((starts_q, starts_k)):  # by products, so that gradients are NaN too; exp and max may lose a NaN
+        o, lse = (x * jnp.where(bad, jnp.nan, 1).astype(x.dtype) for x in (o, lse))
+        row_max = None if row_max is None else jnp.where(bad, jnp.nan, row_max)
     return returned((o, lse, row_max), batch, options["return_lse"])
 
 
