@@ -19,7 +19,7 @@ OTHER_triton38 := triton==3.8.0
 OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
 .PHONY: help demo test test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
-.PHONY: gallery long-context test-drawn test-ptxas lock clean
+.PHONY: gallery generate long-context test-drawn test-ptxas lock clean
 .PRECIOUS: %/bin/pip
 
 help: ## list the targets
@@ -30,6 +30,9 @@ demo: .venv/demo.stamp ## train a small language model with flash attention and 
 
 gallery: .venv/demo.stamp ## check two dozen kinds of attention against their definitions; write their page
 	$(if $(GPU),,$(CPU)) .venv/bin/python examples/attention_gallery.py
+
+generate: .venv/demo.stamp ## serve a small model with dense and paged caches; check its text against recomputation
+	$(if $(GPU),,$(CPU)) .venv/bin/python examples/generate.py
 
 long-context: .venv/demo.stamp ## train on sequences that four processes hold together; compare with one process
 	.venv/bin/python examples/train_long_context.py --processes 4

@@ -14,6 +14,8 @@ from .context.orders import from_order, sequence_order, to_order
 from .drop_in import dot_product_attention
 from .gpu.target import EXPORT_DISABLED_CHECKS, gpu_target
 from .serving.paged import paged_attention
+from .serving.pages import write_pages
+from .serving.varlen import varlen_attention
 
 __all__ = [
     "CHECKPOINT_NAMES",
@@ -34,4 +36,6 @@ __all__ = [
     "sequence_order",
     "supported",
     "to_order",
+    "varlen_attention",
+    "write_pages",
 ]

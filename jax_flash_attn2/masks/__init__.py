@@ -1,4 +1,6 @@
-"""Masks as data: predicates and builders, a cache, masks of weights, maskers, and block masks that the kernels read."""
+"""Masks as data: predicates and builders, a cache, masks of weights, maskers, block masks that the kernels read, and
+sequences of many lengths.
+"""
 
 from .block import BlockMask, block_mask_cache
 from .builders import causal_mask_comparison, causal_mask_tril, make_causal_mask
@@ -21,6 +23,7 @@ from .predicates import (
     sinks,
     sliding_window,
 )
+from .ragged import cu_lens, lengths_from, pack, positions, segment_ids, unpack
 from .show import plot_mask, show
 
 __all__ = [
@@ -40,17 +43,23 @@ __all__ = [
     "causal_mask_cache",
     "causal_mask_comparison",
     "causal_mask_tril",
+    "cu_lens",
     "dense_attention",
     "dilated",
     "documents",
     "evaluate",
     "from_dense",
+    "lengths_from",
     "make_causal_mask",
     "negate",
+    "pack",
     "padding",
     "plot_mask",
+    "positions",
     "prefix_lm",
+    "segment_ids",
     "show",
     "sinks",
     "sliding_window",
+    "unpack",
 ]

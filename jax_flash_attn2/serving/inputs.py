@@ -11,6 +11,7 @@ from ..base import arguments
 from ..base.arguments import Implementation, describe
 from ..base.config import Config
 from ..base.known import full, is_known
+from ..masks.ragged import sequence_of_rows
 
 NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
 """The dtypes of a cache whose numbers count what a scale says."""
@@ -93,15 +94,35 @@ def lengths_of(lengths: Any, batch: int | None = None) -> Any:
     return lengths
 
 
-def starts_of(cu_q_lens: Any, batch: int) -> Any:
-    """cu_q_lens `[B + 1]` in int32."""
-    _check_int32("cu_q_lens", cu_q_lens, "[B + 1]")
-    if cu_q_lens.shape != (batch + 1,):
+def starts_of(starts: Any, batch: int | None = None, name: str = "cu_q_lens") -> Any:
+    """cu_q_lens or cu_k_lens `[B + 1]` in int32."""
+    _check_int32(name, starts, "[B + 1]")
+    if starts.ndim != 1 or not starts.size or batch not in (None, starts.shape[0] - 1):
+        wanted = "" if batch is None else f" = [{batch + 1}]"
         raise ValueError(
-            f"cu_q_lens must have shape [B + 1] = [{batch + 1}] (where the rows of each sequence begin, and the last "
-            f"end), got {cu_q_lens.shape}"
+            f"{name} must have shape [B + 1]{wanted} (where the {_ROWS[name]} of each sequence begin, and the last "
+            f"end), got {starts.shape}"
         )
-    return cu_q_lens
+    return starts
+
+
+_ROWS = {"cu_q_lens": "rows", "cu_k_lens": "keys"}
+
+
+def check_starts(starts: Any, rows: int, name: str = "cu_q_lens", of: str = "q") -> None:
+    """Raises if starts are known, and do not fit the rows that there are."""
+    if starts is not None and is_known(starts):
+        values = np.asarray(starts)
+        if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > rows:
+            raise ValueError(
+                f"{name} must rise from 0 to at most the {rows} {_ROWS[name]} of {of}, got {values.tolist()}"
+            )
+
+
+def bad_starts(starts: Any, rows: int) -> Array:
+    """Whether starts are what `check_starts` refuses."""
+    starts = jnp.asarray(starts)
+    return (starts[0] != 0) | (jnp.diff(starts) < 0).any() | (starts[-1] > rows)
 
 
 def _check_int32(name: str, x: Any, wanted: str) -> None:
@@ -129,20 +150,61 @@ def scale_of(name: str, scale: Any, pages: Array) -> Array | None:
     return jnp.asarray(scale).astype(jnp.float32).reshape(*(scale.shape or (1, 1)), 1, 1)
 
 
+def page_scales(scales: dict[str, Any], held: dict[str, Array]) -> dict[str, Any]:
+    """Those of `write_pages` that are given, of the pages that there are: by page `[num_pages, Hkv]`, or one number."""
+    made = {}
+    for name, scale in scales.items():
+        pages = held.get(f"{name[0]}_pages")
+        if pages is None:
+            if scale is not None:
+                raise ValueError(f"{name} is of {name[0]}_pages, which is None; leave it out")
+            continue
+        one = scale_of(name, scale, pages)
+        if scale is None or getattr(scale, "ndim", 0) == 0:
+            made |= {} if one is None else {name: one}
+            continue
+        made[name] = scale
+        if pages.dtype.name not in NARROW:
+            raise TypeError(
+                f"{name} must be a number or None for pages in {pages.dtype.name}, which need no scale of their own, "
+                f"got an array {scale.shape}"
+            )
+        if scale.dtype != jnp.float32:
+            raise TypeError(f"{name} must be float32 to be written to, got {scale.dtype.name}; cast it")
+    return made
+
+
+def new_tokens(held: dict[str, Array], new: dict[str, Any], *, ragged: bool) -> dict[str, Array]:
+    """k and, if there are v_pages, v."""
+    if (new["v"] is None) != ("v_pages" not in held):
+        came, missing = ("v_pages", "v") if new["v"] is None else ("v", "v_pages")
+        raise ValueError(f"v_pages and v go together, got {came} and no {missing}; both are None for a latent cache")
+    made = {name: arguments.array(name, x) for name, x in new.items() if x is not None}
+    for name, x in made.items():
+        wanted, pages = f"Hkv, {'D' if name == 'k' else 'Dv'}]", held[f"{name}_pages"]
+        if ragged and x.ndim != 3:
+            raise ValueError(f"{name} must have shape [T, {wanted} with cu_q_lens, got {x.shape}")
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} must have shape [B, Sq, {wanted}, [B, {wanted} (one token of each sequence), or [T, {wanted} "
+                f"with cu_q_lens, got {x.shape}"
+            )
+        if x.shape[-2:] != pages.shape[2:]:
+            raise ValueError(
+                f"{name} must have the heads and the head_dim of {name}_pages, {pages.shape[2:]}, got {x.shape[-2:]} "
+                f"(shapes: {name} {x.shape}, {name}_pages {pages.shape})"
+            )
+        if x.shape[:-1] != made["k"].shape[:-1]:
+            raise ValueError(f"v must have the tokens of k, {made['k'].shape[:-2]}, got {x.shape[:-2]}")
+    return made
+
+
 def check_values(table: Any, lengths: Any, starts: Any, rows: int, left: int | None, pages: tuple[int, int]) -> None:
     """Raises if page numbers, lengths or starts that are known do not fit. rows: of all sequences, or of each if there
     are no starts. left: how far a row sees, None: all. pages: their number, and how many keys each has."""
     width = table.shape[1]
-    capacity = width * pages[1]
-    if is_known(lengths) and (wrong := _outside(lengths, 0, capacity)) is not None:
-        raise ValueError(
-            f"lengths must be from 0 to {capacity}, the keys of {width} pages of {pages[1]}, got {wrong[1]} of "
-            f"sequence {wrong[0]}; widen page_table"
-        )
-    if starts is not None and is_known(starts):
-        values = np.asarray(starts)
-        if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > rows:
-            raise ValueError(f"cu_q_lens must rise from 0 to at most the {rows} rows of q, got {values.tolist()}")
+    _check_lengths(lengths, width, pages[1])
+    check_starts(starts, rows)
     if not (is_known(table) and is_known(lengths) and is_known(starts)):
         return
     first, end = (np.asarray(x) for x in live_pages(np, table, lengths, starts, rows, left, pages[1]))
@@ -154,6 +216,49 @@ def check_values(table: Any, lengths: Any, starts: Any, rows: int, left: int | N
         raise ValueError(
             f"page_table must name pages from 0 to {pages[0] - 1}, got {numbers[b, i]} as page {i} of sequence {b}, "
             f"whose rows see pages {first[b]} to {end[b] - 1}"
+        )
+
+
+def check_writes(table: Any, lengths: Any, starts: Any, rows: int, pages: tuple[int, int]) -> None:
+    """Raises if new tokens, rows of each sequence or of all, would go to no place, or to a page that is not one
+    sequence's alone, as far as that is known."""
+    _check_lengths(lengths, table.shape[1], pages[1])
+    check_starts(starts, rows, of="k")
+    if not (is_known(table) and is_known(lengths) and is_known(starts)):
+        return
+    lengths, numbers, at = np.asarray(lengths), np.asarray(table), np.arange(table.shape[1])
+    own = np.where(lengths > 0, rows if starts is None else np.diff(np.asarray(starts)), 0)
+    if (wrong := np.flatnonzero(own > lengths)).size:
+        b = wrong[0]
+        raise ValueError(
+            f"lengths must count the new tokens too, got {lengths[b]} of sequence {b}, which has {own[b]} new ones"
+        )
+    held = at < -(-lengths // pages[1])[:, None]
+    written = held & (at >= ((lengths - own) // pages[1])[:, None]) & (own > 0)[:, None]
+    there = (numbers >= 0) & (numbers < pages[0])
+    if (wrong := np.argwhere(written & ~there)).size:
+        b, i = wrong[0]
+        raise ValueError(
+            f"page_table must name pages from 0 to {pages[0] - 1}, got {numbers[b, i]} as page {i} of sequence {b}, "
+            f"to which new tokens go"
+        )
+    holders = np.bincount(numbers[held & there], minlength=pages[0])
+    if (wrong := np.argwhere(written & (holders[np.where(there, numbers, 0)] > 1))).size:
+        b, i = wrong[0]
+        others = [int(c) for c, j in np.argwhere(held & (numbers == numbers[b, i])) if (c, j) != (b, i)]
+        raise ValueError(
+            f"page_table must give new tokens pages that are one sequence's alone, got {numbers[b, i]} as page {i} of "
+            f"sequence {b}, which sequence {others[0]} holds too; copy it to a page of its own, or put -1 where a "
+            "window has left it behind"
+        )
+
+
+def _check_lengths(lengths: Any, width: int, size: int) -> None:
+    capacity = width * size
+    if is_known(lengths) and (wrong := _outside(lengths, 0, capacity)) is not None:
+        raise ValueError(
+            f"lengths must be from 0 to {capacity}, the keys of {width} pages of {size}, got {wrong[1]} of sequence "
+            f"{wrong[0]}; widen page_table"
         )
 
 
@@ -181,7 +286,7 @@ def bad_sequences(table, lengths, starts, rows: int, left: int | None, pages: tu
     wrong = (at >= first[:, None]) & (at < end[:, None]) & ((table < 0) | (table >= pages[0]))
     bad = wrong.any(1) | (lengths < 0) | (lengths > table.shape[1] * pages[1])
     if starts is not None and not is_known(starts):
-        bad |= (starts[0] != 0) | (jnp.diff(starts) < 0).any() | (starts[-1] > rows)
+        bad |= bad_starts(starts, rows)
     return bad
 
 
@@ -193,12 +298,6 @@ def poisoned(q: Array, bad: Array | None, starts: Any) -> Array:
         return jnp.where(bad[:, None, None, None], jnp.nan, q)
     whose = sequence_of_rows(starts, q.shape[1])
     return jnp.where(jnp.append(bad, bad.any())[whose][:, None, None], jnp.nan, q)
-
-
-def sequence_of_rows(starts: Array, rows: int) -> Array:
-    """`[T]`: which sequence each row belongs to; B: none."""
-    row = jnp.arange(rows, dtype=jnp.int32)
-    return jnp.searchsorted(jnp.asarray(starts)[1:], row, side="right", method="compare_all").astype(jnp.int32)
 
 
 def no_gradient_error() -> TypeError:
@@ -217,6 +316,21 @@ def check_rows(q: Array, ragged: bool) -> None:
         raise ValueError(
             f"q must have shape [B, Sq, H, D], [B, H, D] (one row of each sequence), or [T, H, D] with cu_q_lens, got "
             f"{q.shape}"
+        )
+
+
+def check_packed(q: Array, k: Array, v: Array, *, together: bool) -> None:
+    """Raises unless q, k and v are rows of sequences. together: their sequences are the same."""
+    for name, x, wanted in (("q", q, "[T, H, D]"), ("k", k, "[Tk, Hkv, D]"), ("v", v, "[Tk, Hkv, Dv]")):
+        if x.ndim != 3:
+            raise ValueError(
+                f"{name} must have shape {wanted}, all sequences in one row, got {x.shape}; `masks.pack` packs a "
+                "padded batch, and jax.vmap takes several rows with sequences of their own"
+            )
+    if together and k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"k must have as many rows as q where there is no cu_k_lens, got {k.shape[0]} and {q.shape[0]}; give "
+            "cu_k_lens"
         )
 
 
