@@ -8,9 +8,11 @@ keys. Nothing that is done for a block depends on other sequences: one has the s
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from ..base.config import Config
@@ -23,7 +25,7 @@ from .tiling import Tiling
 
 BLOCKS = 1, 16, 64
 """Rows of a block: a sequence is cut by the first of these that holds all its rows, or by the last."""
-_TILE = int(__import__("os").environ.get("PTILE", 2**18))
+_TILE = 2**18
 """As many numbers are gathered at a time: so few that they stay near their core."""
 
 
@@ -31,8 +33,7 @@ def forward(
     spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
 ) -> tuple[Array | None, ...]:
     """`forward.forward` of a paged cache. Who wants m and l gets lse and 1."""
-    batch, dtype = sequences(q, operands), jnp.float64 if q.dtype == jnp.float64 else jnp.float32
-    rows, most = q.shape[0] * q.shape[1], q.shape[1]
+    batch, rows, most = sequences(q, operands), q.shape[0] * q.shape[1], q.shape[1]
     if "cu_q_lens" in operands:
         starts, sizes = operands["cu_q_lens"].ravel(), [m for m in BLOCKS if m < most] + [most]
         starts = lax.cummax(jnp.clip(starts, 0, rows))  # whatever they are, no loop runs away
@@ -42,8 +43,8 @@ def forward(
 
     call = _Call(spec, config, q, k, v, operands, starts)
     padding = ((0, sizes[-1] - 1), (0, 0))  # so that every block is whole, and where it begins
-    o = jnp.zeros((rows + sizes[-1] - 1, spec.heads, spec.v_dim), dtype)
-    out = o, jnp.full(o.shape[:2], -jnp.inf, dtype)
+    o = jnp.zeros((rows + sizes[-1] - 1, spec.heads, spec.v_dim), call.dtype)
+    out = o, jnp.full(o.shape[:2], -jnp.inf, call.dtype)
     padded = jnp.pad(q.reshape(rows, *q.shape[2:]), (*padding, (0, 0)))
 
     def sequence(b, out):
@@ -66,6 +67,7 @@ class _Call:
 
     def __init__(self, spec: Spec, config: Config | None, q, k, v, operands: Mapping[str, Array], starts: Array):
         self.spec, self.config, self.q, self.starts = spec, config, q, starts
+        self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
         batch = starts.shape[0] - 1
         self.table = per_batch(operands["page_table"], batch)[:, 0, 0]
         self.lengths, self.offsets = (per_batch(operands[name], batch).ravel() for name in ("kv_lengths", "offset"))
@@ -124,14 +126,21 @@ class _Call:
         index = page + jnp.arange(self.pages, dtype=jnp.int32)
         at = jnp.minimum(index, self.table.shape[1] - 1)
         numbers = jnp.clip(self.table[b, at], 0, x.shape[0] - 1)
-        keys = _gather(x, numbers)[..., :width].astype(jnp.float64 if self.q.dtype == jnp.float64 else jnp.float32)
+        keys = _gather(x, numbers, self.dtype)[..., :width]
         if scale is not None:
             scale = jnp.broadcast_to(scale, (x.shape[0], x.shape[2], 1, 1))[..., 0]
-            keys *= _gather(scale, numbers)[:, None]
+            keys *= _gather(scale, numbers, self.dtype)[:, None]
         live = index[:, None] * x.shape[1] + jnp.arange(x.shape[1], dtype=jnp.int32) < self.lengths[b]
         keys = jnp.where(live[..., None, None], keys, 0)
         return keys.reshape(1, -1, *keys.shape[2:])
 
 
-def _gather(x: Array, numbers: Array) -> Array:
-    return x.at[numbers].get(mode="promise_in_bounds")
+def _gather(x: Array, numbers: Array, dtype: Any) -> Array:
+    """x[numbers] in a wider dtype. XLA:CPU knows no fp8: it would convert all of x first, and slowly. So bytes are
+    gathered, and looked up (for which it does copy them once)."""
+    get = lambda x: x.at[numbers].get(mode="promise_in_bounds")
+    if x.dtype.itemsize > 1 or x.dtype == jnp.int8:
+        return get(x).astype(dtype)
+    values = np.arange(256, dtype=np.uint8).view(x.dtype).astype(dtype)
+    found = get(lax.bitcast_convert_type(x, jnp.uint8))
+    return jnp.asarray(values).at[found].get(mode="promise_in_bounds")
