@@ -64,8 +64,8 @@ test-xla: .venv/dev.stamp
 test-kernels: .venv/dev.stamp
 	TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) $(addprefix tests/test_,kernels.py context_kernels.py decode_kernels.py translate.py gallery.py score_mod.py) $(SOME)
 
-test-drawn: .venv/dev.stamp ## 300 drawn score functions, on both backends
-	DRAWN=300 $(CPU) $(PYTEST) $(WORKERS) tests/test_score_mod.py -k drawn
+test-drawn: .venv/dev.stamp ## 300 drawn score functions, on both backends, and 300 drawn paged problems
+	DRAWN=300 $(CPU) $(PYTEST) $(WORKERS) tests/test_score_mod.py tests/test_paged.py -k drawn
 	DRAWN=300 TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_translate.py -k drawn
 
 test-every: .venv/dev.stamp ## every option with every method, order and number of devices

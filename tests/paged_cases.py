@@ -20,9 +20,13 @@ NO_PAGES = (-1, 2**30)
 
 
 def numbers(default: int, step: int = 1) -> list[Any]:
-    """Which problems are drawn, `step` in a test: as many as DRAWN in the environment says, or `default`."""
+    """Which problems are drawn, `step` in a test: as many as DRAWN in the environment says, or `default`, of which
+    `make test` runs the first test's."""
     count = int(os.environ.get("DRAWN", default))
-    return [pytest.param(range(n, min(n + step, count)), id=f"from_{n}") for n in range(0, count, step)]
+    return [
+        pytest.param(range(n, min(n + step, count)), id=f"from_{n}", marks=[pytest.mark.thorough] if n else [])
+        for n in range(0, count, step)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

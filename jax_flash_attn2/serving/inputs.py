@@ -290,14 +290,16 @@ def bad_sequences(table, lengths, starts, rows: int, left: int | None, pages: tu
     return bad
 
 
-def poisoned(q: Array, bad: Array | None, starts: Any) -> Array:
-    """q `[B, Sq, H, D]`, or `[1, T, H, D]` if there are starts, with NaN in the rows of bad sequences."""
+def poisoned(o: Array, lse: Array, bad: Array | None, starts: Any) -> tuple[Array, Array]:
+    """o `[B, Sq, H, Dv]` and lse `[B, H, Sq]`, or `[1, T, ...]` if there are starts, with NaN in the rows of bad
+    sequences, and in those that are nobody's if all are bad."""
     if bad is None:
-        return q
+        return o, lse
     if starts is None:
-        return jnp.where(bad[:, None, None, None], jnp.nan, q)
-    whose = sequence_of_rows(starts, q.shape[1])
-    return jnp.where(jnp.append(bad, bad.any())[whose][:, None, None], jnp.nan, q)
+        rows = bad[:, None]
+    else:
+        rows = jnp.append(bad, bad.all())[sequence_of_rows(starts, o.shape[1])][None]
+    return jnp.where(rows[:, :, None, None], jnp.nan, o), jnp.where(rows[:, None], jnp.nan, lse)
 
 
 def no_gradient_error() -> TypeError:

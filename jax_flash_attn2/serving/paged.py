@@ -142,7 +142,7 @@ def _paged(call: Call, fixed_scale: Any, arrays: dict[str, Any]) -> tuple[Array,
     q = q[None] if ragged else q[:, None] if q.ndim == 3 else q
     pages, rows, left = arrays["k"].shape[:2], q.shape[1], call.rules.left
     inputs.check_values(table, lengths, starts, rows, left, pages)
-    q = inputs.poisoned(q, inputs.bad_sequences(table, lengths, starts, rows, left, pages), starts)
+    bad = inputs.bad_sequences(table, lengths, starts, rows, left, pages)
     scale, q = arguments.scale_of(arrays.get("scale", fixed_scale), q)
     lengths = jnp.clip(jnp.asarray(lengths), 0, table.shape[1] * pages[1])
     own_rows = jnp.diff(jnp.asarray(starts)) if ragged else rows
@@ -153,6 +153,7 @@ def _paged(call: Call, fixed_scale: Any, arrays: dict[str, Any]) -> tuple[Array,
     operands |= {name: arrays[name] for name in ("k_scale", "v_scale", "sinks", "slopes") if name in arrays}
     q, k, v, operands = axes.vary_alike((q, arrays["k"], arrays["v"], operands))
     o, lse = _attention(call, q, k, v, operands)
+    o, lse = inputs.poisoned(o, lse, bad, starts)
     if ragged:
         return o[0], lse[0]
     return o.reshape(*shape[:-1], o.shape[-1]), lse[:, :, 0] if len(shape) == 3 else lse

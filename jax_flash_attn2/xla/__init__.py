@@ -8,9 +8,12 @@ Some choices are XLA:CPU's. Its fast matrix product (YNNPACK) wants the left ope
 last axis, so dk and dv are summed transposed. It fuses a mask that is added, not one that is selected. And a
 tile costs a dozen kernel calls of some microseconds each, so tiles are larger than on a GPU.
 
+A long cache under a few query rows is not copied: it is read in place (`cached`), or gathered from pages a tile at a
+time (`paged`), which XLA:CPU's matrix products alone would not do.
+
 Inside, the G heads that share a key head are rows beside one another: q is `[B, Hkv, Sq * G, D]` (`layout`). `tiling`
-says how a call is cut and which tiles are met, `logits` what is in a tile; `forward`, `backward` and `differentiable`
-are the passes.
+says how a call is cut and which tiles are met, `logits` what is in a tile, `online` how tiles become a softmax;
+`forward`, `backward` and `differentiable` are the passes.
 """
 
 from .backward import backward

@@ -72,7 +72,8 @@ def backward(
             dq_tile, dkt, dvt, grads = carry
             start_n = t.start_n(j)
             k_tile = t.key_tile(k, start_n)
-            s, products, capped = logits.of(q_tile, k_tile, start_m, j, masked)
+            products = t.dot(q_tile, k_tile, 3, 3)
+            s, capped = logits.of(products, start_m, j, masked)
             p = jnp.exp(s - shift_tile[..., None])
             p_kept, dp = p, t.dot(do_tile, t.key_tile(v, start_n), 3, 3)
             if spec.drops:

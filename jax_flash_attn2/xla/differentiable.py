@@ -39,7 +39,7 @@ def differentiable(
     def query_block(block):
         start_m, q_tile, rows = block
         logits = Logits(t, {**operands, **rows})
-        s, *_ = logits.of(q_tile, k, start_m, 0, t.masked)
+        s, _ = logits.of(t.dot(q_tile, k, 3, 3), start_m, 0, t.masked)
         m = jnp.maximum(lax.stop_gradient(s).max(-1), HIDDEN)
         row_max = [jnp.where(m > HIDDEN, m, -jnp.inf)] if spec.rules.max_logits else []
         sink = logits.sinks(start_m) if spec.sinks else None

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from ..base.config import Config
 from ..base.spec import Spec
-from . import layout, paged
+from . import cached, layout, online, paged
 from .logits import HIDDEN, Logits
 from .tiling import Tiling, loop
 
@@ -34,33 +34,38 @@ def forward(
       of -inf.
     """
     if spec.page_size:
-        return paged.forward(forward, spec, config, q, k, v, operands)
+        return paged.forward(spec, config, q, k, v, operands)
     t, dtype = Tiling(spec, config, q, k, operands, whole_rows=True), q.dtype
     logits = Logits(t, operands)
-    q, k, v = logits.clear("q", q), logits.clear("kv", k), logits.clear("kv", v)
-    q, k, v = t.rows(q.astype(t.dtype) * logits.per_batch("scale").astype(t.dtype)), t.rows(k), t.rows(v)
+    q = t.rows(logits.clear("q", q).astype(t.dtype) * logits.per_batch("scale").astype(t.dtype))
+    if not t.in_place:
+        k, v = (t.rows(logits.clear("kv", x)) for x in (k, v))
+
+    def products(q_tile, j):
+        start_n = t.start_n(j)
+        if t.in_place:
+            return cached.products(q_tile, layout.take(k, start_n, t.block_n, 1), t.dot)
+        return t.dot(q_tile, t.key_tile(k, start_n), 3, 3)
+
+    def weighted(p, j, masked):
+        start_n = t.start_n(j)
+        if not t.in_place:
+            return t.dot(p, t.key_tile(v, start_n), 3, 2)
+        tile = layout.take(v, start_n, t.block_n, 1)
+        return cached.weighted(p, logits.clear("kv", tile, start_n) if masked else tile, t.dot)
 
     def query_block(i, out):
         start_m = t.start_m(i)
         q_tile = t.query_tile(q, start_m)
 
         def key_block(masked, j, carry):
-            start_n = t.start_n(j)
-            s, *_ = logits.of(q_tile, t.key_tile(k, start_n), start_m, j, masked)
-            # From HIDDEN on, and not the larger of both, which XLA would not fuse with the exponential.
-            m_new = lax.reduce(s, jnp.asarray(HIDDEN, s.dtype), lax.max, (3,)) if spec.hides else s.max(-1)
-            if carry is not None:
-                m_new = jnp.maximum(m_new, carry[0])
-            p = jnp.exp(s - m_new[..., None])
-            l_tile = p.sum(-1)
-            if spec.drops:
-                p = jnp.where(logits.kept(start_m, start_n), p, 0)
-            acc_tile = t.dot(p, t.key_tile(v, start_n), 3, 2)
-            if carry is None:
-                return m_new, l_tile, acc_tile
-            m, l, acc = carry
-            alpha = jnp.exp(m - m_new)
-            return m_new, l * alpha + l_tile, acc * alpha[..., None] + acc_tile
+            s, _ = logits.of(products(q_tile, j), start_m, j, masked)
+
+            def weigh(p):
+                p = jnp.where(logits.kept(start_m, t.start_n(j)), p, 0) if spec.drops else p
+                return weighted(p, j, masked)
+
+            return online.step(spec, s, carry, weigh)
 
         if t.blocks_k == 1:
             m, l, acc = key_block(t.masked, 0, None)
@@ -68,12 +73,7 @@ def forward(
             acc, m, l = (t.new_rows(x, fill, i) for x, fill in zip(out, (0, HIDDEN, 0), strict=False))
             m, l, acc = t.over_keys(i, key_block, (m, l, acc))
         row_max = [jnp.where(m > HIDDEN, m, -jnp.inf)] if spec.rules.max_logits else []
-        if spec.sinks:
-            sink = logits.sinks(start_m)
-            m, m_seen = jnp.maximum(m, sink), m
-            alpha = jnp.exp(m_seen - m)
-            l, acc = l * alpha + jnp.exp(sink - m), acc * alpha[..., None]
-        acc /= jnp.where(l > 0, l / spec.keep_scale, 1)[..., None]
+        m, l, acc = online.finish(spec, (m, l, acc), logits.sinks(start_m) if spec.sinks else None)
         done = (t.put_rows(x, y, i) for x, y in zip(out, (acc, m, l, *row_max), strict=True))
         return tuple(done)
 
@@ -81,6 +81,5 @@ def forward(
     out = (jnp.zeros((*m.shape, spec.v_dim), t.dtype), m, jnp.zeros_like(m), *([m] if spec.rules.max_logits else []))
     o, *stats = loop(0, t.blocks_q, query_block, out)
     m, l, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
-    lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1)), -jnp.inf)
-    stats = (m, l) if spec.reshapes else (None, None)
-    return layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype)), lse, *stats, row_max[0] if row_max else None
+    o = layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype))
+    return o, online.lse(m, l), *((m, l) if spec.reshapes else (None, None)), row_max[0] if row_max else None

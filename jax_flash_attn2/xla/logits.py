@@ -32,11 +32,11 @@ class Logits:
         self.score = None if rules.score is None else FunctionTiles(self, rules.score, score_arrays)
         self.mask = None if rules.mask is None else FunctionTiles(self, rules.mask, mask_arrays)
 
-    def of(self, q_tile: Array, k_tile: Array, start_m, j, masked: bool) -> tuple[Array, Array, Array | None]:
-        """Logits of one tile [B, Hkv, M * G, N], -inf where hidden; the products that they are made of; and the tanh
+    def of(self, products: Array, start_m, j, masked: bool) -> tuple[Array, Array | None]:
+        """Logits of one tile [B, Hkv, M * G, N], of the products of its rows and keys, -inf where hidden; and the tanh
         of the soft cap, or None."""
-        t, operands = self.tiling, self.operands
-        products, capped, start_n = t.dot(q_tile, k_tile, 3, 3), None, t.start_n(j)
+        t, operands, capped = self.tiling, self.operands, None
+        start_n = t.start_n(j)
         s = products if self.score is None else self.score.of(products, start_m, start_n)
         if (cap := self.spec.rules.soft_cap) is not None:
             capped = jnp.tanh(s / cap)
@@ -54,7 +54,7 @@ class Logits:
                 # So that what follows is the code of tiles without a mask, compiled once; fused with the mask, the
                 # exponential is half as fast. One tile in all is left to XLA's fusions (`choose_blocks`).
                 s = lax.optimization_barrier(s)
-        return s, products, capped
+        return s, capped
 
     def visible(self, start_m, j) -> Array | None:
         """[1|B, 1|Hkv, M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held.
@@ -188,11 +188,13 @@ class Logits:
         """An operand [n, ...] -> [1|B, ...]: batch b reads b % n."""
         return per_batch(self.operands[name], self.tiling.batch)
 
-    def clear(self, side: str, x: Array) -> Array:
-        """x [B, S, ...] of "q" or "kv" with zeros past the length of its side: not even a NaN there is seen."""
+    def clear(self, side: str, x: Array, start=0) -> Array:
+        """x [B, S, ...] of "q" or "kv", of the rows or keys from `start` on, with zeros past the length of its side:
+        not even a NaN there is seen."""
         if f"{side}_lengths" not in self.operands:
             return x
-        return jnp.where(_int32(jnp.arange(x.shape[1]))[:, None, None] < self.per_batch(f"{side}_lengths"), x, 0)
+        index = _int32(jnp.arange(x.shape[1])) + _int32(start)
+        return jnp.where(index[:, None, None] < self.per_batch(f"{side}_lengths"), x, 0)
 
 
 def _int32(x) -> Array:

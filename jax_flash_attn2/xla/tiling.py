@@ -23,6 +23,12 @@ def tiles(
     return np.minimum(np.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m), t.block_m, t.block_n
 
 
+_FEW_ROWS = 16
+"""For so few it does not pay to transpose all keys and values."""
+_CACHE = 2**17
+"""With fewer numbers than these, they are in a core's own cache: a tile or two with no loop around them are faster."""
+
+
 class Tiling:
     """How one call is cut into tiles. Starts and spans are Python ints where the block number is one."""
 
@@ -31,8 +37,12 @@ class Tiling:
         self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
         self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
         self.masked = spec.masks
+        self.in_place = whole_rows and not whole_keys and in_place(q, k)
         if spec.listed:
             block_m, block_n = spec.tile_rows, self.seqlen_k if whole_keys else spec.tile_keys
+        elif self.in_place:
+            block_m, block_n = self.seqlen_q, keys_in_place(k.size // self.seqlen_k)
+            block_n = (config and config.block_n) or block_n
         else:
             block_m, block_n = choose_blocks(
                 self.seqlen_q,
@@ -168,6 +178,17 @@ def choose_blocks(seqlen_q, seqlen_k, batch_heads, whole_rows, largest):
     if whole_rows and rows >= min(64, seqlen_q):
         block_m, block_n = min(rows, max(block_m, 256)), seqlen_k
     return _even(seqlen_q, block_m), _even(seqlen_k, block_n)
+
+
+def in_place(q: Any, k: Any) -> bool:
+    """Whether a forward pass reads keys and values where they are (`cached`)."""
+    return q.shape[1] <= _FEW_ROWS and k.size >= _CACHE
+
+
+def keys_in_place(width: int) -> int:
+    """How many keys of `width` numbers, those of all batches and heads, are a tile of a cache that is read in place: so
+    few that what is made of it stays near its core, and that most tiles of a short cache need no mask."""
+    return _power_of_two(min(max(2**20 / width, 32), max(2**17 / width, 128)))
 
 
 def _power_of_two(x):
