@@ -112,15 +112,16 @@ def test_sequences_do_not_influence_each_other(block_ptr):
     np.testing.assert_array_equal(turned[0][0], 0)
 
 
-@pytest.mark.parametrize("block_ptr", [False, True])
-def test_ragged_rows_of_a_cache_of_bytes(block_ptr):
+@pytest.mark.parametrize(("block_ptr", "splits"), [(False, 2), (True, 1)])
+def test_ragged_rows_of_a_cache_of_bytes(block_ptr, splits):
     """Scales of each page and head, splits that rows behind the last sequence are not in, sinks."""
     pages = RNG.integers(-127, 128, (2, 5, 64, 2, D)).astype(np.int8)
     k_scale, v_scale = (jnp.asarray(RNG.uniform(0.01, 0.03, (5, 2)), jnp.float32) for _ in "kv")
     table, lengths = jnp.int32([[3, 1], [0, 2]]), jnp.int32([100, 66])
     options = {"cu_q_lens": jnp.int32([0, 1, 4]), "k_scale": k_scale, "v_scale": v_scale, "sinks": draw(4)}
     args = draw(6, 4, D), *pages, table, lengths
-    got = paged_attention(*args, **options, splits=2, block_ptr=block_ptr, implementation="triton", return_lse=True)
+    how = {"splits": splits, "block_ptr": block_ptr, "implementation": "triton"}
+    got = paged_attention(*args, **options, **how, return_lse=True)
     for x, y in zip(got, reference.paged(*args, **options, compute=jnp.float32), strict=True):
         np.testing.assert_allclose(x, y, atol=4e-6)
 
