@@ -51,7 +51,7 @@ def dot_product_attention(
     key/value heads, heads H wide.
 
     It departs from jax.nn in four ways. A row that sees no key gives 0 and a residual of -inf, where jax.nn gives the
-    mean of all values and -2.4e38. `implementation` names this package's: there is no "cudnn". Heads are at most 256
+    mean of all values and -2.4e38. `implementation` names this package's: there is no "cudnn". Heads are at most 1024
     wide, and dtypes are floating. And jvp, hessian and every derivative beyond the first need `higher_order=True`.
 
     Args:

@@ -24,7 +24,8 @@ WindowSize = int | tuple[int | None, int | None]
 
 _INT32 = np.iinfo(np.int32)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-_MAX_HEAD_DIM = 256
+KERNEL_HEAD_DIM = 256  # wider rows would leave no registers to the backward pass
+MAX_HEAD_DIM = 1024
 FAR = 2**30  # a bound that no index reaches, and that can be added to one
 
 
@@ -70,8 +71,8 @@ def check_shapes(q: Array, k: Array, v: Array) -> None:
             f"(shapes [..., sequence, heads, head_dim]: q {q.shape}, k {k.shape})"
         )
     for name, x in (("q and k", q), ("v", v)):
-        if not 1 <= x.shape[-1] <= _MAX_HEAD_DIM:
-            raise ValueError(f"head_dim of {name} must be from 1 to {_MAX_HEAD_DIM}, got {x.shape[-1]}")
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"head_dim of {name} must be from 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}")
 
 
 def flat(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Array:

@@ -90,8 +90,8 @@ def flash_attention(
         a bias of -inf                       0 * NaN is NaN
 
     Args:
-      q: `[*batch, Sq, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D from 1 to 256. Any number of
-        batch axes, none included.
+      q: `[*batch, Sq, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D from 1 to 1024, beyond
+        256 on the XLA path alone. Any number of batch axes, none included.
       k: `[*batch, Sk, Hkv, D]` in q's dtype. Hkv divides H; query head h reads key/value head `h // (H // Hkv)`.
       v: `[*batch, Sk, Hkv, Dv]` in q's dtype. Dv may differ from D.
       bias: added to the logits; a floating array that broadcasts to `[*batch, H, Sq, Sk]`. Its gradient has its own
@@ -137,8 +137,8 @@ def flash_attention(
         mask from it (Philox4x32-10 by batch, head, i' and j: the same on every backend and for all block sizes). Or
         integers of at least two axes that broadcast to `[*batch, H]`: equal ones draw the same mask.
       softmax_scale: a number or a 0-d array, also a traced one; D**-0.5 by default.
-      implementation: None chooses by platform: "triton" on GPUs (but for float64), "xla" elsewhere. A name is
-        taken at its word: what cannot run that way raises.
+      implementation: None chooses by platform: "triton" on GPUs (but for float64 and heads wider than 256), "xla"
+        elsewhere. A name is taken at its word: what cannot run that way raises.
       block_ptr: how the kernels reach memory: True through tensor descriptors ("block-ptr"; TMA on sm_90 and later),
         False through pointers ("ptr-block"), None the tuned choice. No meaning off the GPU.
       config: a `Config` for every kernel, or a mapping from "fwd", "dq", "dkdv", "dbias" to one; what is None, or

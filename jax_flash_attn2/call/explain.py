@@ -12,6 +12,7 @@ from jax import Array
 
 from .. import primitives, xla
 from ..base import errors
+from ..base.arguments import KERNEL_HEAD_DIM
 from ..base.config import PASSES, Tuned
 from ..base.spec import Spec
 from ..gpu import functions, interpret, passes, short, tuning
@@ -95,7 +96,7 @@ def explained(q, k, v, bias=None, **options: Any) -> Explanation:
     """Of a call on one device, or under plain jit; see `context.explaining.explain`."""
     call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
     spec = Spec.of(call.rules, q, k, v, operands)
-    target, reasons = _target(call, q, bool(options.get("higher_order")))
+    target, reasons = _target(call, q, v, bool(options.get("higher_order")))
     if not options.get("higher_order"):
         reasons += primitives.said_of_keys(call, q, k, v, operands)
     if target is None:
@@ -136,18 +137,20 @@ def supported(q, k, v, bias=None, **options: Any) -> bool:
       q, k, v, bias, **options: as for `flash_attention`.
     """
     try:
-        call, (q, *_), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
-        _target(call, q, bool(options.get("higher_order")))
+        call, (q, _, v, _), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
+        _target(call, q, v, bool(options.get("higher_order")))
     except (TypeError, ValueError, ImportError):
         return False
     return True
 
 
-def _target(call: Call, q: Array, higher_order: bool) -> tuple[Target | None, tuple[str, ...]]:
+def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target | None, tuple[str, ...]]:
     """The GPU that would run it, or None for XLA; and why."""
     gpu = jax.default_backend() == "gpu"
     if higher_order:
         return None, ("higher_order=True runs on XLA, which differentiates it to any order",)
+    if inputs.is_wide(q, v) and call.implementation == "xla":
+        return None, (f"the Triton kernels have heads of up to {KERNEL_HEAD_DIM}",)
     if call.implementation == "xla":
         return None, ('implementation="xla" was asked for',)
     if call.implementation == "triton" and not gpu and call.target is None:

@@ -66,7 +66,10 @@ def prepare(
             'higher_order=True runs on XLA, got implementation="triton" too; leave one of them out (the Triton kernels '
             "have a first derivative only)"
         )
-    call = Call(rules, configs(config, block_ptr, implementation), implementation, target.named())
+    made = configs(config, block_ptr, implementation)
+    if is_wide(q, v) and implementation is None:
+        implementation = "xla"
+    call = Call(rules, made, implementation, target.named())
     _check_implementation_fits(call, q, v)
 
     whole_q, whole_k = (seqlen_q, seqlen_k) if share is None else (share.rows, share.keys)
@@ -282,10 +285,20 @@ def _config(name: str, config: Config, block_ptr: bool | None, implementation: I
     return config
 
 
+def is_wide(q: Any, v: Any) -> bool:
+    """Whether rows are wider than the kernels take them."""
+    return max(q.shape[-1], v.shape[-1]) > arguments.KERNEL_HEAD_DIM
+
+
 def _check_implementation_fits(call: Call, q: Array, v: Array) -> None:
     dtype = q.dtype
     if call.implementation == "triton" and dtype == jnp.float64:
         raise TypeError('implementation="triton" has no float64, got float64 q, k and v; use "xla", or cast them')
+    if call.implementation == "triton" and is_wide(q, v):
+        raise ValueError(
+            f'implementation="triton" has heads of up to {arguments.KERNEL_HEAD_DIM}, got {q.shape[-1]} and '
+            f'{v.shape[-1]}; use None or "xla", or, to decode with latent keys, paged_attention'
+        )
     for config in call.configs:
         if not config.block_ptr:
             continue

@@ -16,7 +16,6 @@ from ..masks.ragged import sequence_of_rows
 NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
 """The dtypes of a cache whose numbers count what a scale says."""
 
-_MAX_HEAD_DIM = 1024
 _LEAST_PAGE, _LARGEST_PAGE = 16, 256
 
 
@@ -63,8 +62,8 @@ def check_queries(q: Array, k: Array, v: Array) -> None:
             f"{q.shape}, k_pages {k.shape})"
         )
     for name, x in (("q and k_pages", k), ("v_pages", v)):
-        if not 1 <= x.shape[-1] <= _MAX_HEAD_DIM:
-            raise ValueError(f"head_dim of {name} must be from 1 to {_MAX_HEAD_DIM}, got {x.shape[-1]}")
+        if not 1 <= x.shape[-1] <= arguments.MAX_HEAD_DIM:
+            raise ValueError(f"head_dim of {name} must be from 1 to {arguments.MAX_HEAD_DIM}, got {x.shape[-1]}")
 
 
 def latent_width(head_dim_v: Any, k: Array) -> int:

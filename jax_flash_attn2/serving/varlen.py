@@ -61,7 +61,7 @@ def varlen_attention(
     A mask or bias over all `[T, Tk]` is not taken: score_mod says what pairs of tokens do to each other.
 
     Args:
-      q: `[T, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D from 1 to 256.
+      q: `[T, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D as there.
       k: `[Tk, Hkv, D]` in q's dtype; Hkv divides H.
       v: `[Tk, Hkv, Dv]` in q's dtype.
       cu_q_lens: int32 `[B + 1]`: where the rows of each sequence begin, from 0, and where the last end, at most T
