@@ -24,7 +24,7 @@ from .logits import HIDDEN, Logits
 from .tiling import Tiling
 
 BLOCKS = 1, 16, 64
-"""Rows of a block: a sequence is cut by the first of these that holds all its rows, or by the last."""
+"""Rows of a block: a sequence is cut by the first of these that holds all its rows, or by the last (or `block_m`)."""
 _TILE = 2**18
 """As many numbers are gathered at a time: so few that they stay near their core."""
 
@@ -39,7 +39,8 @@ def forward(
         starts = lax.cummax(jnp.clip(starts, 0, rows))  # whatever they are, no loop runs away
     else:
         starts, sizes = jnp.arange(batch + 1, dtype=jnp.int32) * most, [most]
-    sizes = list(dict.fromkeys(min(m, BLOCKS[-1]) for m in sizes))[: len(BLOCKS)]
+    largest = (config and config.block_m) or BLOCKS[-1]
+    sizes = list(dict.fromkeys(min(m, largest) for m in sizes))
 
     call = _Call(spec, config, q, k, v, operands, starts)
     padding = ((0, sizes[-1] - 1), (0, 0))  # so that every block is whole, and where it begins
@@ -76,8 +77,8 @@ class _Call:
             (k, operands.get("k_scale"), spec.head_dim),
             (k if spec.rules.latent else v, operands.get("v_scale"), spec.v_dim),
         ]
-        pages = max(_TILE // (spec.kv_heads * spec.head_dim * spec.page_size), 1)
-        self.pages = min(pages, self.table.shape[1])
+        keys = (config and config.block_n) or _TILE // (spec.kv_heads * spec.head_dim)
+        self.pages = min(max(keys // spec.page_size, 1), self.table.shape[1])
         """How many are gathered at a time."""
 
     def block(self, q: Array, b, i, block_m: int, out: tuple[Array, Array]) -> tuple[Array, Array]:
