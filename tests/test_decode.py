@@ -9,6 +9,7 @@ import pytest
 from cases import Case
 from checks import QUICK, ROUNDINGS, TIMES, definition, flash_function, in_float64, operands, run
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from reference import attention
 
 from jax_flash_attn2 import flash_attention
 from jax_flash_attn2.xla import cached, tiling
@@ -165,3 +166,14 @@ def test_many_rows_and_short_caches_go_the_other_way():
     for rows, keys in ((17, 4096), (1, 64)):
         q, k = (jax.ShapeDtypeStruct((1, n, 8, 64), jnp.float32) for n in (rows, keys))
         assert not tiling.in_place(q, k)
+
+
+def test_wide_heads_run_on_xla():
+    """Latent attention as it is trained, whose heads are wider than the kernels'."""
+    rng, shapes = np.random.default_rng(0), ((17, 4, 576), (30, 1, 576), (30, 1, 512))
+    q, k, v = (jnp.asarray(rng.standard_normal((1, *shape)), jnp.float32) for shape in shapes)
+    gradients = lambda f: jax.grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2))(q, k, v)
+    got = gradients(lambda *x: flash_attention(*x, causal=True))
+    want = gradients(lambda *x: attention(*x, causal=True, compute=jnp.float32)[0])
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=4e-6 * float(abs(y).max()))
