@@ -3,6 +3,7 @@
 A point without a time is marked, never drawn as one.
 """
 
+import collections
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -34,13 +35,13 @@ def _bars(
     axes.grid(axis="y", alpha=0.3)
 
 
-def _plain_log(axes: Any) -> None:
-    """A log scale with numbers that one reads as they are."""
+def _plain_log(axes: Any, at: tuple[int, ...] = ()) -> None:
+    """A log scale with numbers that one reads as they are, of `at` in each power of ten or as many as have room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 50 else (1,)))
+    axes.yaxis.set_major_locator(LogLocator(subs=at or ((1, 2, 5) if high / low < 50 else (1,))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -190,3 +191,48 @@ def draw_gpu(records: list[Record], figure: Any) -> None:
     if len(panels):
         panels[0].legend(fontsize=7)
         panels[0].set_ylabel("TFLOP/s")
+
+
+def draw_decode(made: list[dict[str, Any]], figure: Any) -> None:
+    """How many times as long as a reading, over the length of the cache: one panel for each dtype and filling."""
+    made = [r for r in made if "skipped" not in r and r["rows"] == 1]
+    kind = lambda r: (r["batch"], r["heads"], r["kv_heads"], r["head_dim"], r["v_dim"])
+    kinds = collections.Counter(kind(r) for r in {(kind(r), r["seqlen"]): r for r in made}.values())
+    shown = kinds.most_common(1)[0][0] if kinds else None
+    made = sorted((r for r in made if kind(r) == shown), key=lambda r: r["seqlen"])
+    dtypes, fills = ([*dict.fromkeys(r[key] for r in made)] for key in ("dtype", "filled"))
+    names = [*dict.fromkeys(name for r in made for name in r["providers"] if name != "read")]
+    figure.set_size_inches(11, 2.9 * max(len(dtypes), 1) + 0.8)
+    panels = figure.subplots(max(len(dtypes), 1), max(len(fills), 1), squeeze=False, sharex=True, sharey=True)
+    for row, dtype in zip(panels, dtypes, strict=False):
+        row[0].set_ylabel("times the reading (log scale)")
+        for axes, filled in zip(row, fills, strict=True):
+            some = [r for r in made if (r["dtype"], r["filled"]) == (dtype, filled)]
+            for i, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
+                there = [(r["seqlen"], r["providers"][name]["times_reading"]) for r in some if _timed(r, name)]
+                at = [n * 1.06 ** (i - (len(names) - 1) / 2) for n, _ in there]  # spreads lie side by side
+                middle, low, high = ([x[part] for _, x in there] for part in range(3))
+                axes.plot(at, middle, "o-", ms=4, color=colour, label=name)
+                axes.vlines(at, low, high, color=colour, lw=1)
+            axes.axhline(1, color="#222", lw=1, ls="--", label="read")
+            axes.set_title(f"{dtype}, {filled}", fontsize=10)
+            axes.grid(alpha=0.3)
+    lengths = [*dict.fromkeys(r["seqlen"] for r in made)]
+    for axes in panels.ravel():
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{n}" for n in lengths], fontsize=8)
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens allotted (log scale)")
+    _plain_log(panels[0, 0], (1, 2, 5))
+    if shown is not None:
+        batch, heads, kv_heads, head_dim, _ = shown
+        figure.suptitle(
+            f"One query row, batch {batch}, {heads} query heads and {kv_heads} key heads of {head_dim}: "
+            "time over that of reading the live keys and values once",
+            fontsize=10,
+        )
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower center", frameon=False)
+
+
+def _timed(record: dict[str, Any], name: str) -> bool:
+    return "times_reading" in record["providers"].get(name, {})

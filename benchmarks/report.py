@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import attention_mask, block_masks, cold_start, components, gpu, plots, results, sdpa, sparse_masks
+from . import attention_mask, block_masks, cold_start, components, decode, gpu, plots, results, sdpa, sparse_masks
 from .results import Record, parse_case
 from .sweep import failures, summary, table
 
@@ -201,6 +201,7 @@ SECTIONS = {
 
 JSON_SECTIONS = {
     "xla_path": Section("The XLA path against jax.nn", _text_xla_path),
+    "decode": Section("decode: a query row over a long cache", decode.tables, plots.draw_decode),
     "cold_start": Section("cold_start: what a new process pays", cold_start.tables),
 }
 """Of files of what no `Record`, whose points are times of one call, has."""
