@@ -102,17 +102,6 @@ def providers(cache: Cache) -> dict[str, tuple[Callable[..., Array], tuple[str, 
     }
 
 
-def of_sequence(cache: Cache) -> Callable[..., Array]:
-    """`(b, q, k, v, lengths)` -> o of sequence b, as the baseline has it in fp32."""
-
-    def function(b, lengths, **dense):
-        one = {name: jax.lax.dynamic_slice_in_dim(x, b, 1).astype(jnp.float32) for name, x in dense.items()}
-        with jax.default_matmul_precision("highest"):
-            return decoding.baseline(cache)(**one, lengths=jax.lax.dynamic_slice_in_dim(lengths, b, 1))
-
-    return function
-
-
 class Programs:
     """Compiled functions for one cache, made without any of its arrays; and the bytes that they need."""
 
@@ -126,7 +115,7 @@ class Programs:
             for name, (function, takes) in providers(cache).items()
         }
         names = {"q", "k", "v", "lengths"} & shapes.keys()
-        self.reference = compiled(of_sequence(cache), jnp.int32(0), **{x: shapes[x] for x in names})
+        self.reference = compiled(decoding.of_sequence(cache), jnp.int32(0), **{x: shapes[x] for x in names})
         self.dense = names
         held = sum(x.size * x.dtype.itemsize for x in shapes.values())
         self.needed = held + max(map(_temporary, (self.make, self.reference, *self.attend.values())))

@@ -11,6 +11,8 @@ from jax import Array
 
 from jax_flash_attn2 import flash_attention, paged_attention
 
+from . import attention
+
 FILLS = ("full", "quarter", "mixed")
 """What the sequences have of the length that is allotted for each: all, a quarter, from an eighth to all."""
 
@@ -96,7 +98,7 @@ def paged(q: Array, k_pages: Array, v_pages: Array | None, page_table: Array, le
 
 def library(q: Array, k: Array, v: Array, lengths: Array, implementation: str = "xla") -> Array:
     """`jax.nn.dot_product_attention` over a dense cache."""
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+    return attention.library(implementation).attend(q, k, v, key_value_seq_lengths=lengths)
 
 
 def plain(q: Array, k: Array, lengths: Array, v_dim: int) -> Array:
@@ -108,5 +110,16 @@ def plain(q: Array, k: Array, lengths: Array, v_dim: int) -> Array:
 
 
 def baseline(cache: Cache) -> Callable[..., Array]:
-    """What others have for such a cache; also what results are compared with, in fp32."""
+    """What others have for such a cache."""
     return functools.partial(plain, v_dim=cache.v_dim) if cache.v_dim else library
+
+
+def of_sequence(cache: Cache) -> Callable[..., Array]:
+    """`(b, q, k, v, lengths)` -> o of sequence b, as the baseline has it in fp32."""
+
+    def function(b, lengths, **dense):
+        one = {name: jax.lax.dynamic_slice_in_dim(x, b, 1).astype(jnp.float32) for name, x in dense.items()}
+        with jax.default_matmul_precision("highest"):
+            return baseline(cache)(**one, lengths=jax.lax.dynamic_slice_in_dim(lengths, b, 1))
+
+    return function

@@ -169,7 +169,7 @@ def draw_sdpa(records: list[Record], figure: Any) -> None:
 
 def draw_gpu(records: list[Record], figure: Any) -> None:
     """TFLOP/s over length, one panel for each mode and width."""
-    points = [r for r in records if "row" not in parse_case(r.case)]
+    points = gpu.usual_points(records)
     kinds = list(dict.fromkeys((c["mode"], c["headdim"], c["causal"]) for c in (parse_case(r.case) for r in points)))
     columns = min(len(kinds), 4)
     rows = -(-len(kinds) // max(columns, 1))

@@ -1,13 +1,18 @@
 """The benchmark of decoding, at its smallest: what is measured, compared, read and shown."""
 
+import contextlib
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, decoding, report
+from benchmarks import decode, decoding, gpu, gpu_decode, report
 from benchmarks.decoding import FILLS, Cache
+from benchmarks.measure import group
+from benchmarks.results import Record, case_name
+from benchmarks.status import Status
+from benchmarks.timing import Effort
 
 SMALL = Cache(2, 256, 4, 2, 16)
 LATENT = Cache(2, 256, 4, 1, 48, 32)
@@ -127,3 +132,43 @@ def test_table():
         "read 1.4 - - - - 7.1 -",
         "skipped: B9 S64 full: no room",
     ]
+
+
+def test_gpu_points():
+    """What a GPU is asked; no cache of them that would not fit beside its pages."""
+    made = gpu_decode.groups(tiny=False)
+    assert len(made) == len({case_name(g.case) for g in made})
+    assert {g.case["batch"] for g in made} == {1, 8, 64}
+    assert {g.case["seqlen"] for g in made} >= {4096, 32768, 131072}
+    assert {(g.case["heads"], g.case["kv_heads"]) for g in made} == {(32, 8), (64, 1), (16, 1), (128, 1)}
+    assert {g.case["filled"] for g in made} == set(FILLS)
+    for g in made:
+        cache, filled = gpu_decode._read(case_name(g.case))
+        assert cache == Cache(
+            head_dim=g.case["headdim"], **{k: v for k, v in g.case.items() if k not in ("headdim", "filled")}
+        )
+        assert filled == g.case["filled"]
+        assert cache.batch * cache.seqlen * cache.token_bytes <= 4.5 * 2**30
+        assert "copy" in g.providers
+        assert set(g.baselines.values()) == ({"plain"} if cache.v_dim else {"xla"})
+        assert g.problem == "benchmarks.gpu_decode:problem"
+
+
+@pytest.mark.parametrize("latent", [False, True], ids=["usual", "latent"])
+def test_gpu_points_agree(latent):
+    """Each that a CPU can run, in bf16; the rest are unsupported. The copy moves as many bytes as are read."""
+    g = gpu_decode.groups(tiny=True)[latent]
+    problem = gpu_decode.problem(**g.case)
+    with jax.numpy_dtype_promotion("standard"):
+        made = group(
+            lambda: problem, g.providers, g.baselines, Effort(0, least=1, warmup=0), lambda _: contextlib.nullcontext()
+        )
+    wanted = lambda name: Status.UNSUPPORTED if name.startswith(("splits", "block", "ptr", "cudnn")) else Status.OK
+    assert {name: x["status"] for name, x in made.items()} == {name: wanted(name) for name in g.providers}
+    copied = problem.work("copy").function(problem.arrays["k"])
+    assert 2 * copied.nbytes == pytest.approx(int(problem.lengths.sum()) * problem.cache.token_bytes, rel=0.01)
+    records = [Record("gpu", case_name(g.case), name, **fields) for name, fields in made.items()]
+    text = gpu.text(records)
+    assert text.startswith("Decoding:\n")
+    assert "x copy" in text
+    assert gpu.usual_points(records) == []
