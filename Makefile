@@ -106,6 +106,7 @@ bench: .venv/dev.stamp ## the quick set of every benchmark on this machine, and 
 	@for name in mha attention_mask sparse_masks block_masks components sdpa; do \
 	  $(if $(GPU),,$(CPU)) .venv/bin/python -m benchmarks $$name --quick || exit 1; \
 	done
+	$(CPU) .venv/bin/python -m benchmarks decode --quick
 	.venv/bin/python -m benchmarks cold_start --quick
 	.venv/bin/python -m benchmarks report
 

@@ -11,6 +11,7 @@ NAMES = {
     "components": "where the time of an attention layer goes, and what the mask cache saves",
     "sdpa": "iterations per second, and what each optimisation brings",
     "xla_path": "the XLA path in the numbers that the README quotes",
+    "decode": "one query row or a few over a long cache, dense or in pages, against jax.nn and a mere reading",
     "cold_start": "what a new process pays: trace, lower and compile of each option, first calls without jit",
     "codegen": "the machine code of every tuned kernel",
     "scaling": "attention over many devices, on paper: the tables and the plot of docs/scaling.md",

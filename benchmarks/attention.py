@@ -164,9 +164,11 @@ def library(implementation: str, *, causal: bool = False) -> Provider:
     if implementation == "cudnn":
         need_gpu("cuDNN")
 
-    def attend(q, k, v, bias=None):
+    def attend(q, k, v, bias=None, **options):
         try:
-            return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, implementation=implementation)
+            return jax.nn.dot_product_attention(
+                q, k, v, bias, is_causal=causal, implementation=implementation, **options
+            )
         except (NotImplementedError, RuntimeError, ValueError) as error:  # while it is traced
             if implementation == "cudnn":
                 raise Unsupported(f"cuDNN: {error}") from error

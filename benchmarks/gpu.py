@@ -5,9 +5,9 @@
 Rows: each row of the tuning table for this chip, forward or backward with the row's config in the pass that it is for,
 causal and not, checked against the reference and timed. Points: width 64, 128 and 256, causal and not, 1k to 16k
 tokens, forward and backward, bf16, 16k tokens and a model width of 2048 in all, so that every point is as large;
-and what differs from these: grouped and single key heads, decoding, a bias, 512 tokens, 32k and 128k. Ours as tuned and
-with each of the memory variants, against jax.nn on XLA and cuDNN. The order is by how much a point tells; what the
-deadline leaves out is not measured, and said to be.
+and what differs from these: grouped and single key heads, a bias, 512 tokens, 32k and 128k. Ours as tuned and with
+each of the memory variants, against jax.nn on XLA and cuDNN. Decoding: see gpu_decode.py. The order is by how much a
+point tells; what the deadline leaves out is not measured, and said to be.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from jax_flash_attn2.base.config import Tuned
 from jax_flash_attn2.gpu import tuning
 from jax_flash_attn2.gpu.target import Target
 
+from . import gpu_decode
 from .attention import Attention, Provider, Shape, flash, library, need_gpu
 from .codegen.points import read, written
 from .problem import Group
@@ -133,8 +134,6 @@ def _special(tiny: bool) -> list[dict[str, Any]]:
         {"seqlen": 131072, "batch": 1, "heads": 8},
     ]
     cases = [{"mode": mode} | usual | more for more in varied for mode in ("fwd", "bwd")]
-    decode = {"causal": False, "rows": 1, "seqlen": 32768, "batch": 16, "kv_heads": 8}
-    cases.insert(4, {"mode": "fwd"} | usual | decode)
     if tiny:
         small = {"headdim": 16, "seqlen": 64, "batch": 1, "dtype": "float32"}
         cases = [c | small | {"heads": 4} | ({"kv_heads": 1} if "kv_heads" in c else {}) for c in cases[:6]]
@@ -148,6 +147,7 @@ def _points(case: dict[str, Any]) -> Group:
 WHAT: dict[str, Callable[[int, bool], list[Group]]] = {
     "rows": row_groups,
     "points": lambda capability, tiny: point_groups(tiny),
+    "decode": lambda capability, tiny: gpu_decode.groups(tiny),
     "candidates": candidate_groups,
 }
 """What may be measured: its groups, by compute capability, and whether they are tiny."""
@@ -161,10 +161,16 @@ def text(records: list[Record]) -> str:
         some = [r for r in rows if _shape(r) == shape]
         lines = [_row_line(r) for r in _fastest_first(some)]
         parts.append("\n".join([f"rows at {shape}: {sum(r.ok for r in some)} of {len(some)} right", *lines]))
-    points = [r for r in records if "row" not in parse_case(r.case)]
-    if points:
+    if points := usual_points(records):
         parts.append(summary(points, against="xla"))
+    if decoding := [r for r in records if gpu_decode.is_point(r)]:
+        parts.append(f"Decoding:\n{gpu_decode.tables(decoding)}")
     return "\n\n".join(parts)
+
+
+def usual_points(records: list[Record]) -> list[Record]:
+    """The telling points, without those of decoding."""
+    return [r for r in records if "row" not in parse_case(r.case) and not gpu_decode.is_point(r)]
 
 
 def _shape(record: Record) -> str:

@@ -2,7 +2,8 @@
 # On a machine with a GPU: is it right, how fast is it, and what would be faster. In order of worth, each under 10 minutes:
 #
 #   benchmarks/gpu.sh OUTDIR right     the first kernels, GPU tests, every tuned row, compute-sanitizer
-#   benchmarks/gpu.sh OUTDIR fast      the telling points against jax.nn on XLA and cuDNN; a profile of one kernel
+#   benchmarks/gpu.sh OUTDIR fast      the telling points and decoding, against jax.nn on XLA and cuDNN; a profile of one
+#                                      kernel
 #   benchmarks/gpu.sh OUTDIR tune      candidates for the tuning table by turns; then the rest of the tests
 #
 # Needs Python with JAX, jax-triton and Triton, and nothing installed besides. Everything is written to OUTDIR as it
@@ -87,7 +88,9 @@ right)
     ;;
 fast)
     part "points"
-    benchmark points $((all - 90))
+    benchmark points $((all / 2))
+    part "decoding"
+    benchmark decode $(($(left) - 90))
     if command -v ncu >/dev/null; then
         part "a profile of the forward kernel"
         within 60 ncu ncu --kernel-name regex:attn_fwd --launch-count 1 --set basic --section WarpStateStats \

@@ -11,18 +11,16 @@ import argparse
 import base64
 import dataclasses
 import html
-import itertools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import attention_mask, block_masks, cold_start, components, gpu, results, sdpa, sparse_masks
+from . import attention_mask, block_masks, cold_start, components, decode, gpu, plots, results, sdpa, sparse_masks
 from .results import Record, parse_case
 from .sweep import failures, summary, table
 
-COLOURS = ("#1b6ca8", "#e07b39", "#3a9d5d", "#8e5ea2", "#b8860b", "#c0392b", "#5f6f7a", "#17a2b8")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 2px solid #1b6ca8; padding-bottom: .2rem; }
@@ -44,9 +42,9 @@ class Section:
     """What the page says of one benchmark."""
 
     title: str
-    text: Callable[[list[Record]], str]
-    """Its tables."""
-    draw: Callable[[list[Record], Any], None] | None = None
+    text: Callable[[list[Any]], str]
+    """Its tables, of its records."""
+    draw: Callable[[list[Any], Any], None] | None = None
     """Draws into a matplotlib figure."""
     against: str = ""
 
@@ -60,10 +58,7 @@ def build(root: Path) -> str:
     parts, names = [], []
     for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []:
         sections = [part for path in sorted(folder.glob("*.csv")) if (part := _section(path))]
-        if (folder / "xla_path.json").exists():
-            sections.append(_xla_path(folder / "xla_path.json"))
-        if (folder / "cold_start.json").exists():
-            sections.append(_cold_start(folder / "cold_start.json"))
+        sections += [_json_section(path) for name in JSON_SECTIONS if (path := folder / f"{name}.json").exists()]
         if sections:
             names.append(folder.name)
             parts.append(f'<h2 id="{folder.name}">{folder.name}</h2>\n' + "\n".join(sections))
@@ -106,6 +101,20 @@ def _section(path: Path) -> str:
     )
 
 
+def _json_section(path: Path) -> str:
+    """One file of `results.write_json`."""
+    made, section = json.loads(path.read_text()), JSON_SECTIONS[path.stem]
+    about = ", ".join(f"{key} {value}" for key, value in made["machine"].items())
+    picture = ""
+    if section.draw:
+        image = _drawn(section.draw, made["results"], path.with_suffix(".png"))
+        picture = f'<img src="{_data(image)}" alt="{image.stem}">\n'
+    return (
+        f'<h3>{html.escape(section.title)}</h3>\n<p class="small">{html.escape(about)}</p>\n{picture}'
+        f"<pre>{html.escape(section.text(made['results']))}</pre>\n"
+    )
+
+
 def _machine(records: list[Record]) -> str:
     """What a file was measured on, with what, and when."""
     first, dates = records[0], sorted(r.date for r in records)
@@ -119,7 +128,7 @@ def _machine(records: list[Record]) -> str:
     )
 
 
-def _drawn(draw: Callable[[list[Record], Any], None], records: list[Record], path: Path) -> Path:
+def _drawn(draw: Callable[[list[Any], Any], None], records: list[Any], path: Path) -> Path:
     """Draws, and writes the PNG."""
     import matplotlib
 
@@ -138,191 +147,6 @@ def _drawn(draw: Callable[[list[Record], Any], None], records: list[Record], pat
 
 def _data(image: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
-
-
-# The plots.
-
-
-def _bars(
-    axes: Any, groups: list[str], lines: dict[str, list[Record | None]], value: Callable, spread: Callable | None = None
-):
-    """Bars side by side: a line of records for each name, one record for each group; a cross where there is none."""
-    width, colours = 0.8 / max(len(lines), 1), itertools.cycle(COLOURS)
-    for i, (name, line) in enumerate(lines.items()):
-        at = [g + (i - (len(lines) - 1) / 2) * width for g in range(len(groups))]
-        heights = [value(r) if r is not None and r.ok else 0.0 for r in line]
-        colour = next(colours)
-        axes.bar(at, heights, width, label=name, color=colour)
-        for x, record in zip(at, line, strict=True):
-            if record is not None and record.ok and spread is not None:
-                axes.vlines(x, *spread(record), color="#222", lw=1)
-            elif record is not None and not record.ok and record.status is not results.Status.UNSUPPORTED:
-                axes.annotate(
-                    str(record.status), (x, 0), rotation=90, fontsize=7, ha="center", va="bottom", color=colour
-                )
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.grid(axis="y", alpha=0.3)
-
-
-def _plain_log(axes: Any) -> None:
-    """A log scale with numbers that one reads as they are."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 50 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend_above(axes: Any, columns: int = 3) -> None:
-    """Where it covers no bar."""
-    axes.legend(ncols=columns, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-
-
-def _lines(
-    records: list[Record], providers: tuple[str, ...], keep: Callable[[dict[str, str]], bool] = lambda case: True
-):
-    """Cases that are kept, and the records of each provider over them."""
-    cases = [c for c in dict.fromkeys(r.case for r in records) if keep(parse_case(c))]
-    found = {(r.case, r.provider): r for r in records}
-    lines = {p: [found.get((c, p)) for c in cases] for p in providers}
-    return cases, {p: line for p, line in lines.items() if any(r is not None and r.ok for r in line)}
-
-
-def _draw_mha(records: list[Record], figure: Any) -> None:
-    """Times faster than jax, tuned sizes: one panel for each mode."""
-    modes = [m for m in ("fwd", "bwd") if any(parse_case(r.case)["mode"] == m for r in records)]
-    panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
-    for mode, axes in zip(modes, panels, strict=True):
-        free = [r for r in records if "blocksize_q" not in parse_case(r.case)]
-        cases, lines = _lines(free, ("flash-tuned", "jax-cudnn"), lambda case, mode=mode: case["mode"] == mode)
-        keys = {key: len({parse_case(c)[key] for c in cases}) for c in cases[:1] for key in parse_case(c)}
-        varying = [key for key, n in keys.items() if n > 1 and key != "mode"]
-        names = {"bias": {"True": "bias", "False": "no bias"}}
-        titles = ["\n".join(names.get(k, {}).get(v, v if k == "seqlen" else f"{k} {v}")
-                            for k in varying for v in [parse_case(c)[k]]) for c in cases]  # fmt: skip
-        _bars(axes, titles, lines, lambda r: r.times_faster, lambda r: (r.times_faster_p20, r.times_faster_p80))
-        axes.axhline(1, color="#222", lw=1, ls="--")
-        axes.set_xlabel({"fwd": "forward", "bwd": "forward and backward"}[mode] + ", by sequence length")
-    panels[0].set_ylabel("times faster than jax.nn (XLA)")
-    _legend_above(panels[0])
-
-
-def _draw_attention_mask(records: list[Record], figure: Any) -> None:
-    jits = [j for j in ("True", "False") if any(parse_case(r.case)["jit"] == j for r in records)]
-    for jit, axes in zip(jits, figure.subplots(1, len(jits), squeeze=False)[0], strict=True):
-        cases, lines = _lines(records, tuple(attention_mask.BUILDERS), lambda case, jit=jit: case["jit"] == jit)
-        titles = [
-            f"{c['batch']}x{c['seqlen']}" + ("\npadding" if c["padding"] == "True" else "")
-            for c in map(parse_case, cases)
-        ]
-        _bars(axes, titles, lines, lambda r: r.ms, lambda r: (r.ms_p20, r.ms_p80))
-        axes.set_ylabel("ms (log scale)")
-        axes.set_xlabel("with jit" if jit == "True" else "without jit")
-        axes.tick_params(axis="x", labelsize=7)
-        _plain_log(axes)
-        _legend_above(axes)
-
-
-def _draw_sparse_masks(records: list[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 5)
-    for operation, axes in zip(sparse_masks.PROVIDERS, panels, strict=True):
-        cases, lines = _lines(records, sparse_masks.PROVIDERS[operation], lambda c, o=operation: c["operation"] == o)
-        parsed = [parse_case(c) for c in cases]
-        titles = [f"{c['sparsity']}%" if "sparsity" in c else f"{c['size']}\nafter\n{c['previous']}" for c in parsed]
-        _bars(axes, titles, lines, lambda r: r.ms)
-        axes.set_xlabel(f"{operation}, by zeros" if operation in sparse_masks.OPERATIONS else f"{operation} masker")
-        axes.tick_params(axis="x", labelsize=7)
-        _plain_log(axes)
-        _legend_above(axes, 1)
-    panels[0].set_ylabel("ms (log scale)")
-
-
-def _draw_block_masks(records: list[Record], figure: Any) -> None:
-    for mode, axes in zip(("fwd", "bwd"), figure.subplots(1, 2, sharey=True), strict=True):
-        cases, lines = _lines(records, ("block-mask", "option"), lambda case, mode=mode: case["mode"] == mode)
-        titles = [f"{c['mask']}\n{c['seqlen']}" for c in map(parse_case, cases)]
-        _bars(axes, titles, lines, lambda r: r.times_faster, lambda r: (r.times_faster_p20, r.times_faster_p80))
-        axes.axhline(1, color="#222", lw=1, ls="--")
-        axes.set_xlabel({"fwd": "forward", "bwd": "forward and backward"}[mode] + ", by mask and length")
-        axes.tick_params(axis="x", labelsize=7)
-        _legend_above(axes)
-    figure.axes[0].set_ylabel("times faster than causal attention")
-
-
-def _draw_components(records: list[Record], figure: Any) -> None:
-    """Shares of the stages, and what the cache saves."""
-    left, right = figure.subplots(1, 2)
-    found = {
-        t: x for t, x in components.by_length(records).items() if all(s in x and x[s].ok for s in components.STAGES)
-    }
-    before = [0.0] * len(found)
-    for stage, colour in zip(components.STAGES, COLOURS, strict=False):
-        sums = [sum(x[s].ms or 0.0 for s in components.STAGES) for x in found.values()]
-        shares = [100 * (x[stage].ms or 0.0) / total for x, total in zip(found.values(), sums, strict=True)]
-        left.barh(list(found), shares, left=before, label=stage, color=colour)
-        before = [a + b for a, b in zip(before, shares, strict=True)]
-    left.invert_yaxis()
-    left.set_xlim(0, 100)
-    left.set_xlabel("% of the sum of the stages")
-    left.set_ylabel("length")
-    _legend_above(left)
-    _, lines = _lines(records, ("eager-cached", "eager-flash"))
-    named = {"eager-cached": "dense attention, mask cached", "eager-flash": "flash attention, no mask"}
-    titles = list(components.by_length(records))
-    _bars(right, titles, {named[p]: line for p, line in lines.items()}, lambda r: r.times_faster,
-          lambda r: (r.times_faster_p20, r.times_faster_p80))  # fmt: skip
-    right.axhline(1, color="#222", lw=1, ls="--")
-    right.set_xlabel("length; called without jit")
-    right.set_ylabel("times faster than dense attention, mask built")
-    _legend_above(right)
-
-
-def _draw_sdpa(records: list[Record], figure: Any) -> None:
-    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    cases, lines = _lines(records, ("ours", *sdpa.OTHERS))
-    titles = [f"{c['size']}\n{'causal' if c['causal'] == 'True' else 'full'}" for c in map(parse_case, cases)]
-    _bars(left, titles, lines, lambda r: 1000 / r.ms, lambda r: (1000 / r.ms_p80, 1000 / r.ms_p20))
-    left.set_ylabel("iterations per second (log scale)")
-    _plain_log(left)
-    _legend_above(left)
-    cases, lines = _lines(records, sdpa.RUNGS)
-    _bars(
-        right, titles, lines, lambda r: 1 / r.times_faster, lambda r: (1 / r.times_faster_p80, 1 / r.times_faster_p20)
-    )
-    right.axhline(1, color="#222", lw=1, ls="--")
-    right.set_ylabel("time with it switched off, ours = 1")
-    _legend_above(right, 4)
-
-
-def _draw_gpu(records: list[Record], figure: Any) -> None:
-    """TFLOP/s over length, one panel for each mode and width."""
-    points = [r for r in records if "row" not in parse_case(r.case)]
-    kinds = list(dict.fromkeys((c["mode"], c["headdim"], c["causal"]) for c in (parse_case(r.case) for r in points)))
-    columns = min(len(kinds), 4)
-    rows = -(-len(kinds) // max(columns, 1))
-    figure.set_size_inches(11, 2.6 * rows + 0.6)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(kinds) :]:
-        axes.set_visible(False)
-    for kind, axes in zip(kinds, panels, strict=False):
-        for provider, colour in zip(gpu.PROVIDERS, COLOURS, strict=False):
-            cases = [(parse_case(r.case), r) for r in points if r.provider == provider and r.ok]
-            line = sorted(
-                (int(c["seqlen"]), r.tflops or 0.0) for c, r in cases if (c["mode"], c["headdim"], c["causal"]) == kind
-            )
-            axes.plot(*zip(*line, strict=True) if line else ((), ()), "o-", ms=3, color=colour, label=provider)
-        axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
-        axes.set_title(f"{kind[0]}, width {kind[1]}, {'causal' if kind[2] == 'True' else 'full'}", fontsize=9)
-        axes.grid(alpha=0.3)
-    if len(panels):
-        panels[0].legend(fontsize=7)
-        panels[0].set_ylabel("TFLOP/s")
-
-
-# The tables.
 
 
 def _text_mha(records: list[Record]) -> str:
@@ -346,42 +170,41 @@ def _text_sdpa(records: list[Record]) -> str:
     return f"{sdpa.rates(records, 500)}\n\nTime with an optimisation switched off, ours = 1:\n{ladder}"
 
 
-def _xla_path(path: Path) -> str:
-    """The numbers of the README, which are in a file of their own."""
-    made = json.loads(path.read_text())
+def _text_xla_path(made: list[dict[str, Any]]) -> str:
     rows = [["case", "pass", "ours ms", "jax.nn ms", "x", "p20", "p80"]]
-    for r in made["results"]:
+    for r in made:
         rows.append([r["title"], r["pass"], *(f"{x:.2f}" for x in (*r["ms"], r["times_faster"], r["p20"], r["p80"]))])
-    return _plain("The XLA path against jax.nn", made["machine"], table(rows, left=2))
-
-
-def _cold_start(path: Path) -> str:
-    """CPU-seconds of the stages of a process's start, which `Record`, whose points are times of one call, has not."""
-    made = json.loads(path.read_text())
-    return _plain("cold_start: what a new process pays", made["machine"], cold_start.tables(made["results"]))
-
-
-def _plain(title: str, machine: dict, text: str) -> str:
-    about = ", ".join(f"{key} {value}" for key, value in machine.items())
-    return f'<h3>{html.escape(title)}</h3>\n<p class="small">{html.escape(about)}</p>\n<pre>{html.escape(text)}</pre>\n'
+    return table(rows, left=2)
 
 
 SECTIONS = {
-    "mha": Section("mha: attention forward and backward", _text_mha, _draw_mha, "jax"),
+    "mha": Section("mha: attention forward and backward", _text_mha, plots.draw_mha, "jax"),
     "attention_mask": Section(
         "attention_mask: three ways to build a causal mask",
         attention_mask.tables,
-        _draw_attention_mask,
+        plots.draw_attention_mask,
         "make_causal_mask",
     ),
     "sparse_masks": Section(
-        "sparse_masks: masks of weights, as entries or dense", _text_sparse_masks, _draw_sparse_masks, "sparse"
+        "sparse_masks: masks of weights, as entries or dense", _text_sparse_masks, plots.draw_sparse_masks, "sparse"
     ),
-    "block_masks": Section("block_masks: what skipping tiles brings", block_masks.tables, _draw_block_masks, "causal"),
-    "components": Section("components: where a layer's time goes", _text_components, _draw_components),
-    "sdpa": Section("sdpa: iterations per second, and what each optimisation brings", _text_sdpa, _draw_sdpa, "ours"),
-    "gpu": Section("gpu: tuned rows, and the most telling points", gpu.text, _draw_gpu, "xla"),
+    "block_masks": Section(
+        "block_masks: what skipping tiles brings", block_masks.tables, plots.draw_block_masks, "causal"
+    ),
+    "components": Section("components: where a layer's time goes", _text_components, plots.draw_components),
+    "sdpa": Section(
+        "sdpa: iterations per second, and what each optimisation brings", _text_sdpa, plots.draw_sdpa, "ours"
+    ),
+    "gpu": Section("gpu: tuned rows, and the most telling points", gpu.text, plots.draw_gpu, "xla"),
 }
+"""Of files of `Record`s."""
+
+JSON_SECTIONS = {
+    "xla_path": Section("The XLA path against jax.nn", _text_xla_path),
+    "decode": Section("decode: a query row over a long cache", decode.tables, plots.draw_decode),
+    "cold_start": Section("cold_start: what a new process pays", cold_start.tables),
+}
+"""Of files of what no `Record`, whose points are times of one call, has."""
 
 
 def main(argv: list[str] | None = None) -> int:

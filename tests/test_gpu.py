@@ -6,11 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import paged_cases
 import pytest
 from cases import CASES, Case
 from checks import assert_near, assert_same_bits, flash
 
-from jax_flash_attn2 import flash_attention
+from jax_flash_attn2 import Config, flash_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -22,6 +23,16 @@ WIDTHS = [
     for d, v in ((64, 64), (128, 128), (256, 256), (192, 128), (96, 96), (80, 80), (32, 32), (64, 68), (8, 8))
 ]  # fmt: skip
 """The first to be run: every width forward and backward."""
+
+DECODE = [
+    Case(
+        f"decode_{dtype}_{rows}x{heads}to{kv_heads}_hd{d}", rows, 4096, (2,), heads, kv_heads, d,
+        causal=True, alignment="bottom_right", lengths="k", dtype=dtype, block=(None, None),
+    )
+    for rows, heads, kv_heads, d in ((1, 32, 8, 128), (1, 64, 1, 128), (4, 16, 4, 64), (1, 8, 2, 256))
+    for dtype in ("bfloat16", "float32")
+]  # fmt: skip
+"""A few rows against many keys, which several programs share."""
 
 LONG = [
     Case(
@@ -47,6 +58,57 @@ def check(case: Case, block_ptr: bool | None) -> None:
 @pytest.mark.parametrize("case", WIDTHS, ids=str)
 def test_widths(case, block_ptr):
     check(case, block_ptr)
+
+
+@VARIANTS
+@pytest.mark.parametrize("splits", [None, 7])
+@pytest.mark.parametrize("case", DECODE, ids=str)
+def test_decode(case, splits, block_ptr):
+    config = {"fwd": Config(num_splits=splits)}
+    assert_near(case, flash(case, implementation="triton", block_ptr=block_ptr, config=config))
+
+
+def check_paged(problem: paged_cases.Problem | int, block_ptr: bool | None) -> None:
+    arrays = (paged_cases.draw(problem) if isinstance(problem, int) else problem).arrays
+    pages = [arrays[name] for name in ("k_pages", "v_pages") if name in arrays]
+    if block_ptr and any(x.shape[3] * x.dtype.itemsize % 16 for x in pages):
+        pytest.skip("a descriptor's rows are multiples of 16 bytes")
+    if pages[0].dtype == jnp.float8_e4m3fn and float(jax.devices()[0].compute_capability) < 8.9:
+        pytest.skip("this chip has no e4m3")
+    paged_cases.check(problem, "triton", block_ptr=block_ptr)
+
+
+def paged_problem(size: int, cache: str, latent: bool) -> paged_cases.Problem:
+    """Four sequences of up to 3000 keys in pages in no order, as they are served."""
+    rng, lengths = np.random.default_rng(size), np.int32([3000, 1, 1025, 2048])
+    heads, kv_heads, width = (16, 1, 576) if latent else (32, 8, 128)
+    table = rng.permutation(4 * -(-3000 // size)).reshape(4, -1).astype(np.int32)
+    draw = functools.partial(paged_cases._numbers, rng)
+    x = {"q": draw((4, heads, width), "bfloat16"), "page_table": table, "lengths": lengths}
+    for name in "k" if latent else "kv":
+        x[f"{name}_pages"] = draw((table.size, size, kv_heads, width), cache)
+        if cache == "int8":
+            x[f"{name}_scale"] = rng.uniform(0.01, 0.03, (table.size, kv_heads)).astype(np.float32)
+    options = {"window_size": None, "softmax_scale": None, "head_dim_v": 512 if latent else None}
+    return paged_cases.Problem(f"pages{size}-{cache}{'-latent' * latent}", x, options)
+
+
+PAGED = [(size, "bfloat16", False) for size in (16, 64, 256)]
+PAGED += [(64, "int8", False), (64, "bfloat16", True), (16, "int8", True)]
+
+
+@VARIANTS
+@pytest.mark.parametrize(("size", "cache", "latent"), PAGED)
+def test_paged(size, cache, latent, block_ptr):
+    if latent and block_ptr:
+        pytest.skip("latent attention reads through pointers")
+    check_paged(paged_problem(size, cache, latent), block_ptr)
+
+
+@pytest.mark.parametrize("block_ptr", [False, True], ids=["ptr_block", "block_ptr"])
+@pytest.mark.parametrize("number", range(12))
+def test_paged_drawn(number, block_ptr):
+    check_paged(number, block_ptr)
 
 
 @VARIANTS
