@@ -39,7 +39,8 @@ def forward(
         starts = lax.cummax(jnp.clip(starts, 0, rows))  # whatever they are, no loop runs away
     else:
         starts, sizes = jnp.arange(batch + 1, dtype=jnp.int32) * most, [most]
-    largest = (config and config.block_m) or BLOCKS[-1]
+    config = config or Config()
+    largest = config.block_m or BLOCKS[-1]
     sizes = list(dict.fromkeys(min(m, largest) for m in sizes))
 
     call = _Call(spec, config, q, k, v, operands, starts)
@@ -66,7 +67,7 @@ def forward(
 class _Call:
     """The arrays of a call, and what is done with them for a block of rows."""
 
-    def __init__(self, spec: Spec, config: Config | None, q, k, v, operands: Mapping[str, Array], starts: Array):
+    def __init__(self, spec: Spec, config: Config, q, k, v, operands: Mapping[str, Array], starts: Array):
         self.spec, self.config, self.q, self.starts = spec, config, q, starts
         self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
         batch = starts.shape[0] - 1
@@ -77,7 +78,7 @@ class _Call:
             (k, operands.get("k_scale"), spec.head_dim),
             (k if spec.rules.latent else v, operands.get("v_scale"), spec.v_dim),
         ]
-        keys = (config and config.block_n) or _TILE // (spec.kv_heads * spec.head_dim)
+        keys = config.block_n or _TILE // (spec.kv_heads * spec.head_dim)
         self.pages = min(max(keys // spec.page_size, 1), self.table.shape[1])
         """How many are gathered at a time."""
 
