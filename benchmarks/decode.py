@@ -172,7 +172,7 @@ def measure(cache: Cache, fills: list[str], seconds: float) -> Iterator[dict[str
                 wrong[name] = {"wrong": said}
         calls["read"] = reading([made[name] for name in ("k", "v") if name in made], lengths)
         each = {name: Prepared(calls[name], None, None) for name in _order(calls) if name not in wrong}
-        times = timing.by_turns(each, Effort(seconds / len(each), most=10**6, warmup=1))
+        times = timing.by_turns(each, Effort(seconds / len(each), most=10**6, warmup=0))  # compared: warm
         live_bytes, baseline = int(lengths.sum()) * cache.token_bytes, list(programs.attend)[-1]
         found = {name: _found(name, times, baseline, live_bytes) for name in calls if name in times}
         for name in found.keys() & programs.attend.keys():
