@@ -18,7 +18,7 @@ WORKERS := -n $(JOBS) --dist worksteal
 OTHER_triton38 := triton==3.8.0
 OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
-.PHONY: help demo test test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
+.PHONY: help demo test test-ci test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
 .PHONY: gallery generate long-context test-drawn test-ptxas lock clean
 .PRECIOUS: %/bin/pip
 
@@ -49,6 +49,9 @@ TODAYS = THIRD=$(or $(THIRD),$(shell echo $$(($(TODAY) % 3)))) NINTH=$(or $(NINT
 
 test: | .venv/bin/pip ## lint, types, tests (of combinations a third), and the check of the generated GPU code
 	@$(TODAYS) $(STAGED) test environment lint test-xla $(TRITON) $(if $(GPU),test-gpu)
+
+test-ci: | .venv/bin/pip ## what `make test` does, every tuned kernel, and test-matrix
+	@$(TODAYS) NINTH= $(STAGED) test-ci environment lint test-xla $(TRITON) $(MATRIX)
 
 test-all: | .venv/bin/pip ## every test, compiled as for users, every tuned kernel, and test-matrix
 	@THIRD= NINTH= FULLY=--fully $(STAGED) test-all environment lint test-xla $(TRITON) $(MATRIX) $(if $(GPU),test-gpu)
