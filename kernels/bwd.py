@@ -275,7 +275,7 @@ def attn_bwd_dbias_kernel(
                 shift = load_constants(constants, here, i, M, SHIFT, SPEC)
                 delta = load_constants(constants, here, i, M, DELTA, SPEC)
                 norm = load_constants(constants, here, i, M, NORM, SPEC)
-                span = key_span(i // M, here, x, SPEC, CFG)
+                span = key_span(i // M, i, here, x, SPEC, CFG)
                 first, last = span.begin, span.end
                 if not SPEC.listed:
                     first, last = tl.maximum(n_begin, first), tl.minimum(n_end, last)

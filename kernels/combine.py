@@ -22,8 +22,9 @@ def attn_combine_kernel(
     if SPEC.cu_q_lens is not None:
         here = ending(here, tl.load(x[SPEC.cu_q_lens.at] + sizes[4]))
     split = tl.arange(0, S)
-    rows = tl.cast(sizes[0], tl.int64) * sizes[1]
-    at = here.first_stat + split * (rows * SPEC.heads) + h * tl.cast(sizes[1], tl.int64) + row
+    own, rows = tl.cast(b, tl.int64) * sizes[1] + row, tl.cast(sizes[0], tl.int64) * sizes[1]
+    first = (tl.cast(b, tl.int64) * SPEC.heads + h) * sizes[1] + row
+    at = first + split * (rows * SPEC.heads)
     m = tl.load(m_parts + at, mask=split < CFG.num_splits, other=float("-inf"))
     l = tl.load(l_parts + at, mask=split < CFG.num_splits, other=0.0)
     top = tl.max(m, 0)
@@ -35,9 +36,9 @@ def attn_combine_kernel(
     for first in tl.static_range(0, S, STEP):
         split = first + tl.arange(0, STEP)
         inside = split < CFG.num_splits
-        at = here.first_stat + split * (rows * SPEC.heads) + h * tl.cast(sizes[1], tl.int64) + row
+        at = first + split * (rows * SPEC.heads)
         weight = tl.exp2(tl.load(m_parts + at, mask=inside, other=float("-inf")) - pivot)
-        at = ((here.first_q + row + split * rows) * SPEC.heads + h) * SPEC.v_dim
+        at = ((own + split * rows) * SPEC.heads + h) * SPEC.v_dim
         part = tl.load(parts + at[:, None] + j, mask=inside[:, None] & (j < SPEC.v_dim), other=0.0)
         acc += tl.sum(part * weight[:, None], 0)
     one = tl.zeros([1], tl.float32)

@@ -270,10 +270,10 @@ def attn_fwd_kernel(
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             if SPEC.page_size:
                 k_tile = k_tile.to(q_tile.dtype)
-            s, unit, _, _ = logits(
+            s, unit, _, _ = logits(  # [M, N]
                 q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG,
                 other_columns(rest, v, n, WHOLE if BARE else EDGE_K, SPEC, CFG), k,
-            )  # fmt: skip # [M, N]
+            )  # fmt: skip
             if CFG.overlaps and BARE:  # runs while this tile's p is computed
                 before = tile_before(i, first, here, span, x, N, BARE, SPEC)
                 acc = plus_product(

@@ -29,7 +29,7 @@ class Place(NamedTuple):
     offset: tl.tensor
     """Row i has position i + offset among the keys."""
     first_q: tl.tensor
-    """Which row of q's array row 0 is, counted through the batches."""
+    """Which row of q's array row 0 is, counted through the batches; None, here and below: as b and seqlen_q say."""
     first_stat: tl.tensor
     """Where an array of one number for each row has that of row 0 of head 0."""
     rows_q: tl.tensor
@@ -51,11 +51,7 @@ def place(x, b, h, sizes, SPEC: tl.constexpr):
         end_k = tl.minimum(seqlen_k, load_scalar(x, b, h, SPEC.kv_lengths, SPEC))
     if SPEC.offset is not None:
         offset = load_scalar(x, b, h, SPEC.offset, SPEC)
-    first = tl.cast(b, tl.int64) * seqlen_q
-    return Place(
-        b, h, h, h // SPEC.group, seqlen_q, seqlen_k, end_q, end_k, None, offset,
-        first, first * SPEC.heads, seqlen_q, pages,
-    )  # fmt: skip
+    return Place(b, h, h, h // SPEC.group, seqlen_q, seqlen_k, end_q, end_k, None, offset, None, None, None, pages)
 
 
 @triton.jit
@@ -96,9 +92,13 @@ def packed(here, M: tl.constexpr, SPEC: tl.constexpr):
 def part_of(here, split, sizes, SPEC: tl.constexpr):
     """Where the results of a split are: behind those of the splits before it."""
     rows = split.to(tl.int64) * (sizes[0] * sizes[1])
+    first, first_stat, rows_q = here.first_q, here.first_stat, here.rows_q
+    if SPEC.cu_q_lens is None:
+        first, rows_q = tl.cast(here.b, tl.int64) * here.seqlen_q, here.seqlen_q
+        first_stat = first * SPEC.heads
     return Place(
         here.b, here.h, here.first_h, here.kv, here.seqlen_q, here.seqlen_k, here.end_q, here.end_k, here.begin_k,
-        here.offset, here.first_q + rows, here.first_stat + rows * SPEC.heads, here.rows_q, here.pages,
+        here.offset, first + rows, first_stat + rows * SPEC.heads, rows_q, here.pages,
     )  # fmt: skip
 
 

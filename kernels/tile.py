@@ -81,7 +81,10 @@ def rows_of(x, b, h, seqlen, limit):
 @triton.jit
 def queries(x, here):
     """The rows of x, which are as many as q's, that belong to a `place.Place`."""
-    return Rows(x, here.first_q, here.b, here.first_h, here.seqlen_q, here.end_q, None, None, 0)
+    rows = rows_of(x, here.b, here.first_h, here.seqlen_q, here.end_q)
+    if here.first_q is not None:
+        rows = Rows(x, here.first_q, here.b, here.first_h, here.seqlen_q, here.end_q, None, None, 0)
+    return rows
 
 
 @triton.jit
@@ -203,25 +206,30 @@ def row_heads(here, ROWS: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def vector_at(here, start, ROWS: tl.constexpr, SPEC: tl.constexpr):
-    """Where an array [B, H, seqlen_q] has something of each row of a tile, and which rows these are."""
-    i, h = start + tl.arange(0, ROWS), here.h
+    """Where an array [B, H, seqlen_q] has what it has of the heads of a tile's rows, and which rows these are."""
+    i = tl.arange(0, ROWS)
     if SPEC.packed > 1:
-        i, h = start + tl.arange(0, ROWS) // SPEC.packed, row_heads(here, ROWS, SPEC)
-    return here.first_stat + h * tl.cast(here.rows_q, tl.int64) + i, i
+        i = i // SPEC.packed
+    h = row_heads(here, ROWS, SPEC)
+    if here.first_stat is None:
+        at = (tl.cast(here.b, tl.int64) * SPEC.heads + h) * here.seqlen_q
+    else:
+        at = here.first_stat + h * tl.cast(here.rows_q, tl.int64)
+    return at, start + i
 
 
 @triton.jit
 def load_vector(x, past, here, start, ROWS: tl.constexpr, SPEC: tl.constexpr):
     """x[b, h, start:start+ROWS] of an array [B, H, seqlen_q]; reads `past` past the end."""
     at, i = vector_at(here, start, ROWS, SPEC)
-    return tl.load(x + at, mask=i < here.seqlen_q, other=past)
+    return tl.load(x + at + i, mask=i < here.seqlen_q, other=past)
 
 
 @triton.jit
 def store_vector(x, vector, here, start, SPEC: tl.constexpr):
     """The inverse of `load_vector`."""
     at, i = vector_at(here, start, vector.shape[0], SPEC)
-    tl.store(x + at, vector, mask=i < here.seqlen_q)
+    tl.store(x + at + i, vector, mask=i < here.seqlen_q)
 
 
 @triton.jit
