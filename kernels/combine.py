@@ -33,8 +33,8 @@ def attn_combine_kernel(
     STEP: tl.constexpr = min(max(AT_ONCE // COLS, 1), S)
     acc = tl.zeros([COLS], tl.float32)
     j = tl.arange(0, COLS)[None, :]
-    for first in tl.static_range(0, S, STEP):
-        split = first + tl.arange(0, STEP)
+    for begin in tl.static_range(0, S, STEP):
+        split = begin + tl.arange(0, STEP)
         inside = split < CFG.num_splits
         at = first + split * (rows * SPEC.heads)
         weight = tl.exp2(tl.load(m_parts + at, mask=inside, other=float("-inf")) - pivot)
