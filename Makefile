@@ -70,6 +70,7 @@ test-kernels: .venv/dev.stamp
 test-drawn: .venv/dev.stamp ## 300 drawn score functions, on both backends, and 300 drawn paged problems
 	DRAWN=300 $(CPU) $(PYTEST) $(WORKERS) tests/test_score_mod.py tests/test_paged.py -k drawn
 	DRAWN=300 TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_translate.py -k drawn
+	DRAWN=60 TRITON_INTERPRET=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_decode_kernels.py -k drawn
 
 test-every: .venv/dev.stamp ## every option with every method, order and number of devices
 	EVERY=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_context_parallel.py -k "alone or pairs"

@@ -55,7 +55,12 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+ALWAYS = ("causal", "lengths", "positions", "all")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.in_thirds) for name in OPTIONS]
+)
 def test_few_rows(name):
     options, several = OPTIONS[name], sum(map(ord, name)) % 2 == 0
     if name.startswith("function") or name == "dropout":
@@ -81,7 +86,7 @@ def test_gradients_do_not_mind_splits():
         np.testing.assert_allclose(x, y, atol=3e-6)
 
 
-@pytest.mark.parametrize("numbers", paged_cases.numbers(12, 2))
+@pytest.mark.parametrize("numbers", paged_cases.numbers(8, 2))
 def test_paged_drawn(numbers):
     for n in numbers:
         for block_ptr in (False, True) if len(numbers) > 1 and "DRAWN" in paged_cases.os.environ else (n % 2 == 1,):
