@@ -29,6 +29,7 @@ CASES = [
     case("plain", lse=False),
     case("tuned_tiles", block=(None, None), lengths="k"),
     case("causal", 3, causal=True),
+    case("no_groups", heads=2, lengths="k"),
     case("one_group", 3, heads=2, lengths="k"),
     case("group_of_7", heads=14, causal=True, lengths="k"),
     case("group_of_7_rows", 16, heads=14, causal=True, lengths="qk"),

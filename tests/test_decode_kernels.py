@@ -75,6 +75,16 @@ def test_few_rows(name):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=f"{name}, {splits} splits")
 
 
+def test_many_rows_are_split_if_asked():
+    q, k, v = draw(1, 40, 2, D), draw(1, 90, 1, D), draw(1, 90, 1, D)
+    options = {"window_size": (30, 0), **LOW, "kv_lengths": jnp.int32([80])}
+    want = reference.attention(q, k, v, **options, compute=jnp.float32)
+    how = {"config": {"fwd": Config(32, 16, num_splits=3)}, "implementation": "triton", "return_lse": True}
+    for x, y in zip(flash_attention(q, k, v, **options, **how), want[:2], strict=True):
+        np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
+        np.testing.assert_allclose(x, y, atol=2e-6)
+
+
 def test_gradients_do_not_mind_splits():
     def gradients(implementation, config):
         loss = lambda q, k, v, sinks: flash_attention(

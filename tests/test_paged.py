@@ -231,6 +231,8 @@ WRONG = {
     "a scale of pages": (ValueError, r"k_scale must be a number or have shape", {"k_scale": np.ones(64, np.float32)}),
     "an integer scale": (TypeError, "v_scale must be a number or a floating array", {"v_scale": np.ones((64, 2), int)}),
     "splits": (ValueError, "splits must be from 1 to 256", {"splits": 0}),
+    "odd rows": (ValueError, "of 16 bytes, got head_dim 6 of v_pages", {"v_pages": V[..., :6], "block_ptr": True}),
+    "a mapping": (TypeError, "config must be a Config of the forward kernel", {"config": {"dq": Config()}}),
     "two splits": (ValueError, "contradicts", {"splits": 2, "config": Config(num_splits=3)}),
     "causal": (TypeError, "causal must be", {"causal": 1}),
 }  # fmt: skip

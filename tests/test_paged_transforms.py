@@ -52,6 +52,24 @@ def test_vmap_is_a_loop(mapped):
         assert_same([x[n] for x in got], one(*own))
 
 
+def test_types_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2, 4), ("b", "h"), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    rows, pages = draw(7, H, D), [put(x, None, None, "h") for x in (K, V)]
+    cases = {
+        "few": (Q, ("b", None, "h"), ("b", "h", None)), "one": (Q[:, 0], ("b", "h"), ("b", "h")),
+        "ragged": (rows, (None, "h"), ("h", None)),
+    }  # fmt: skip
+    with jax.set_mesh(mesh):
+        for name, (q, spec, of_lse) in cases.items():
+            starts = {"cu_q_lens": STARTS} if name == "ragged" else {}
+            o, lse = jax.jit(lambda q, k, v, s: paged_attention(q, k, v, TABLE, LENGTHS, return_lse=True, **s))(
+                put(q, *spec), *pages, starts
+            )
+            assert jax.typeof(o).sharding.spec == PartitionSpec(*spec, None), name
+            assert jax.typeof(lse).sharding.spec == PartitionSpec(*of_lse), name
+
+
 @pytest.mark.parametrize(
     ("q", "pages", "moved"),
     [

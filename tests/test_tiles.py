@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jax_flash_attn2.base.spec import Rules, Spec
-from jax_flash_attn2.tiles import spans
+from jax_flash_attn2.tiles import ragged, spans
 
 B, H, D = 2, 2, 8
 EVEN, CUT = (96, 128, 32, 32), (90, 117, 32, 48)  # rows, keys, and the sizes of a tile
@@ -80,3 +80,21 @@ def test_table(kind, sizes):
         assert (whole == (table == spans.FULL)).all()
     if kind in ("window", "positions"):
         assert len(np.unique(table)) == 3
+
+
+def test_blocks_of_ragged_rows():
+    table = np.asarray(ragged.blocks_of_rows(jnp.asarray([0, 1, 1, 20], jnp.int32), 23, 8))
+    assert table.shape == (-(-23 // 8) + 3 + 1, 4)
+    np.testing.assert_array_equal(
+        table[:5], [[0, 0, 0, 1], [2, 0, 1, 19], [2, 8, 1, 19], [2, 16, 1, 19], [-1, 0, 20, 3]]
+    )
+    np.testing.assert_array_equal(table[5:, 0], -1)
+    np.testing.assert_array_equal(table[5:, 3], 0)
+
+
+@pytest.mark.parametrize("starts", [[0, 9, 99, 3], [5, 2, -7, 30], [-1, 0, 2**30, -(2**30)]])
+def test_blocks_stay_within_the_rows(starts):
+    """Starts that do not fit, which under jit nobody can refuse, let no kernel write elsewhere."""
+    table = np.asarray(ragged.blocks_of_rows(jnp.asarray(starts, jnp.int32), 23, 8))
+    assert (table[:, 2:] >= 0).all()
+    assert (table[:, 2] + table[:, 3] <= 23).all()

@@ -291,24 +291,30 @@ def is_wide(q: Any, v: Any) -> bool:
 
 
 def _check_implementation_fits(call: Call, q: Array, v: Array) -> None:
-    dtype = q.dtype
-    if call.implementation == "triton" and dtype == jnp.float64:
-        raise TypeError('implementation="triton" has no float64, got float64 q, k and v; use "xla", or cast them')
+    check_dtype(call.implementation, q)
     if call.implementation == "triton" and is_wide(q, v):
         raise ValueError(
             f'implementation="triton" has heads of up to {arguments.KERNEL_HEAD_DIM}, got {q.shape[-1]} and '
             f'{v.shape[-1]}; use None or "xla", or, to decode with latent keys, paged_attention'
         )
-    for config in call.configs:
-        if not config.block_ptr:
-            continue
-        for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
-            if width * dtype.itemsize % 16:
-                raise ValueError(
-                    f"block_ptr=True needs rows of a multiple of 16 bytes, got head_dim {width} of {name} in "
-                    f"{dtype.name}; "
-                    f"use block_ptr=None or False, or pad to a multiple of {16 // dtype.itemsize}"
-                )
+    check_descriptors(call.configs, {"q and k": q, "v": v})
+
+
+def check_dtype(implementation: Implementation | None, q: Any) -> None:
+    """Raises if the kernels, which do not have q's dtype, are insisted on."""
+    if implementation == "triton" and q.dtype == jnp.float64:
+        raise TypeError('implementation="triton" has no float64, got float64 q; use "xla", or cast q, k and v')
+
+
+def check_descriptors(made: tuple[Config, ...], rows: Mapping[str, Any]) -> None:
+    """Raises if descriptors are asked for that cannot be made of these rows."""
+    for name, x in rows.items():
+        width, dtype = x.shape[-1], x.dtype
+        if any(config.block_ptr for config in made) and width * dtype.itemsize % 16:
+            raise ValueError(
+                f"block_ptr=True needs rows of a multiple of 16 bytes, got head_dim {width} of {name} in {dtype.name}; "
+                f"use block_ptr=None or False, or pad to a multiple of {16 // dtype.itemsize}"
+            )
 
 
 def block_ptr_from(value: str | None) -> bool | None:

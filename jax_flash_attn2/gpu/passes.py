@@ -17,7 +17,7 @@ from ..base.config import Tuned
 from ..base.layout import next_power_of_two
 from ..base.operands import is_score_array
 from ..base.spec import Operand, Spec, length_of_keys, sequences
-from ..tiles import block_lists, spans
+from ..tiles import block_lists, ragged, spans
 from . import functions, short
 
 LN2 = math.log(2)
@@ -274,22 +274,9 @@ def _query_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array])
 
 
 def _ragged_blocks(spec: Spec, config: Tuned, q, operands: Mapping[str, Array]) -> tuple[Array, ...]:
-    """int32 `[blocks, 4]`: of each block of rows its sequence, its first row there, where the sequence begins in q and
-    how many rows it has. The rows behind the last sequence, and blocks without rows, are of sequence -1."""
     if spec.cu_q_lens is None:
         return ()
-    ends = operands["cu_q_lens"].ravel()
-    batch, rows, total = ends.shape[0] - 1, config.block_m // spec.packed, q.shape[1]
-    ends = jnp.concatenate([ends, jnp.full(1, total, jnp.int32)])  # what is behind is one more sequence
-    lengths = jnp.maximum(jnp.diff(ends), 0)
-    blocks = jnp.cumsum((lengths + rows - 1) // rows, dtype=jnp.int32)
-    block = jnp.arange(-(-total // rows) + batch + 1, dtype=jnp.int32)
-    whose = jnp.searchsorted(blocks, block, side="right", method="compare_all").astype(jnp.int32)
-    own = jnp.minimum(whose, batch)
-    before = jnp.where(own > 0, blocks[own - 1], 0)
-    length = jnp.where(whose > batch, 0, lengths[own])
-    table = jnp.stack([jnp.where(whose < batch, whose, -1), (block - before) * rows, ends[own], length], -1)
-    return (table.astype(jnp.int32),)
+    return (ragged.blocks_of_rows(operands["cu_q_lens"].ravel(), q.shape[1], config.block_m // spec.packed),)
 
 
 def _key_spans(spec: Spec, config: Tuned, q, k, operands: Mapping[str, Array]) -> tuple[Array, ...]:

@@ -17,6 +17,7 @@ from jax import Array
 
 from ..base import arguments
 from ..base.known import is_known
+from ..tiles.ragged import sequence_of_rows
 
 
 def cu_lens(lengths: Array | np.ndarray) -> Array:
@@ -143,12 +144,6 @@ def unpack(x: Array | np.ndarray, lengths: Array | np.ndarray, seqlen: int | Non
     seqlen = _size("seqlen", seqlen)
     _check_within(lengths, seqlen, "seqlen")
     return _unpack(x, _cu_lens(lengths), seqlen)
-
-
-def sequence_of_rows(starts: Array, rows: int) -> Array:
-    """int32 `[rows]`: which sequence each row belongs to, by `cu_lens`; B: none."""
-    row = jnp.arange(rows, dtype=jnp.int32)
-    return jnp.searchsorted(jnp.asarray(starts)[1:], row, side="right", method="compare_all").astype(jnp.int32)
 
 
 _zero = functools.partial(jnp.zeros, (1,), jnp.int32)

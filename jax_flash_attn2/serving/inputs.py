@@ -8,10 +8,10 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments
-from ..base.arguments import Implementation, describe
+from ..base.arguments import describe
 from ..base.config import Config
 from ..base.known import full, is_known
-from ..masks.ragged import sequence_of_rows
+from ..tiles.ragged import sequence_of_rows
 
 NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
 """The dtypes of a cache whose numbers count what a scale says."""
@@ -335,21 +335,15 @@ def check_packed(q: Array, k: Array, v: Array, *, together: bool) -> None:
         )
 
 
-def with_splits(config: Any, splits: Any) -> Any:
-    """config, and how many programs share the keys of a tile of rows."""
+def of_forward(config: Any, splits: Any) -> dict[str, Config]:
+    """config for the one pass that there is, and how many programs share the keys of a tile of rows."""
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(f"config must be a Config of the forward kernel, or None (tuned), got {config!r}")
+    config = config or Config()
     if splits is None:
-        return config
+        return {"fwd": config}
     if not arguments.is_integer(splits) or not 1 <= splits <= 256:
         raise ValueError(f"splits must be from 1 to 256, or None (chosen), got {splits!r}")
-    if config is None:
-        return {"fwd": Config(num_splits=int(splits))}
-    if isinstance(config, Config) and config.num_splits in (None, splits):
-        return {"fwd": dataclasses.replace(config, num_splits=int(splits))}
-    raise ValueError(f"splits={splits} contradicts config={config!r}; give one of them")
-
-
-def fitting(implementation: Implementation | None, q: Array) -> Implementation | None:
-    """The implementation, unless it does not have q's dtype."""
-    if implementation == "triton" and q.dtype == jnp.float64:
-        raise TypeError('implementation="triton" has no float64, got float64 q; use "xla", or cast it')
-    return implementation
+    if config.num_splits not in (None, splits):
+        raise ValueError(f"splits={splits} contradicts config.num_splits={config.num_splits}; give one of them")
+    return {"fwd": dataclasses.replace(config, num_splits=int(splits))}

@@ -14,7 +14,7 @@ from ..base import arguments, axes
 from ..base.arguments import Implementation, WindowSize
 from ..base.config import Config
 from ..base.spec import Rules
-from ..call.inputs import check_implementation, configs
+from ..call.inputs import check_descriptors, check_dtype, check_implementation, configs
 from ..gpu import target
 from ..primitives.call import Call
 from . import inputs
@@ -106,9 +106,11 @@ def paged_attention(
 
     left, right = arguments.window(window_size, arguments.boolean("causal", causal))
     rules = Rules(left, right, arguments.soft_cap(logits_soft_cap), latent=latent)
-    config = inputs.with_splits(config, splits)
-    implementation = inputs.fitting(check_implementation(implementation), q)
-    call = Call(rules, configs(config, block_ptr, implementation), implementation, target.named())
+    implementation = check_implementation(implementation)
+    check_dtype(implementation, q)
+    made = configs(inputs.of_forward(config, splits), block_ptr, implementation)
+    check_descriptors(made, {"k_pages": k, "v_pages": v})
+    call = Call(rules, made, implementation, target.named())
     arguments.boolean("return_lse", return_lse)
     k_scale = inputs.scale_of("k_scale", k_scale, k)
     v_scale = k_scale if latent and v_scale is None else inputs.scale_of("v_scale", v_scale, v)
@@ -123,16 +125,16 @@ def paged_attention(
     arrays["scale"] = softmax_scale if isinstance(softmax_scale, Array | np.ndarray) else None
     fixed = None if arrays["scale"] is not None else softmax_scale
     arrays = {name: x for name, x in arrays.items() if x is not None}
-    results = axes.on_auto_axes(lambda x: _paged(call, fixed, x), arrays, lambda _: _types(q))
+    types = lambda _: _types(q, ragged=cu_q_lens is not None)
+    results = axes.on_auto_axes(lambda x: _paged(call, fixed, x), arrays, types)
     return results if return_lse else results[0]
 
 
-def _types(q: Array) -> tuple[PartitionSpec, PartitionSpec]:
+def _types(q: Array, ragged: bool) -> tuple[PartitionSpec, PartitionSpec]:
     """How o and lse are divided: as q is."""
     *rows, heads, _ = axes.spec_of(q)
-    return PartitionSpec(*rows, heads, None), PartitionSpec(*rows[: q.ndim - 3], heads, *rows[q.ndim - 3 :]) if (
-        q.ndim == 4
-    ) else PartitionSpec(*rows, heads)
+    own = 0 if ragged else 1  # how many axes of lse come before the heads
+    return PartitionSpec(*rows, heads, None), PartitionSpec(*rows[:own], heads, *rows[own:])
 
 
 def _paged(call: Call, fixed_scale: Any, arrays: dict[str, Any]) -> tuple[Array, Array]:

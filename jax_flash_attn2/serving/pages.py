@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..masks.ragged import sequence_of_rows
+from ..tiles.ragged import sequence_of_rows
 from . import inputs
 
 

@@ -15,8 +15,8 @@ from ..base.known import is_known
 from ..call.api import attend, defaults, returned
 from ..call.inputs import prepare
 from ..functions.trace import ScoreFunction
-from ..masks.ragged import sequence_of_rows
 from ..primitives import sharding
+from ..tiles.ragged import sequence_of_rows
 from . import inputs
 
 

@@ -29,7 +29,7 @@ def products(q: Array, k: Array, dot: Callable[..., Array]) -> Array:
         return dot(q, layout.rows(k, heads, q.dtype), 3, 3)
     k = k.astype(q.dtype).reshape(b, n, heads, -1, LANES)
     q = q.reshape(b, 1, heads, rows, -1, LANES)
-    if rows == 1 and width % (2 * LANES) == 0:  # two sums of half of it, as one would not be fused
+    if _alone(rows, width):
         halves = (jnp.split(x, 2, -2) for x in (q[:, :, :, 0], k))
         parts = [operator.add(*_sums([x * y for x, y in zip(*halves, strict=True)], 3))]
     else:
@@ -46,12 +46,17 @@ def weighted(p: Array, v: Array, dot: Callable[..., Array]) -> Array:
     v = v.astype(p.dtype).reshape(b, -1, LANES, heads, width // LANES, LANES)
     p = jnp.broadcast_to(p.transpose(0, 3, 1, 2)[..., None], (b, n, heads, rows, LANES))
     p = lax.optimization_barrier(p).reshape(b, -1, LANES, heads, rows, 1, LANES)
-    if rows == 1 and width % (2 * LANES) == 0:
+    if _alone(rows, width):
         halves = _sums([p[..., 0, :, :] * x for x in jnp.split(v, 2, -2)], 2)
         parts = [jnp.concatenate(halves, -2)]
     else:
         parts = _sums([p[..., r, :, :] * v for r in range(rows)], 2)
     return jnp.stack([x.sum(1).reshape(b, heads, width) for x in parts], 2)
+
+
+def _alone(rows: int, width: int) -> bool:
+    """Whether there would be one operand, which is made two, of half the columns each."""
+    return rows == 1 and width % (2 * LANES) == 0
 
 
 def _sums(operands: list[Array], axis: int) -> tuple[Array, ...]:

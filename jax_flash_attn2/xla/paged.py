@@ -18,6 +18,7 @@ from jax import Array, lax
 from ..base.config import Config
 from ..base.operands import SERVED
 from ..base.spec import Spec, sequences
+from ..tiles import ragged
 from ..tiles.spans import per_batch
 from . import cached, layout, online
 from .logits import HIDDEN, Logits
@@ -36,7 +37,7 @@ def forward(
     batch, rows, most = sequences(q, operands), q.shape[0] * q.shape[1], q.shape[1]
     if "cu_q_lens" in operands:
         starts, sizes = operands["cu_q_lens"].ravel(), [m for m in BLOCKS if m < most] + [most]
-        starts = lax.cummax(jnp.clip(starts, 0, rows))  # whatever they are, no loop runs away
+        starts = ragged.risen(starts, rows)
     else:
         starts, sizes = jnp.arange(batch + 1, dtype=jnp.int32) * most, [most]
     config = config or Config()
