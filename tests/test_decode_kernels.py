@@ -96,7 +96,8 @@ def test_gradients_do_not_mind_splits():
         np.testing.assert_allclose(x, y, atol=3e-6)
 
 
-@pytest.mark.parametrize("numbers", paged_cases.numbers(8, 2))
+# The last: a cache of bytes under bf16.
+@pytest.mark.parametrize("numbers", [*paged_cases.numbers(8, 2), pytest.param(range(43, 44), id="bytes")])
 def test_paged_drawn(numbers):
     for n in numbers:
         for block_ptr in (False, True) if len(numbers) > 1 and "DRAWN" in paged_cases.os.environ else (n % 2 == 1,):

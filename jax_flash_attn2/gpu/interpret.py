@@ -88,7 +88,7 @@ def _dtype(dtype: np.dtype) -> _Dtype:
 @functools.cache
 def _mend_bfloat16() -> None:
     """Triton's interpreter holds bf16 as bit patterns: tl.dot multiplies these (triton#11584), a cast to them cuts
-    off where a GPU rounds. Widen the ones, round the other."""
+    off where a GPU rounds, and makes patterns of integers. Widen the ones, round the others."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -101,7 +101,8 @@ def _mend_bfloat16() -> None:
         return TensorHandle(handle.data.view(jnp.bfloat16).astype(np.float32), tl.float32)
 
     def cast_rounded(self, x, dtype):
-        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+        numbers = x.dtype.scalar == tl.float32 or x.dtype.scalar.is_int()
+        if dtype.scalar != tl.bfloat16 or not numbers:
             return cast(self, x, dtype)
         return TensorHandle(x.data.astype(jnp.bfloat16).view(np.uint16), tl.bfloat16)
 
