@@ -1,7 +1,7 @@
 """`jax.nn.dot_product_attention`, argument for argument, computed by `flash_attention`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +9,76 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from .base.arguments import Alignment, Implementation
+from .base import names
+from .base.arguments import Alignment, AnyArray, Implementation
 from .base.config import Config
 from .call.api import flash_attention
+from .call.combined import is_structured
+from .call.options import AnyMask
 from .functions.trace import ScoreFunction
 
+_AnyMask = ArrayLike | AnyMask
 
+
+class _Options(TypedDict, total=False):
+    """Those of `dot_product_attention` that do not decide what it returns, for type checkers."""
+
+    scale: float | AnyArray | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int | None, int | None] | None
+    implementation: Implementation | None
+    causal_alignment: Alignment
+    q_segment_ids: AnyArray | None
+    kv_segment_ids: AnyArray | None
+    q_positions: AnyArray | None
+    kv_positions: AnyArray | None
+    score_mod: ScoreFunction | None
+    logits_soft_cap: float | None
+    sinks: AnyArray | None
+    alibi_slopes: AnyArray | None
+    dropout_rate: float
+    dropout_seed: int | AnyArray | None
+    block_ptr: bool | None
+    config: Config | Mapping[str, Config] | None
+    higher_order: bool
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: _AnyMask | None = None, *,
+    return_residual: Literal[False] = False, return_max_logits: Literal[False] = False, **options: Unpack[_Options],
+) -> Array: ...  # fmt: skip
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: _AnyMask | None = None, *,
+    return_residual: Literal[True], return_max_logits: Literal[False] = False, **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: _AnyMask | None = None, *,
+    return_residual: Literal[False] = False, return_max_logits: Literal[True], **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: _AnyMask | None = None, *,
+    return_residual: Literal[True], return_max_logits: Literal[True], **options: Unpack[_Options],
+) -> tuple[Array, Array, Array]: ...  # fmt: skip
+@overload
+def dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: _AnyMask | None = None, *,
+    return_residual: bool = False, return_max_logits: bool = False, **options: Unpack[_Options],
+) -> Array | tuple[Array, ...]: ...  # fmt: skip
+@names.by_our_names
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: _AnyMask | None = None,
     *,
-    scale: float | Array | None = None,
+    scale: float | AnyArray | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -30,16 +86,16 @@ def dot_product_attention(
     implementation: Implementation | None = None,
     return_residual: bool = False,
     causal_alignment: Alignment = "top_left",
-    q_segment_ids: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    q_positions: Array | None = None,
-    kv_positions: Array | None = None,
+    q_segment_ids: AnyArray | None = None,
+    kv_segment_ids: AnyArray | None = None,
+    q_positions: AnyArray | None = None,
+    kv_positions: AnyArray | None = None,
     score_mod: ScoreFunction | None = None,
     logits_soft_cap: float | None = None,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
+    sinks: AnyArray | None = None,
+    alibi_slopes: AnyArray | None = None,
     dropout_rate: float = 0.0,
-    dropout_seed: int | Array | None = None,
+    dropout_seed: int | AnyArray | None = None,
     block_ptr: bool | None = None,
     config: Config | Mapping[str, Config] | None = None,
     higher_order: bool = False,
@@ -61,7 +117,8 @@ def dot_product_attention(
       value: key's shape and dtype.
       bias: added to the logits; real numbers that broadcast to `[B, N, T, S]`. A floating one has a gradient, of its
         own shape.
-      mask: booleans that broadcast to `[B, N, T, S]`; True: attend.
+      mask: booleans that broadcast to `[B, N, T, S]`; True: attend. Or whatever else `flash_attention` takes: a
+        predicate, a `BlockMask`, a `Mask`.
       scale: a number or a 0-d array, also a traced one; H**-0.5 by default. Differentiable.
       is_causal: row i sees keys j <= i, counted from the first row and key also when T != S.
       query_seq_lengths: int32 `[B]`. Rows from there on are 0.
@@ -102,9 +159,10 @@ def dot_product_attention(
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     shape = query.shape
     q, k, v = (_four_axes(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-    bias, mask = (None if x is None else _four_axes(n, jnp.asarray(x)) for n, x in (("bias", bias), ("mask", mask)))
+    added: Any = None if bias is None else _four_axes("bias", jnp.asarray(bias))
+    seen: Any = mask if mask is None or is_structured(mask) else _four_axes("mask", jnp.asarray(mask))
     q_lengths, kv_lengths = (None if x is None else jnp.asarray(x) for x in (query_seq_lengths, key_value_seq_lengths))
-    _check(q, k, v, mask, q_lengths, kv_lengths)
+    _check(q, k, v, None if is_structured(seen) else seen, q_lengths, kv_lengths)
 
     window = _pair(local_window_size)
     if window is not None and not all(n is None or (isinstance(n, int) and n >= 0) for n in window):
@@ -113,10 +171,15 @@ def dot_product_attention(
                 "local_window_size of negative or traced numbers is a mask by index, and cannot go with q_positions; "
                 "pass integers of at least 0"
             )
-        seen = _window_mask(window, q.shape[1], k.shape[1], causal_alignment)
-        window, mask = None, seen if mask is None else mask & seen
+        if is_structured(seen):
+            raise ValueError(
+                f"local_window_size of negative or traced numbers is a mask by index, and cannot go with a "
+                f"{type(mask).__name__}; pass integers of at least 0, or combine predicates"
+            )
+        within = _window_mask(window, q.shape[1], k.shape[1], causal_alignment)
+        window, seen = None, within if seen is None else seen & within
     results = flash_attention(
-        q, k, v, _floating(bias), mask=mask, causal=bool(is_causal), causal_alignment=causal_alignment,
+        q, k, v, _floating(added), mask=seen, causal=bool(is_causal), causal_alignment=causal_alignment,
         window_size=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_positions=q_positions,
         kv_positions=kv_positions, q_lengths=q_lengths, kv_lengths=kv_lengths, score_mod=score_mod,
         logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,

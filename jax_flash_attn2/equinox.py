@@ -14,13 +14,17 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from .base import names
 from .call.api import flash_attention
+from .call.combined import both, is_structured
+from .call.options import AnyMask
 
 _OPTIONS = (
-    "causal", "causal_alignment", "window_size", "logits_soft_cap", "softmax_scale", "implementation", "block_ptr",
-    "config", "higher_order",
+    "causal", "causal_alignment", "window_size", "mask", "score_mod", "logits_soft_cap", "softmax_scale",
+    "implementation", "block_ptr", "config", "higher_order",
 )  # fmt: skip
 """Arguments of `flash_attention` that a module keeps: no arrays among them. All others are given when it is called."""
 
@@ -40,8 +44,9 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
 
         Args:
           *args: num_heads, query_size and so on.
-          **kwargs: likewise; and causal, causal_alignment, window_size, logits_soft_cap, softmax_scale,
-            implementation, block_ptr, config, higher_order, all static: hashable, and no arrays.
+          **kwargs: likewise; and causal, causal_alignment, window_size, mask (a predicate, without arrays), score_mod,
+            logits_soft_cap, softmax_scale, implementation, block_ptr, config, higher_order, all static: hashable, and
+            no arrays.
 
         Raises:
           TypeError: there is no such argument, or an option is not hashable.
@@ -55,7 +60,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         query: Array,
         key_: Array,
         value: Array,
-        mask: Array | None = None,
+        mask: "AnyMask | None" = None,
         *,
         key: Array | None = None,
         inference: bool | None = None,
@@ -69,7 +74,9 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
           query: `[T, query_size]`.
           key_: `[S, key_size]`.
           value: `[S, value_size]`.
-          mask: `[T, S]` or `[num_heads, T, S]`; True (or not 0): attend.
+          mask: `[T, S]` or `[num_heads, T, S]`; True (or not 0): attend. Or what else `flash_attention` takes: a
+            predicate, a `BlockMask` or a `Mask` of `[1, 1 or num_heads, T, S]`. Beside a mask of the module's own, what
+            both let through is seen.
           key: a PRNG key for dropout, typed or not.
           inference: True: no dropout; None: what the module's own dropout says.
           deterministic: the old name of inference.
@@ -111,16 +118,16 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                     f"process_heads must not change the shapes of the heads, {shapes}, got {[x.shape for x in heads]}"
                 )
         dtype = jnp.result_type(*heads)
-        o = flash_attention(
-            *(x.astype(dtype) for x in heads),
-            mask=None if mask is None else self._seen(mask, query.shape[0], key_.shape[0]),
-            **self._dropout(key, inference),
-            **{**dict(self.options), **arguments},
-        )
-        assert isinstance(o, Array)  # and no lse, which nobody asked for
+        options = {**dict(self.options), **arguments}
+        given = self._seen(mask, query.shape[0], key_.shape[0])
+        mask, bias = both(options.pop("mask", None), given, options.pop("bias", None))
+        q, k, v = (x.astype(dtype) for x in heads)
+        o = flash_attention(q, k, v, bias, mask=mask, **self._dropout(key, inference), **options)
         return jax.vmap(self.output_proj)(o.reshape(query.shape[0], self.num_heads * self.vo_size))
 
-    def _seen(self, mask: Array, seqlen_q: int, seqlen_k: int) -> Array:
+    def _seen(self, mask: Any, seqlen_q: int, seqlen_k: int) -> Any:
+        if mask is None or is_structured(mask):
+            return mask
         if mask.shape not in ((seqlen_q, seqlen_k), (self.num_heads, seqlen_q, seqlen_k)):
             raise ValueError(
                 f"mask must have shape (query_seq_length, kv_seq_length)=({seqlen_q}, {seqlen_k}), or num_heads="
@@ -167,9 +174,15 @@ def use_flash_attention[Model](model: Model, **options: Any) -> Model:
 
 def _static(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Options as part of a module's structure."""
+    names.check("MultiheadAttention", options, _OPTIONS)
     for name, x in options.items():
-        if name not in _OPTIONS:
-            raise TypeError(f"there is no option {name!r}, only {', '.join(_OPTIONS)}")
+        if name == "mask" and (
+            not callable(x) or any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x))
+        ):
+            raise TypeError(
+                f"mask as an option is static, so it must be a predicate without arrays, got {type(x).__name__}; give "
+                f"others when the module is called"
+            )
         try:
             hash(x)
         except TypeError:

@@ -15,13 +15,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .base import names
 from .base.config import Config, Precision
 from .call.api import flash_attention
+from .call.combined import both, is_structured
+from .masks.block import BlockMask
+from .masks.mask import Mask
 
-_NOT_OPTIONS = (
-    "q", "k", "v", "bias", "mask", "causal", "dropout_rate", "dropout_seed", "return_lse", "return_max_logits"
-)  # fmt: skip
-"""Arguments of `flash_attention` that Flax decides, or that an `attention_fn` cannot return."""
+_NOT_OPTIONS = {
+    **dict.fromkeys(("q", "k", "v"), "Flax gives it"),
+    "bias": "Flax gives it; one that is always the same is a score_mod that reads an array",
+    "dropout_rate": "Flax's modules have their own",
+    "dropout_seed": "Flax's modules give theirs",
+    "return_lse": "the output is all that Flax takes",
+    "return_max_logits": "the output is all that Flax takes",
+}
+"""Arguments of `flash_attention` that are not for `make_attention_fn`, and why."""
 
 _OPTIONS = ("rope", *(name for name in inspect.signature(flash_attention).parameters if name not in _NOT_OPTIONS))
 
@@ -47,6 +56,7 @@ def attention_fn(
     qk_attn_weights_einsum: Callable | None = None,
     attn_weights_value_einsum: Callable | None = None,
     rope: Callable | None = None,
+    _fixed_mask: Any = None,  # make_attention_fn's
     **options: Any,
 ) -> Array:
     """`flash_attention` with the arguments of `nnx.dot_product_attention` and `linen.dot_product_attention`.
@@ -60,7 +70,9 @@ def attention_fn(
       value: `[*batch, S, K, Hv]`.
       bias: added to the logits; broadcasts to `[*batch, N, T, S]`.
       mask: broadcasts to `[*batch, N, T, S]`, and may have more axes of length 1 in front. Booleans or numbers, as
-        Flax's `make_causal_mask` and its like return them: attend where it is not 0.
+        Flax's `make_causal_mask` and its like return them: attend where it is not 0. Or what else `flash_attention`
+        takes: a predicate (`masks.causal() & masks.documents(ids)`), a `BlockMask`, a `Mask`; Flax hands it over as it
+        is, but for decode steps, in which it combines arrays.
       broadcast_dropout: True: all batches and heads drop the same keys. False: each drops its own.
       dropout_rng: a PRNG key, typed or not.
       dropout_rate: the probability that a key is dropped, from 0 to below 1.
@@ -77,7 +89,7 @@ def attention_fn(
       attn_weights_value_einsum: must be None.
       rope: rotates queries and keys before attention: a function of `[*batch, T, H]`, and of positions `[T]` where
         input_positions are given, such as `nnx.RoPE()`.
-      **options: arguments of `flash_attention`: causal_alignment, window_size, q_segment_ids, kv_segment_ids,
+      **options: arguments of `flash_attention`: causal, causal_alignment, window_size, q_segment_ids, kv_segment_ids,
         q_positions, kv_positions, q_lengths, kv_lengths, score_mod, logits_soft_cap, sinks, alibi_slopes,
         softmax_scale, implementation, block_ptr, config, higher_order.
 
@@ -98,6 +110,7 @@ def attention_fn(
         dtype = jnp.result_type(query, key, value)
         dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
     query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+    is_causal = bool(is_causal) or options.pop("causal", False)
     if rope is not None:
         query, key = _rotate(rope, query, key, input_positions)
     elif input_positions is not None:
@@ -105,18 +118,19 @@ def attention_fn(
     if is_causal and mask is not None and options.get("causal_alignment", "top_left") == "top_left":
         _refuse_causal_decoding(query.shape[-3], key.shape[-3])
     options["config"] = _with_precision(options.get("config"), precision, query.dtype)
-    o = flash_attention(
+    bias = bias if bias is None or not jnp.issubdtype(bias.dtype, jnp.integer) else bias.astype(jnp.float32)
+    fixed, given = (_as_booleans(x, query.ndim) for x in (_fixed_mask, mask))
+    mask, bias = both(fixed, given, bias)
+    return flash_attention(
         query,
         key,
         value,
-        bias if bias is None or not jnp.issubdtype(bias.dtype, jnp.integer) else bias.astype(jnp.float32),
-        mask=None if mask is None else _as_booleans(mask, query.ndim),
-        causal=bool(is_causal),
+        bias,
+        mask=mask,
+        causal=is_causal,
         **_dropout(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
         **options,
     )
-    assert isinstance(o, Array)  # and no lse, which nobody asked for
-    return o
 
 
 def make_attention_fn(**options: Any) -> Callable[..., Array]:
@@ -126,7 +140,9 @@ def make_attention_fn(**options: Any) -> Callable[..., Array]:
     in nothing compare equal and are traced once.
 
     Args:
-      **options: rope, and what is listed in `attention_fn`.
+      **options: rope, mask (of any kind that `flash_attention` takes), and what is listed in `attention_fn`. Where a
+        call has a mask too, what both let through is seen: of a predicate and an array, tiles are skipped by the
+        predicate.
 
     Returns:
       A function with `attention_fn`'s signature. Linen reads it to learn which arguments it may pass.
@@ -135,7 +151,9 @@ def make_attention_fn(**options: Any) -> Callable[..., Array]:
       TypeError: there is no such option.
     """
     _check_options(options)
-    options = dict(sorted(options.items()))
+    options = {"_fixed_mask" if name == "mask" else name: x for name, x in sorted(options.items())}
+    if isinstance(options.get("_fixed_mask"), Mask | BlockMask):  # too large to be kept
+        return functools.partial(attention_fn, **options)
     try:
         hash(tuple(options.values()))
     except TypeError:
@@ -143,15 +161,16 @@ def make_attention_fn(**options: Any) -> Callable[..., Array]:
     return _made(**options)
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@functools.lru_cache(maxsize=256, typed=True)
 def _made(**options: Any) -> Callable[..., Array]:
     return functools.partial(attention_fn, **options)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
     for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"attention_fn has no option {name!r}; it has {', '.join(_OPTIONS)}")
+        if name in _NOT_OPTIONS:
+            raise TypeError(f"attention_fn has no option {name!r}: {_NOT_OPTIONS[name]}")
+    names.check("attention_fn", options, _OPTIONS)
 
 
 def _refuse_what_needs_weights(**arguments: Any) -> None:
@@ -172,7 +191,10 @@ def _refuse_causal_decoding(seqlen_q: int, seqlen_k: int) -> None:
         )
 
 
-def _as_booleans(mask: Array, ndim: int) -> Array:
+def _as_booleans(mask: Any, ndim: int) -> Any:
+    """An array as Flax has them; any other mask as it is."""
+    if mask is None or is_structured(mask):
+        return mask
     mask = jnp.asarray(mask)
     while mask.ndim > ndim and mask.shape[0] == 1:
         mask = mask[0]

@@ -191,7 +191,7 @@ def test_errors():
     for shape in ((S, T), (1, T, S), (T, 1), (1, 1, T, S)):
         with pytest.raises(ValueError, match="mask must have shape"):
             OURS(query, key, value, jnp.ones(shape, bool))
-    with pytest.raises(TypeError, match="there is no option 'sinks', only causal"):
+    with pytest.raises(TypeError, match="MultiheadAttention has no argument 'sinks'; it has causal"):
         use_flash_attention(OURS, sinks=1)
     with pytest.raises(TypeError, match="window_size must be hashable, as it is static, got list"):
         MultiheadAttention(**SIZES, window_size=[3, 0], key=jax.random.key(0))

@@ -48,10 +48,10 @@ def test_packed_documents_hold_no_logits():
         assert f"{T}x{T}" not in grad.trace(X, X, X, SEGMENTS).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_text(capsys):
+def test_text():
     with gpu_target(compute_capability=80):
         result = explain(X, X, X, causal=True, config=fa.Config(64, 64))
-    assert capsys.readouterr().out == f"{result}\n"
+    assert repr(result) == str(result)
     forward = result.passes[0]
     blocks = T // 64
     assert forward.visited == 2 * blocks * (blocks + 1) // 2

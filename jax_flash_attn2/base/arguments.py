@@ -4,9 +4,10 @@ A message names the argument, says what was wanted, what came, and what to do ab
 """
 
 import functools
-import itertools
 import math
 import numbers
+import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -21,8 +22,10 @@ from .known import full, sent
 Implementation = Literal["triton", "xla"]
 Alignment = Literal["top_left", "bottom_right"]
 WindowSize = int | tuple[int | None, int | None]
+AnyArray = Array | np.ndarray
+"""An array of JAX's, traced ones too, or of NumPy's."""
 
-_INT32 = np.iinfo(np.int32)
+INT32 = np.iinfo(np.int32)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 KERNEL_HEAD_DIM = 256  # wider rows would leave no registers to the backward pass
 MAX_HEAD_DIM = 1024
@@ -73,14 +76,34 @@ def check_shapes(q: Array, k: Array, v: Array) -> None:
     for name, x in (("q and k", q), ("v", v)):
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(f"head_dim of {name} must be from 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}")
+    if heads == kv_heads > _MANY_HEADS and max(q.shape[-3], k.shape[-3]) < heads:
+        _say_swapped(q.shape)
 
 
-def flat(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Array:
+_MANY_HEADS = 128
+"""No model has more for its keys and values. With more of them than rows and keys, the axes are likely others than the
+caller thinks; few rows over a long cache, and latent keys, are not meant."""
+
+
+_NOT_THE_CALLER = (str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(jax.__file__).parent))
+
+
+@functools.cache
+def _say_swapped(shape: tuple[int, ...]) -> None:
+    """Once for each shape."""
+    warnings.warn(
+        f"q of shape {shape} was read as [..., sequence, heads, head_dim], as in jax.nn: {shape[-3]} rows of "
+        f"{shape[-2]} heads. If it is [..., heads, sequence, head_dim], pass jnp.swapaxes(x, -3, -2) of q, k and v",
+        skip_file_prefixes=_NOT_THE_CALLER,
+    )
+
+
+def flat(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str, hint: str = "") -> Array:
     """x, which broadcasts to `[*batch, *axes]`, with its batch axes made one: `[1 or B, *(1 or axis)]`."""
     full = (*batch, *axes)
     own = (1,) * (len(full) - x.ndim) + x.shape
     if len(own) != len(full) or any(n not in (1, m) for n, m in zip(own, full, strict=True)):
-        raise ValueError(f"{name} must broadcast to {wanted} = {full} (each axis 1 or full), got shape {x.shape}")
+        raise ValueError(f"{name} must broadcast to {wanted} = {full} (each axis 1 or full), got shape {x.shape}{hint}")
     rest = own[len(batch) :]
     if math.prod(own[: len(batch)]) != 1:  # batch axes that it has only in part cannot be flattened as they are
         x = jnp.broadcast_to(x, (*batch, *rest))
@@ -94,7 +117,10 @@ LOGITS = "[*batch, heads, seqlen_q, seqlen_k]"
 def bias_of(bias: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Array:
     """The bias as `[1|B, 1|H, 1|Sq, 1|Sk]`."""
     if not isinstance(bias, Array | np.ndarray):
-        raise TypeError(f"bias must be an array, got {type(bias).__name__}")
+        raise TypeError(
+            f"bias must be an array, got {type(bias).__name__}"
+            f"{'; what says who sees whom is mask=, by name' if callable(bias) or hasattr(bias, 'tiles') else ''}"
+        )
     if bias.dtype.name not in DTYPES:
         raise TypeError(
             f"bias must have one of the dtypes {', '.join(DTYPES)}, got {bias.dtype.name}"
@@ -115,19 +141,14 @@ def mask_of(mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Ar
             f"mask must have dtype bool (True: attend), got {mask.dtype.name}; what is added to logits is a bias, and "
             f"numbers that mean yes or no are mask != 0"
         )
-    return flat("mask", mask, batch, axes, LOGITS)
-
-
-def integers(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, ...], wanted: str) -> Any:
-    """Integers that broadcast to `[*batch, *axes]`, in their own dtype: `[1|B, ...]`."""
-    if is_integer(x):
-        x = sent(np.asarray(x, np.int32))
-    return flat(name, integer_array(name, x, wanted), batch, axes, wanted)
+    padding = len(batch) == 1 and mask.shape == (*batch, axes[2])
+    hint = "; of padding, [batch, seqlen_k], pass mask[:, None, None, :], or kv_lengths" if padding else ""
+    return flat("mask", mask, batch, axes, LOGITS, hint)
 
 
 def integer_array(name: str, x: Any, wanted: str = "") -> Any:
     """x itself, if it is an array of integers."""
-    if not _are_integers(x):
+    if not are_integers(x):
         raise TypeError(f"{name} must be an array of integers{wanted and ' '}{wanted}, got {describe(x)}")
     return x
 
@@ -135,101 +156,22 @@ def integer_array(name: str, x: Any, wanted: str = "") -> Any:
 def int32_array(name: str, x: Any, wanted: str = "") -> Any:
     """x itself, if it is an array of integers that, as far as is known, int32 holds."""
     x = integer_array(name, x, wanted)
-    if _is_wide(x.dtype) and x.size and not isinstance(x, jax.core.Tracer):
+    if is_wide(x.dtype) and x.size and not isinstance(x, jax.core.Tracer):
         values = np.asarray(x)
         least, largest = int(values.min()), int(values.max())
-        if least < _INT32.min or largest > _INT32.max:
+        if least < INT32.min or largest > INT32.max:
             raise ValueError(f"{name} must fit int32, got values from {least} to {largest}; number them anew, from 0")
     return x
 
 
-def lengths(name: str, x: Any, batch: tuple[int, ...]) -> Array:
-    """`q_lengths` or `kv_lengths` as int32 `[1|B, 1, 1, 1]`."""
-    if is_integer(x):
-        x = min(max(int(x), 0), _INT32.max)  # no sequence is longer
-    elif isinstance(x, np.ndarray) and _are_integers(x):
-        x = np.clip(x, 0, _INT32.max).astype(np.int32)
-    return _clipped(integers(name, x, batch, (), "[*batch]"), 0).reshape(-1, 1, 1, 1)
-
-
-def positions(q: Any, kv: Any, batch: tuple[int, ...], seqlen_q: int, seqlen_k: int) -> dict[str, Array]:
-    """Positions as the operands `q_positions` and `kv_positions`; none if there are none."""
-    if (q is None) != (kv is None):
-        missing = "q_positions" if q is None else "kv_positions"
-        raise ValueError(f"q_positions and kv_positions go together, got no {missing}; of an index it is jnp.arange(S)")
-    made: dict[str, Array] = {}
-    for name, x, seqlen in (("q_positions", q, seqlen_q), ("kv_positions", kv, seqlen_k)) if q is not None else ():
-        wanted = f"[*batch, {'seqlen_q' if name[0] == 'q' else 'seqlen_k'}]"
-        x = _clipped(integers(name, int32_array(name, x, wanted), batch, (seqlen,), wanted), _INT32.min)
-        made[name] = x[:, None, :, None] if name[0] == "q" else x[:, None, None, :]
-    return made
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _clipped(x: Array, least: int) -> Array:
-    least = max(least, int(jnp.iinfo(x.dtype).min))
-    return (jnp.clip(x, least, _INT32.max) if _is_wide(x.dtype) else x).astype(jnp.int32)
-
-
-def _are_integers(x: Any) -> bool:
+def are_integers(x: Any) -> bool:
+    """Whether x is an array of integers."""
     return isinstance(x, Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def _is_wide(dtype: Any) -> bool:
+def is_wide(dtype: Any) -> bool:
     """Whether it has numbers that int32 does not."""
-    return jnp.iinfo(dtype).max > _INT32.max
-
-
-def segments(q_ids: Any, kv_ids: Any, batch: tuple[int, ...], seqlen_q: int, seqlen_k: int) -> dict[str, Array]:
-    """Segment ids as the operands `q_segments` and `kv_segments`; none if there are none."""
-    if q_ids is None and kv_ids is None:
-        return {}
-    if q_ids is None or (kv_ids is None and seqlen_q != seqlen_k):
-        missing = "q_segment_ids" if q_ids is None else "kv_segment_ids"
-        raise ValueError(
-            f"q_segment_ids and kv_segment_ids go together, got no {missing} (only kv_segment_ids may be left out, and "
-            f"only where Sq == Sk; here Sq = {seqlen_q}, Sk = {seqlen_k})"
-        )
-    q_ids, kv_ids = _renumbered(q_ids, q_ids if kv_ids is None else kv_ids)
-    q_ids = integers("q_segment_ids", q_ids, batch, (seqlen_q,), "[*batch, seqlen_q]")
-    kv_ids = integers("kv_segment_ids", kv_ids, batch, (seqlen_k,), "[*batch, seqlen_k]")
-    q_ids, kv_ids = _narrow(q_ids, kv_ids)
-    return {"q_segments": q_ids[:, None, :, None], "kv_segments": kv_ids[:, None, None, :]}
-
-
-def _renumbered(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
-    """Segment ids of Python and NumPy, which JAX would cut off at 32 bits. If some are longer, all are numbered anew,
-    in order, so that equal ones, and no others, stay equal."""
-    known = [np.asarray(x) if is_integer(x) else x for x in (q_ids, kv_ids)]
-    here = [isinstance(x, np.ndarray) and _are_integers(x) for x in known]
-    ends = [(int(x.min(initial=0)), int(x.max(initial=0))) for x in itertools.compress(known, here)]
-    if all(low >= _INT32.min and high <= _INT32.max for low, high in ends):
-        return q_ids, kv_ids
-    if not all(here):
-        raise ValueError(
-            "q_segment_ids and kv_segment_ids must fit into int32 where one of them is NumPy's and the other JAX's, "
-            "got larger ones; make both NumPy arrays, or number the segments from 0"
-        )
-    words = [np.where(x < 0, 0, x).astype(np.uint64) for x in known]
-    ordered = np.unique(np.concatenate([x.ravel() for x in words]))
-    q_ids, kv_ids = (
-        np.where(x < 0, -1, np.searchsorted(ordered, y)).astype(np.int32) for x, y in zip(known, words, strict=True)
-    )
-    return q_ids, kv_ids
-
-
-@functools.partial(jax.jit, inline=True)
-def _narrow(q_ids: Array, kv_ids: Array) -> tuple[Array, Array]:
-    """Segment ids as int32; JAX's arrays of longer ones are numbered anew likewise."""
-    if not (_is_wide(q_ids.dtype) or _is_wide(kv_ids.dtype)):
-        return q_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
-    unsigned = f"uint{8 * max(q_ids.dtype.itemsize, kv_ids.dtype.itemsize)}"
-    batch = max(q_ids.shape[0], kv_ids.shape[0])
-    words = [jnp.broadcast_to(x.astype(unsigned), (batch, x.shape[1])) for x in (q_ids, kv_ids)]
-    ordered = jnp.sort(jnp.concatenate(words, 1), 1)
-    place = jax.vmap(lambda ordered, x: jnp.searchsorted(ordered, x, method="sort").astype(jnp.int32))
-    q_ids, kv_ids = (jnp.where(x < 0, -1, place(ordered, y)) for x, y in zip((q_ids, kv_ids), words, strict=True))
-    return q_ids, kv_ids
+    return jnp.iinfo(dtype).max > INT32.max
 
 
 def per_head(name: str, x: Any, batch: tuple[int, ...], heads: int, dtype: Any) -> Array:

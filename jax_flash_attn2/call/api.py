@@ -3,8 +3,8 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives, xla
-from ..base import arguments, axes, errors
-from ..base.arguments import Alignment, Implementation, WindowSize
+from ..base import arguments, axes, errors, names
+from ..base.arguments import Alignment, AnyArray, Implementation, WindowSize
 from ..base.config import Config
 from ..base.operands import DIFFERENTIABLE, is_score_array
 from ..base.spec import Spec
 from ..functions.trace import ScoreFunction
-from ..masks.block import BlockMask
-from ..masks.mask import Mask
-from ..masks.predicates import ElementPredicate
 from ..primitives import sharding
 from ..primitives.call import Call
 from . import inputs
+from .options import AnyMask, Options
 
 CHECKPOINT_NAMES = ("flash_attention_o", "flash_attention_lse")
 """What `jax.checkpoint` must save so that a backward pass does not run attention forward again:
@@ -41,29 +39,55 @@ BY_TOKENS = ("q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions")
 """Those of them with one number for each row, or each key."""
 
 
+@overload
 def flash_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | None = None,
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *,
+    return_lse: Literal[False] = False, return_max_logits: Literal[False] = False, **options: Unpack[Options],
+) -> Array: ...  # fmt: skip
+@overload
+def flash_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *,
+    return_lse: Literal[True], return_max_logits: Literal[False] = False, **options: Unpack[Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def flash_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *,
+    return_lse: Literal[False] = False, return_max_logits: Literal[True], **options: Unpack[Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def flash_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *,
+    return_lse: Literal[True], return_max_logits: Literal[True], **options: Unpack[Options],
+) -> tuple[Array, Array, Array]: ...  # fmt: skip
+@overload
+def flash_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *,
+    return_lse: bool = False, return_max_logits: bool = False, **options: Unpack[Options],
+) -> Array | tuple[Array, ...]: ...  # fmt: skip
+@names.by_our_names
+def flash_attention(
+    q: AnyArray,
+    k: AnyArray,
+    v: AnyArray,
+    bias: AnyArray | None = None,
     *,
     score_mod: ScoreFunction | None = None,
     causal: bool = False,
     causal_alignment: Alignment = "top_left",
     window_size: WindowSize | None = None,
-    mask: "Array | Mask | BlockMask | ElementPredicate | None" = None,
-    q_segment_ids: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    q_positions: Array | None = None,
-    kv_positions: Array | None = None,
-    q_lengths: Array | int | None = None,
-    kv_lengths: Array | int | None = None,
+    mask: AnyMask | None = None,
+    q_segment_ids: AnyArray | None = None,
+    kv_segment_ids: AnyArray | None = None,
+    q_positions: AnyArray | None = None,
+    kv_positions: AnyArray | None = None,
+    q_lengths: AnyArray | int | None = None,
+    kv_lengths: AnyArray | int | None = None,
     logits_soft_cap: float | None = None,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
+    sinks: AnyArray | None = None,
+    alibi_slopes: AnyArray | None = None,
     dropout_rate: float = 0.0,
-    dropout_seed: Array | int | None = None,
-    softmax_scale: float | Array | None = None,
+    dropout_seed: AnyArray | int | None = None,
+    softmax_scale: float | AnyArray | None = None,
     implementation: Implementation | None = None,
     block_ptr: bool | None = None,
     config: Config | Mapping[str, Config] | None = None,
@@ -289,13 +313,21 @@ _zeros_like = jax.jit(jnp.zeros_like, inline=True)
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
+class CachedAttention(Protocol):
+    """What `get_cached_flash_attention` returns."""
+
+    def __call__(self, query: AnyArray, key: AnyArray, value: AnyArray, bias: AnyArray | None = None) -> Array:
+        """Attention of query `[*batch, Sq, H, D]`, as `flash_attention` with the options that were fixed."""
+        ...
+
+
 def get_cached_flash_attention(
     blocksize_q: int | None = None,
     blocksize_k: int | None = None,
     *,
     softmax_scale: float | None = None,
     implementation: Implementation | None = None,
-) -> Callable[..., Array]:
+) -> CachedAttention:
     """`flash_attention` with block sizes fixed, as a function `(query, key, value, bias=None)`.
 
     The same arguments, and the same `FLASH_ATTN_BLOCK_PTR` in the environment when it is called ("1": tensor
@@ -318,17 +350,11 @@ def get_cached_flash_attention(
 
 
 @functools.cache
-def _cached(blocksize_q, blocksize_k, softmax_scale, implementation, block_ptr) -> Callable[..., Array]:
+def _cached(blocksize_q, blocksize_k, softmax_scale, implementation, block_ptr) -> CachedAttention:
     config = Config(block_m=blocksize_q, block_n=blocksize_k)
-    options = {
-        "softmax_scale": softmax_scale,
-        "implementation": implementation,
-        "block_ptr": block_ptr,
-    }
+    options = Options(softmax_scale=softmax_scale, implementation=implementation, block_ptr=block_ptr)
 
-    def flash_attention_cached(query: Array, key: Array, value: Array, bias: Array | None = None) -> Array:
-        o = flash_attention(query, key, value, bias, config=config, **options)
-        assert isinstance(o, Array)  # and no lse, which nobody asked for
-        return o
+    def flash_attention_cached(query: AnyArray, key: AnyArray, value: AnyArray, bias: AnyArray | None = None) -> Array:
+        return flash_attention(query, key, value, bias, config=config, **options)
 
     return flash_attention_cached

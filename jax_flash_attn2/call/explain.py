@@ -1,8 +1,9 @@
 """What a call would do, and why, without doing it."""
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ import numpy as np
 from jax import Array
 
 from .. import primitives, xla
-from ..base import errors
+from ..base import errors, names
 from ..base.arguments import KERNEL_HEAD_DIM
 from ..base.config import PASSES, Tuned
+from ..base.known import is_known, now
+from ..base.operands import DIFFERENTIABLE
 from ..base.spec import Spec
 from ..gpu import functions, interpret, passes, short, tuning
 from ..gpu.target import Target, present
@@ -48,9 +51,9 @@ class Pass:
     """Query heads whose rows one tile has, where they are few; it counts once."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """What a call would do. `print` it."""
+    """What a call would do; its text says it."""
 
     implementation: str
     """"triton" or "xla"."""
@@ -84,16 +87,27 @@ class Explanation:
             lines += [f"    {line}".rstrip() for line in self.source.splitlines()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
+
+def with_shapes[T](function: Callable[..., T], arguments: Mapping[str, Any]) -> T:
+    """The function of these arguments, those that are a `jax.ShapeDtypeStruct` being arrays that nobody knows."""
+    unknown = {name: x for name, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    if not unknown:
+        return function(**arguments)
+    made: list[T] = []
+    jax.eval_shape(lambda unknown: made.append(function(**{**arguments, **unknown})), unknown)
+    return made[0]
+
 
 def explain(q, k, v, bias=None, **options: Any) -> Explanation:
-    """`explained`, printed too."""
-    result = explained(q, k, v, bias, **options)
-    print(result)
-    return result
+    """Of a call on one device, or under plain jit; see `context.explaining.explain`."""
+    names.check("explain", options, defaults())
+    return with_shapes(explained, {"q": q, "k": k, "v": v, "bias": bias, **options})
 
 
 def explained(q, k, v, bias=None, **options: Any) -> Explanation:
-    """Of a call on one device, or under plain jit; see `context.explaining.explain`."""
+    """`explain` of arrays, traced ones too."""
     call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
     spec = Spec.of(call.rules, q, k, v, operands)
     target, reasons = _target(call, q, v, bool(options.get("higher_order")))
@@ -131,17 +145,25 @@ def _with_source(result: Explanation, spec: Spec, operands: Mapping[str, Array],
 
 
 def supported(q, k, v, bias=None, **options: Any) -> bool:
-    """Whether `flash_attention` takes these arguments on this machine; never raises for what it would refuse.
+    """Whether `flash_attention` takes these arguments on this machine; does not raise for what it would refuse.
 
     Args:
-      q, k, v, bias, **options: as for `flash_attention`.
+      q, k, v, bias, **options: as for `flash_attention`; arrays, or `jax.ShapeDtypeStruct`s in their place.
+
+    Raises:
+      TypeError: it has no argument of that name.
     """
+    names.check("supported", options, defaults())
     try:
-        call, (q, _, v, _), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
-        _target(call, q, v, bool(options.get("higher_order")))
+        with_shapes(_check_supported, {"q": q, "k": k, "v": v, "bias": bias, **options})
     except (TypeError, ValueError, ImportError):
         return False
     return True
+
+
+def _check_supported(q, k, v, bias, **options: Any) -> None:
+    call, (q, _, v, _), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
+    _target(call, q, v, bool(options.get("higher_order")))
 
 
 def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target | None, tuple[str, ...]]:
@@ -218,16 +240,19 @@ def _count(
     tiles = batch * heads * len(starts) * -(-seqlen_k // block_n) if seqlen_k else 0
     if not tiles:
         return 0, 0, 0
-    if spec.listed:
-        return tiles, *_count_listed(spec, q, k, operands, block_m, block_n, together)
-    look_up = spans.query_tiles if together else spans.query_spans
-    table = look_up(spec, operands, batch, seqlen_q, seqlen_k, starts, block_m, block_n)
+    hiding = {name: x for name, x in operands.items() if name not in DIFFERENTIABLE}
+    with now() if is_known(hiding) else contextlib.nullcontext():
+        if spec.listed:
+            return tiles, *_count_listed(spec, q, k, operands, block_m, block_n, together)
+        look_up = spans.query_tiles if together else spans.query_spans
+        table = look_up(spec, operands, batch, seqlen_q, seqlen_k, starts, block_m, block_n)
     if isinstance(table, jax.core.Tracer):
         return tiles, None, None
+    table = np.asarray(table, np.int64)
     if together:
         visited, masked = (int(np.sum(x)) for x in (table != spans.EMPTY, table == spans.PARTIAL))
         return tiles, visited * batch * heads, masked * batch * heads
-    begin, full, stop, end = np.moveaxis(np.asarray(table, np.int64), -1, 0)
+    begin, full, stop, end = np.moveaxis(table, -1, 0)
     copies = batch * heads * len(starts) // begin.size
     return tiles, int((end - begin).sum()) * copies, int((full - begin + end - stop).sum()) * copies
 

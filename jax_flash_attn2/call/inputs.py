@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base import arguments
+from ..base import arguments, tokens
 from ..base.arguments import Implementation
 from ..base.axes import as_called
 from ..base.config import ONLY_FOR, PASSES, Config, Precision
@@ -79,12 +79,14 @@ def prepare(
     operands["scale"], q = arguments.scale_of(softmax_scale, q)
     if bias is not None:
         operands["bias"] = arguments.bias_of(bias, batch, axes("bias", bias))
+    if callable(mask) and share is None and q_segment_ids is None and kv_segment_ids is None:
+        mask, q_segment_ids, kv_segment_ids = _documents_of(mask, batch, lengths)
     if mask is not None:
         call, q = _add_mask(mask, batch, axes("mask", mask), call, q, operands, share)
-    operands |= arguments.segments(q_segment_ids, kv_segment_ids, batch, seqlen_q, seqlen_k)
+    operands |= tokens.segments(q_segment_ids, kv_segment_ids, batch, seqlen_q, seqlen_k)
     for name, ends in (("q_lengths", q_lengths), ("kv_lengths", kv_lengths)):
         if ends is not None:
-            operands[name] = arguments.lengths(name, ends, batch)
+            operands[name] = tokens.lengths(name, ends, batch)
     if sinks is not None:
         operands["sinks"] = arguments.per_head("sinks", sinks, (), heads, q.dtype)
     if alibi_slopes is not None:
@@ -93,7 +95,7 @@ def prepare(
     operands |= {name: x[None] for name, x in zip(names, score_arrays, strict=True)}
     if rules.dropout_rate:
         operands |= arguments.dropout_keys(dropout_seed, batch, heads)
-    positions = arguments.positions(q_positions, kv_positions, batch, seqlen_q, seqlen_k)
+    positions = tokens.positions(q_positions, kv_positions, batch, seqlen_q, seqlen_k)
     low = arguments.alignment(causal_alignment) == "bottom_right"
     if low and positions:
         raise ValueError(
@@ -143,6 +145,19 @@ def _add_mask(
     operands |= {name: x for name, x in mask.operands().items() if call.rules.mask is None or name != "tile_bits"}
     tiles = mask.block_m, mask.block_n
     return dataclasses.replace(call, rules=dataclasses.replace(call.rules, tiles=tiles)), q
+
+
+def _documents_of(function: Any, batch: tuple[int, ...], lengths: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+    """A mask function, and the segment ids of documents in it that are traced: by ids tiles can be skipped even so."""
+    predicate = predicates.as_predicate(function)
+    if has_known_tiles(predicate):
+        return function, None, None
+    rest, ids = predicates.split_documents(predicate)
+    if ids is None:
+        return function, None, None
+    predicate.check_shape((math.prod(batch), *lengths))
+    q_ids, kv_ids = (x.reshape(*(batch if x.shape[0] > 1 else ()), x.shape[1]) for x in ids)
+    return rest, q_ids, kv_ids
 
 
 def _of_function(

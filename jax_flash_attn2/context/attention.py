@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from ..base import arguments, axes
-from ..base.arguments import describe, is_integer
+from ..base import arguments, axes, names
+from ..base.arguments import AnyArray, describe, is_integer
 from ..base.spec import Rules
 from ..call import api, inputs
+from ..call.options import Options
 from ..masks.block import BlockMask
 from ..masks.mask import Mask
 from ..tiles import block_lists
@@ -26,11 +27,41 @@ _TILE = 128
 """The rows of a tile of the list that a mask function is made into."""
 
 
+@overload
 def context_parallel_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | None = None,
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *, axis: str, mesh: Any = None,
+    method: Method = "auto", order: Order = "zigzag", head_groups: int | None = None,
+    return_lse: Literal[False] = False, return_max_logits: Literal[False] = False, **options: Unpack[Options],
+) -> Array: ...  # fmt: skip
+@overload
+def context_parallel_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *, axis: str, mesh: Any = None,
+    method: Method = "auto", order: Order = "zigzag", head_groups: int | None = None,
+    return_lse: Literal[True], return_max_logits: Literal[False] = False, **options: Unpack[Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def context_parallel_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *, axis: str, mesh: Any = None,
+    method: Method = "auto", order: Order = "zigzag", head_groups: int | None = None,
+    return_lse: Literal[False] = False, return_max_logits: Literal[True], **options: Unpack[Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def context_parallel_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *, axis: str, mesh: Any = None,
+    method: Method = "auto", order: Order = "zigzag", head_groups: int | None = None,
+    return_lse: Literal[True], return_max_logits: Literal[True], **options: Unpack[Options],
+) -> tuple[Array, Array, Array]: ...  # fmt: skip
+@overload
+def context_parallel_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, bias: AnyArray | None = None, *, axis: str, mesh: Any = None,
+    method: Method = "auto", order: Order = "zigzag", head_groups: int | None = None,
+    return_lse: bool = False, return_max_logits: bool = False, **options: Unpack[Options],
+) -> Array | tuple[Array, ...]: ...  # fmt: skip
+def context_parallel_attention(
+    q: AnyArray,
+    k: AnyArray,
+    v: AnyArray,
+    bias: AnyArray | None = None,
     *,
     axis: str,
     mesh: Any = None,
@@ -83,9 +114,7 @@ def context_parallel_attention(
         devices do not divide the query heads; a ring with a block mask.
     """
     asked = Asked(*checked(axis, method, head_groups), order)
-    unknown = set(options) - set(api.defaults())
-    if unknown:
-        raise TypeError(f"context_parallel_attention has no option {sorted(unknown)[0]!r}; flash_attention's are its")
+    names.check("context_parallel_attention", options, api.defaults())
     every = {"q": q, "k": k, "v": v, "bias": bias, **api.defaults(), **options}
     arrays = {name: every[name] for name in api.ARRAYS}
     options = {name: x for name, x in every.items() if name not in arrays}

@@ -1,13 +1,14 @@
 """What a call over several devices would do, and why, without doing it."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..base import arguments
+from ..base import arguments, names
 from ..call import api
 from ..call import explain as one_device
 from . import choosing
@@ -17,9 +18,9 @@ from .orders import Order, from_order, sequence_order
 from .spread import Spread
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ContextExplanation:
-    """What `context_parallel_attention` would do. `print` it."""
+    """What `context_parallel_attention` would do; its text says it."""
 
     method: str
     """"ring", "all_gather" or "ulysses"."""
@@ -59,6 +60,8 @@ class ContextExplanation:
             lines.append(f"  the busiest device visits {busiest} tiles forward, {mean}")
         return "\n".join([*lines, "  device 0, first call:", *(f"    {x}" for x in str(self.device).splitlines())])
 
+    __repr__ = __str__
+
 
 def explain(
     q, k, v, bias=None, *, axis: str | None = None, mesh: Any = None, method: Method = "auto", order: Order = "zigzag",
@@ -69,12 +72,13 @@ def explain(
     Args:
       q, k, v, bias, **options: as for `flash_attention`. Tiles are counted for every pass of a forward and backward
         run, from the data where segments, lengths or masks decide. Of arrays on several devices (outside jit, where
-        that is known) it says what becomes of keys that are sharded along the sequence.
+        that is known) it says what becomes of keys that are sharded along the sequence. A `jax.ShapeDtypeStruct`
+        stands for any array.
       axis, mesh, method, order, head_groups: as for `context_parallel_attention` with a mesh, on whole arrays: by which
         method a call of it would run, and the tiles of each device.
 
     Returns:
-      An `Explanation`, or, with an axis, a `ContextExplanation`; its text is printed too.
+      An `Explanation`, or, with an axis, a `ContextExplanation`: `print` it.
 
     Raises:
       What `flash_attention` or `context_parallel_attention` would raise, for these arguments and on this machine.
@@ -88,14 +92,14 @@ def explain(
     asked = Asked(*checked(axis, method, head_groups), order)
     if mesh is None or axis not in mesh.axis_names:
         raise ValueError(f"mesh must be one with the axis {axis!r}, got {mesh!r}; explain takes whole arrays")
+    names.check("explain", options, api.defaults())
     every = {"q": q, "k": k, "v": v, "bias": bias, **api.defaults(), **options}
-    arrays = {name: every.pop(name) for name in api.ARRAYS}
-    result = _explained(asked, int(mesh.shape[axis]), arrays, every, alone=mesh.size == mesh.shape[axis])
-    print(result)
-    return result
+    made = functools.partial(_explained, asked, int(mesh.shape[axis]), mesh.size == mesh.shape[axis])
+    return one_device.with_shapes(made, every)
 
 
-def _explained(asked: Asked, n: int, arrays: dict[str, Any], options: dict[str, Any], *, alone: bool):
+def _explained(asked: Asked, n: int, alone: bool, **options: Any) -> ContextExplanation:
+    arrays = {name: options.pop(name) for name in api.ARRAYS}
     arrays = arrays | {name: arguments.array(name, arrays[name]) for name in "qkv"}
     q, k, v = (arrays[name] for name in "qkv")
     arguments.check_shapes(q, k, v)

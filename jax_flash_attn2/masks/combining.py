@@ -96,8 +96,11 @@ class _OfParts(Predicate):
 
 @pytree("parts")
 @dataclasses.dataclass(frozen=True)
-class _All(_OfParts):
+class All(_OfParts):
+    """What all parts let through."""
+
     def __call__(self, b, h, i, j):
+        """As `Predicate` says."""
         seen = True
         for part in self.parts:
             seen = seen & evaluation.seen(part, b, h, i, j)
@@ -132,7 +135,7 @@ class _Not(Predicate):
 
 def all_of(*predicates: ElementPredicate) -> Predicate:
     """What all of them let through: `&`; everything if there are none."""
-    return _combined(_All, predicates)
+    return _combined(All, predicates)
 
 
 def any_of(*predicates: ElementPredicate) -> Predicate:
@@ -158,7 +161,7 @@ def as_predicate(predicate: ElementPredicate) -> Predicate:
     return _Function(predicate)
 
 
-def _combined(kind: type[_All] | type[_Any], predicates: tuple[ElementPredicate, ...]) -> Predicate:
+def _combined(kind: type[All] | type[_Any], predicates: tuple[ElementPredicate, ...]) -> Predicate:
     parts = [as_predicate(predicate) for predicate in predicates]
     flat = [p for part in parts for p in (part.parts if isinstance(part, kind) else (part,))]
     return flat[0] if len(flat) == 1 else kind(tuple(flat))

@@ -1,6 +1,7 @@
 """How a predicate is evaluated: on every combination of batches, heads, rows and keys, each answer checked."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -128,3 +129,12 @@ def check_callable(predicate: Any) -> None:
             f"predicate must be a function of (b, h, i, j), got {arguments.describe(predicate)}; a dense mask is a "
             f"predicate through from_dense"
         )
+    try:
+        inspect.signature(predicate).bind("b", "h", "i", "j")
+    except TypeError as error:
+        raise TypeError(
+            f"predicate must take four arguments, (b, h, i, j), got {predicate!r}: {error}; of a function of a row and "
+            f"a key write lambda b, h, i, j: f(i, j)"
+        ) from error
+    except ValueError:  # it has no signature
+        pass

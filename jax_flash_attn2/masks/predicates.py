@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments
-from .combining import ElementPredicate, Predicate, all_of, any_of, as_predicate, negate, pytree
+from .combining import All, ElementPredicate, Predicate, all_of, any_of, as_predicate, negate, pytree
 from .evaluation import evaluate, integers, take, with_axes
 
 __all__ = [
@@ -160,6 +160,16 @@ class _Dense(_OfArrays):
     def __call__(self, b, h, i, j):
         own = tuple(0 if n == 1 else x for n, x in zip(self.mask.shape, (b, h, i, j), strict=True))
         return take(self.mask, own, False, first_varies=False)
+
+
+def split_documents(predicate: Predicate) -> tuple[Predicate | None, tuple[Array, Array] | None]:
+    """A predicate as what is left beside its documents (None: nothing), and their ids of rows and of keys."""
+    parts = list(predicate.parts) if isinstance(predicate, All) else [predicate]
+    found = next((part for part in parts if isinstance(part, _Documents)), None)
+    if found is None:
+        return predicate, None
+    rest = [part for part in parts if part is not found]
+    return all_of(*rest) if rest else None, (found.q_ids, found.kv_ids)
 
 
 # How they are built.

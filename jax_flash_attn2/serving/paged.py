@@ -1,7 +1,7 @@
 """Attention over a cache that lies in pages."""
 
 import functools
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from .. import primitives
-from ..base import arguments, axes
-from ..base.arguments import Implementation, WindowSize
+from ..base import arguments, axes, names
+from ..base.arguments import AnyArray, Implementation, WindowSize
 from ..base.config import Config
 from ..base.spec import Rules
 from ..call.inputs import check_descriptors, check_dtype, check_implementation, configs
@@ -20,22 +20,57 @@ from ..primitives.call import Call
 from . import inputs
 
 
+class _Options(TypedDict, total=False):
+    """Those of `paged_attention`, for type checkers."""
+
+    cu_q_lens: AnyArray | None
+    causal: bool
+    window_size: WindowSize | None
+    logits_soft_cap: float | None
+    sinks: AnyArray | None
+    alibi_slopes: AnyArray | None
+    k_scale: AnyArray | float | None
+    v_scale: AnyArray | float | None
+    softmax_scale: float | AnyArray | None
+    head_dim_v: int | None
+    splits: int | None
+    implementation: Implementation | None
+    block_ptr: bool | None
+    config: Config | None
+
+
+@overload
 def paged_attention(
-    q: Array,
-    k_pages: Array,
-    v_pages: Array | None,
-    page_table: Array,
-    lengths: Array,
+    q: AnyArray, k_pages: AnyArray, v_pages: AnyArray | None, page_table: AnyArray, lengths: AnyArray, *,
+    return_lse: Literal[False] = False, **options: Unpack[_Options],
+) -> Array: ...  # fmt: skip
+@overload
+def paged_attention(
+    q: AnyArray, k_pages: AnyArray, v_pages: AnyArray | None, page_table: AnyArray, lengths: AnyArray, *,
+    return_lse: Literal[True], **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def paged_attention(
+    q: AnyArray, k_pages: AnyArray, v_pages: AnyArray | None, page_table: AnyArray, lengths: AnyArray, *,
+    return_lse: bool = False, **options: Unpack[_Options],
+) -> Array | tuple[Array, Array]: ...  # fmt: skip
+@names.by_our_names
+def paged_attention(
+    q: AnyArray,
+    k_pages: AnyArray,
+    v_pages: AnyArray | None,
+    page_table: AnyArray,
+    lengths: AnyArray,
     *,
-    cu_q_lens: Array | None = None,
+    cu_q_lens: AnyArray | None = None,
     causal: bool = True,
     window_size: WindowSize | None = None,
     logits_soft_cap: float | None = None,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
-    k_scale: Array | float | None = None,
-    v_scale: Array | float | None = None,
-    softmax_scale: float | Array | None = None,
+    sinks: AnyArray | None = None,
+    alibi_slopes: AnyArray | None = None,
+    k_scale: AnyArray | float | None = None,
+    v_scale: AnyArray | float | None = None,
+    softmax_scale: float | AnyArray | None = None,
     head_dim_v: int | None = None,
     splits: int | None = None,
     implementation: Implementation | None = None,

@@ -1,28 +1,47 @@
 """A cache of keys and values in pages: how new tokens get there."""
 
 import functools
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..base import names
+from ..base.arguments import AnyArray
 from ..tiles.ragged import sequence_of_rows
 from . import inputs
 
 
+@overload
 def write_pages(
-    k_pages: Array,
-    v_pages: Array | None,
-    k: Array,
-    v: Array | None,
-    page_table: Array,
-    lengths: Array,
+    k_pages: AnyArray, v_pages: AnyArray, k: AnyArray, v: AnyArray, page_table: AnyArray, lengths: AnyArray, *,
+    cu_q_lens: AnyArray | None = None, k_scale: float | None = None, v_scale: float | None = None,
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def write_pages(
+    k_pages: AnyArray, v_pages: AnyArray, k: AnyArray, v: AnyArray, page_table: AnyArray, lengths: AnyArray, *,
+    cu_q_lens: AnyArray | None = None, k_scale: AnyArray, v_scale: AnyArray,
+) -> tuple[Array, Array, Array, Array]: ...  # fmt: skip
+@overload
+def write_pages(
+    k_pages: AnyArray, v_pages: AnyArray | None, k: AnyArray, v: AnyArray | None, page_table: AnyArray,
+    lengths: AnyArray, *,
+    cu_q_lens: AnyArray | None = None, k_scale: AnyArray | float | None = None, v_scale: AnyArray | float | None = None,
+) -> tuple[AnyArray | float | None, ...]: ...  # fmt: skip
+@names.by_our_names
+def write_pages(
+    k_pages: AnyArray,
+    v_pages: AnyArray | None,
+    k: AnyArray,
+    v: AnyArray | None,
+    page_table: AnyArray,
+    lengths: AnyArray,
     *,
-    cu_q_lens: Array | None = None,
-    k_scale: Array | float | None = None,
-    v_scale: Array | float | None = None,
-) -> tuple[Array | float | None, ...]:
+    cu_q_lens: AnyArray | None = None,
+    k_scale: AnyArray | float | None = None,
+    v_scale: AnyArray | float | None = None,
+) -> tuple[AnyArray | float | None, ...]:
     """Puts the newest keys and values of each sequence where `paged_attention` looks for them.
 
     lengths count the new tokens: token i of r new ones of sequence b goes to position `lengths[b] - r + i`, which is in

@@ -2,39 +2,66 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base import arguments, axes
-from ..base.arguments import Implementation, WindowSize
+from ..base import arguments, axes, names
+from ..base.arguments import AnyArray, Implementation, WindowSize
 from ..base.config import Config
 from ..base.known import is_known
 from ..call.api import attend, defaults, returned
 from ..call.inputs import prepare
+from ..call.options import RowOptions
 from ..functions.trace import ScoreFunction
 from ..primitives import sharding
 from ..tiles.ragged import sequence_of_rows
 from . import inputs
 
 
+@overload
 def varlen_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    cu_q_lens: Array,
-    cu_k_lens: Array | None = None,
+    q: AnyArray, k: AnyArray, v: AnyArray, cu_q_lens: AnyArray, cu_k_lens: AnyArray | None = None, *,
+    return_lse: Literal[False] = False, return_max_logits: Literal[False] = False, **options: Unpack[RowOptions],
+) -> Array: ...  # fmt: skip
+@overload
+def varlen_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, cu_q_lens: AnyArray, cu_k_lens: AnyArray | None = None, *,
+    return_lse: Literal[True], return_max_logits: Literal[False] = False, **options: Unpack[RowOptions],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def varlen_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, cu_q_lens: AnyArray, cu_k_lens: AnyArray | None = None, *,
+    return_lse: Literal[False] = False, return_max_logits: Literal[True], **options: Unpack[RowOptions],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def varlen_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, cu_q_lens: AnyArray, cu_k_lens: AnyArray | None = None, *,
+    return_lse: Literal[True], return_max_logits: Literal[True], **options: Unpack[RowOptions],
+) -> tuple[Array, Array, Array]: ...  # fmt: skip
+@overload
+def varlen_attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, cu_q_lens: AnyArray, cu_k_lens: AnyArray | None = None, *,
+    return_lse: bool = False, return_max_logits: bool = False, **options: Unpack[RowOptions],
+) -> Array | tuple[Array, ...]: ...  # fmt: skip
+@names.by_our_names
+def varlen_attention(
+    q: AnyArray,
+    k: AnyArray,
+    v: AnyArray,
+    cu_q_lens: AnyArray,
+    cu_k_lens: AnyArray | None = None,
     *,
     causal: bool = False,
     window_size: WindowSize | None = None,
     logits_soft_cap: float | None = None,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
-    softmax_scale: float | Array | None = None,
+    sinks: AnyArray | None = None,
+    alibi_slopes: AnyArray | None = None,
+    softmax_scale: float | AnyArray | None = None,
     dropout_rate: float = 0.0,
-    dropout_seed: Array | int | None = None,
+    dropout_seed: AnyArray | int | None = None,
     score_mod: ScoreFunction | None = None,
     implementation: Implementation | None = None,
     block_ptr: bool | None = None,
