@@ -77,7 +77,8 @@ def explain(
       An `Explanation`, or, with an axis, a `ContextExplanation`; its text is printed too.
 
     Raises:
-      What `flash_attention` or `context_parallel_attention` would raise, for these arguments and on this machine.
+      TypeError, ValueError, ImportError: what `flash_attention` or `context_parallel_attention` would raise, for these
+        arguments and on this machine.
     """
     asked_for = {"mesh": mesh, "method": method, "order": order, "head_groups": head_groups}
     said = [name for name, x in asked_for.items() if x not in (None, "auto", "zigzag")]
