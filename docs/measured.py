@@ -67,7 +67,7 @@ def decode(results: list[dict[str, Any]]) -> str:
             ratios = [_ratio(x[of][0]) for of in ("times_faster", "times_reading") for x in cells]
             yield [_dtype(r), str(r["seqlen"]), r["filled"], *ratios]
 
-    return _table(["", "length", "filled", "x faster: dense", "in pages", "x reading: dense", "in pages"], rows())
+    return _table(["dtype", "length", "filled", "x faster: dense", "in pages", "x reading: dense", "in pages"], rows())
 
 
 def decode_dense(results: list[dict[str, Any]]) -> str:
@@ -81,7 +81,7 @@ def decode_dense(results: list[dict[str, Any]]) -> str:
             yield [dtype, filled, *map(_ratio, ways)]
 
     titles = [f"x {of}, {n}" for of in ("faster", "reading") for n in lengths]
-    return _table(["", "filled", *titles], rows())
+    return _table(["dtype", "filled", *titles], rows())
 
 
 def _decoding(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,17 +24,18 @@ def tiles():
         "documents": masks.causal() & masks.documents(ids),
         "a window and 64 sinks": masks.causal() & (masks.sliding_window(383) | masks.sinks(64)),
     }
-    figure, axes = plt.subplots(1, 4, figsize=(12, 4), layout="constrained")
-    for ax, (name, rule) in zip(axes, rules.items(), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(8, 9.2), layout="constrained")
+    for ax, (name, rule) in zip(axes.flat, rules.items(), strict=True):
         block = masks.BlockMask.from_predicate(rule, (1, 1, 2048, 2048))
         met = np.asarray(block.tiles())[0, 0]
         masks.plot_mask(block, ax, title="")
         ax.set(title=f"{name}\n{(met != 0).sum()} of {met.size} tiles, {(met == 2).sum()} through the mask")
-        ax.title.set_size(9)
+        ax.title.set_size(10)
         ax.xaxis.set_label_position("bottom")
-        ax.set(xlabel="keys", ylabel="rows" if ax is axes[0] else "", xticks=[], yticks=[])
+        ax.set(xlabel="keys", ylabel="rows", xticks=[], yticks=[])
         if ax.get_legend():
             ax.get_legend().remove()
+    figure.get_layout_engine().set(hspace=0.05)
     names = {"seen whole": FULL, "looks at elements": PARTIAL, "not visited": EMPTY}
     patches = [Rectangle((0, 0), 1, 1, facecolor=color, edgecolor=LINE, label=name) for name, color in names.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)

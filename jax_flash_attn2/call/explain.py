@@ -135,6 +135,11 @@ def supported(q, k, v, bias=None, **options: Any) -> bool:
 
     Args:
       q, k, v, bias, **options: as for `flash_attention`.
+
+    Examples:
+      >>> x = jnp.zeros((1, 64, 4, 32))
+      >>> supported(x, x, x, causal=True), supported(x, x[:, :, :3], x[:, :, :3])
+      (True, False)
     """
     try:
         call, (q, _, v, _), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
