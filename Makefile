@@ -115,7 +115,7 @@ bench: .venv/dev.stamp ## the quick set of every benchmark on this machine, and 
 	.venv/bin/python -m benchmarks report
 
 docs: .venv-docs/stamp ## build the documentation into build/site; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 lint: .venv/dev.stamp ## ruff and pyrefly
 	.venv/bin/ruff check .
