@@ -19,7 +19,7 @@ OTHER_triton38 := triton==3.8.0
 OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
 .PHONY: help demo test test-ci test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
-.PHONY: gallery generate long-context test-drawn test-ptxas lock clean
+.PHONY: docs gallery generate long-context test-drawn test-ptxas lock clean
 .PRECIOUS: %/bin/pip
 
 help: ## list the targets
@@ -114,6 +114,9 @@ bench: .venv/dev.stamp ## the quick set of every benchmark on this machine, and 
 	.venv/bin/python -m benchmarks cold_start --quick
 	.venv/bin/python -m benchmarks report
 
+docs: .venv-docs/stamp ## build the documentation into build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 lint: .venv/dev.stamp ## ruff and pyrefly
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -155,6 +158,12 @@ clean: ## remove the environments and everything generated
 	.venv/$(PIP_INSTALL) --no-deps -r $(LOCK)
 	.venv/$(PIP_INSTALL) -c $(LOCK) --no-build-isolation -e '.$(if $(GPU),[$(CUDA)])'
 	@touch $@ .venv/demo.stamp
+
+# The site is made of pages and docstrings as they are written: neither JAX nor the package is installed for it.
+.venv-docs/stamp: $(LOCK) pyproject.toml | .venv-docs/bin/pip
+	$(@D)/$(PIP_INSTALL) -c $(LOCK) $$($(@D)/bin/python -c \
+	  'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["dependency-groups"]["docs"])')
+	@touch $@
 
 .ptxas/%/stamp: | .venv/bin/pip
 	.venv/$(PIP_INSTALL) --upgrade --target $(@D) --no-deps nvidia-cuda-nvcc-cu12==$*

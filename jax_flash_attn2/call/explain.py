@@ -152,6 +152,11 @@ def supported(q, k, v, bias=None, **options: Any) -> bool:
 
     Raises:
       TypeError: it has no argument of that name.
+
+    Examples:
+      >>> x = jnp.zeros((1, 64, 4, 32))
+      >>> supported(x, x, x, causal=True), supported(x, x[:, :, :3], x[:, :, :3])
+      (True, False)
     """
     names.check("supported", options, defaults())
     try:

@@ -112,6 +112,14 @@ def context_parallel_attention(
     Raises:
       TypeError, ValueError: as `flash_attention`; there is no such method or order; shares do not fit; "ulysses" where
         devices do not divide the query heads; a ring with a block mask.
+
+    Examples:
+      >>> n = jax.device_count()
+      >>> mesh = jax.make_mesh((n,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> x = to_order(np.ones((1, 64, 8, 16), np.float32), n, "zigzag")
+      >>> attend = lambda x: context_parallel_attention(x, x, x, axis="sequence", mesh=mesh, causal=True)
+      >>> jax.jit(attend)(x).shape
+      (1, 64, 8, 16)
     """
     asked = Asked(*checked(axis, method, head_groups), order)
     names.check("context_parallel_attention", options, api.defaults())

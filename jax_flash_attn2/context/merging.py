@@ -29,6 +29,13 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]
     Raises:
       TypeError: one of them is no floating array.
       ValueError: their shapes or dtypes do not fit.
+
+    Examples:
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
+      >>> near = flash_attention(q, k[:, 32:], v[:, 32:], return_lse=True)
+      >>> far = flash_attention(q, k[:, :32], v[:, :32], return_lse=True)
+      >>> bool(jnp.allclose(merge(*near, *far)[0], flash_attention(q, k, v), atol=1e-5))
+      True
     """
     o1, lse1, o2, lse2 = (array(n, x) for n, x in (("o1", o1), ("lse1", lse1), ("o2", o2), ("lse2", lse2)))
     _check(o1, lse1, o2, lse2)

@@ -36,6 +36,12 @@ def sequence_order(length: int, devices: int, order: Order) -> np.ndarray:
 
     Raises:
       ValueError: there is no such order, or it does not divide the length.
+
+    Examples:
+      >>> sequence_order(8, 2, "zigzag")
+      array([0, 1, 6, 7, 2, 3, 4, 5], dtype=int32)
+      >>> sequence_order(8, 2, "striped")
+      array([0, 2, 4, 6, 1, 3, 5, 7], dtype=int32)
     """
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
@@ -69,12 +75,22 @@ def to_order(x: Any, devices: int, order: Order, axis: int | Sequence[int] = 1) 
 
     Raises:
       ValueError: see `sequence_order`; x has no such axis.
+
+    Examples:
+      >>> tokens = np.arange(8)[None]
+      >>> to_order(tokens, 2, "zigzag")
+      array([[0, 1, 6, 7, 2, 3, 4, 5]])
     """
     return _reordered(x, devices, order, axis, back=False)
 
 
 def from_order(x: Any, devices: int, order: Order, axis: int | Sequence[int] = 1) -> Any:
-    """`to_order` undone."""
+    """`to_order` undone.
+
+    Examples:
+      >>> from_order(to_order(np.arange(8)[None], 2, "zigzag"), 2, "zigzag")
+      array([[0, 1, 2, 3, 4, 5, 6, 7]])
+    """
     return _reordered(x, devices, order, axis, back=True)
 
 

@@ -45,6 +45,13 @@ def make_causal_mask(
 
     Raises:
       TypeError, ValueError: an argument does not fit.
+
+    Examples:
+      >>> make_causal_mask((1, 4), sliding_window=1)[0, 0].astype(int)
+      Array([[1, 0, 0, 0],
+             [1, 1, 0, 0],
+             [0, 1, 1, 0],
+             [0, 0, 1, 1]], dtype=int32)
     """
     batch, length = _shape(x_or_shape)
     seen = predicates.causal()

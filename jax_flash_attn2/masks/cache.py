@@ -86,7 +86,13 @@ def causal_mask(
     causal_alignment: "arguments.Alignment" = "top_left",
     dtype: Any = bool,
 ) -> Array:
-    """`MaskCache.causal` of `causal_mask_cache`: `[1, 1, Sq, Sk]`."""
+    """`MaskCache.causal` of `causal_mask_cache`: `[1, 1, Sq, Sk]`.
+
+    Examples:
+      >>> causal_mask(2, 3, causal_alignment="bottom_right")[0, 0]
+      Array([[ True,  True, False],
+             [ True,  True,  True]], dtype=bool)
+    """
     return causal_mask_cache.causal(seqlen_q, seqlen_k, window=window, causal_alignment=causal_alignment, dtype=dtype)
 
 

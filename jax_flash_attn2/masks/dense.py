@@ -53,6 +53,13 @@ def dense_attention(
 
     Raises:
       TypeError, ValueError: an argument does not fit; the messages are `flash_attention`'s.
+
+    Examples:
+      >>> x = jnp.zeros((1, 2, 1, 8))
+      >>> o, weights = dense_attention(x, x, x, causal=True, return_weights=True)
+      >>> weights[0, 0]
+      Array([[1. , 0. ],
+             [0.5, 0.5]], dtype=float32)
     """
     if cache is not None and not isinstance(cache, MaskCache):
         raise TypeError(f"cache must be a MaskCache, or None (build the mask each time), got {cache!r}")

@@ -176,7 +176,13 @@ def split_documents(predicate: Predicate) -> tuple[Predicate | None, tuple[Array
 
 
 def causal(offset: int = 0) -> Predicate:
-    """Row i sees keys j <= i + offset; offset Sk - Sq lets the last row see the last key ("bottom_right")."""
+    """Row i sees keys j <= i + offset; offset Sk - Sq lets the last row see the last key ("bottom_right").
+
+    Examples:
+      >>> evaluate(causal(), *map(np.arange, (1, 1, 2, 3)))[0, 0].astype(int)
+      Array([[1, 0, 0],
+             [1, 1, 0]], dtype=int32)
+    """
     return _Causal(_offset(offset))
 
 
@@ -185,6 +191,12 @@ def sliding_window(left: int | None, right: int | None = 0, offset: int = 0) -> 
 
     As in `flash_attention`'s window_size, left and right do not count the row's own position: it sees left + 1 + right
     keys. What is called a window of 256 is `sliding_window(255)`, and `LocalMasker(256)`, which counts keys.
+
+    Examples:
+      >>> evaluate(sliding_window(1), *map(np.arange, (1, 1, 3, 4)))[0, 0].astype(int)
+      Array([[1, 0, 0, 0],
+             [1, 1, 0, 0],
+             [0, 1, 1, 0]], dtype=int32)
     """
     return _SlidingWindow(_bound("left", left), _bound("right", right), _offset(offset))
 
@@ -193,17 +205,32 @@ def dilated(window: int, dilation: int, offset: int = 0) -> Predicate:
     """Row i, at i' = i + offset, sees keys i', i' - dilation, ..., i' - window * dilation: window + 1 of them.
 
     `dilated(n, 1)` is `sliding_window(n)`.
+
+    Examples:
+      >>> evaluate(dilated(2, 3), *map(np.arange, (1, 1, 10, 10)))[0, 0, 9].astype(int)
+      Array([0, 0, 0, 1, 0, 0, 1, 0, 0, 1], dtype=int32)
     """
     return _Dilated(_natural("window", window), _natural("dilation", dilation, least=1), _offset(offset))
 
 
 def sinks(size: int) -> Predicate:
-    """Every row sees the first keys, j < size."""
+    """Every row sees the first keys, j < size.
+
+    Examples:
+      >>> local = causal() & (sliding_window(255) | sinks(64))
+    """
     return _Sinks(_natural("size", size))
 
 
 def prefix_lm(prefix: int | Array | np.ndarray, offset: int = 0) -> Predicate:
-    """Causal, and every row sees the first keys: j <= i + offset or j < prefix; prefix an integer or integers [B]."""
+    """Causal, and every row sees the first keys: j <= i + offset or j < prefix; prefix an integer or integers [B].
+
+    Examples:
+      >>> evaluate(prefix_lm(2), *map(np.arange, (1, 1, 3, 4)))[0, 0].astype(int)
+      Array([[1, 1, 0, 0],
+             [1, 1, 0, 0],
+             [1, 1, 1, 0]], dtype=int32)
+    """
     seen = (
         _Prefix(integers("prefix", prefix, ("B",), least=0))
         if _is_array(prefix)
@@ -218,6 +245,13 @@ def documents(q_ids: Array | np.ndarray, kv_ids: Array | np.ndarray | None = Non
     Args:
       q_ids: integers `[Sq]`, or `[B or 1, Sq]`, that fit int32.
       kv_ids: integers `[Sk]`, or `[B or 1, Sk]`; q_ids if left out.
+
+    Examples:
+      >>> evaluate(documents(jnp.array([0, 0, 1, -1])), *map(np.arange, (1, 1, 4, 4)))[0, 0].astype(int)
+      Array([[1, 1, 0, 0],
+             [1, 1, 0, 0],
+             [0, 0, 1, 0],
+             [0, 0, 0, 0]], dtype=int32)
     """
     q_ids = integers("q_ids", q_ids, ("B", "Sq"))
     kv_ids = q_ids if kv_ids is None else integers("kv_ids", kv_ids, ("B", "Sk"))
@@ -228,14 +262,23 @@ def documents(q_ids: Array | np.ndarray, kv_ids: Array | np.ndarray | None = Non
 
 
 def padding(mask: Array | np.ndarray) -> Predicate:
-    """Rows see the keys that are real: mask `[B or 1, Sk]` or `[Sk]`, bool or integers, True or nonzero = real."""
+    """Rows see the keys that are real: mask `[B or 1, Sk]` or `[Sk]`, bool or integers, True or nonzero = real.
+
+    Examples:
+      >>> evaluate(padding(jnp.array([[1, 1, 0]])), *map(np.arange, (1, 1, 1, 3)))[0, 0]
+      Array([[ True,  True, False]], dtype=bool)
+    """
     if not _is_array(mask) or not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
         raise TypeError(f"mask must be an array of booleans or integers [B, Sk], got {arguments.describe(mask)}")
     return _Padding(_kept(with_axes("mask", mask if mask.dtype == jnp.bool_ else _nonzero(mask), ("B", "Sk"))))
 
 
 def from_dense(mask: Array | np.ndarray) -> Predicate:
-    """A dense mask as a predicate: bool, broadcasts to `[B, H, Sq, Sk]` (axes of length 1, or left out, do)."""
+    """A dense mask as a predicate: bool, broadcasts to `[B, H, Sq, Sk]` (axes of length 1, or left out, do).
+
+    Examples:
+      >>> strided = from_dense(jnp.eye(128, dtype=bool)) | causal()
+    """
     if not _is_array(mask) or mask.dtype != jnp.bool_:
         raise TypeError(
             f"mask must be an array of booleans (True: seen), got {arguments.describe(mask)}; of numbers, mask != 0"

@@ -31,6 +31,10 @@ def cu_lens(lengths: Array | np.ndarray) -> Array:
 
     Raises:
       TypeError, ValueError: lengths are no integers `[B]`, or one that is known is negative.
+
+    Examples:
+      >>> cu_lens(jnp.array([3, 0, 2]))
+      Array([0, 3, 3, 5], dtype=int32)
     """
     return _cu_lens(_lengths(lengths))
 
@@ -47,6 +51,10 @@ def segment_ids(lengths: Array | np.ndarray, total: int) -> Array:
 
     Raises:
       TypeError, ValueError: as `cu_lens`; lengths that are known make more than total.
+
+    Examples:
+      >>> segment_ids(jnp.array([3, 2]), 6)
+      Array([ 0,  0,  0,  1,  1, -1], dtype=int32)
     """
     return _segment_ids(cu_lens(lengths), _total(total, lengths))
 
@@ -63,6 +71,10 @@ def positions(lengths: Array | np.ndarray, total: int) -> Array:
 
     Raises:
       TypeError, ValueError: as `segment_ids`.
+
+    Examples:
+      >>> positions(jnp.array([3, 2]), 6)
+      Array([0, 1, 2, 0, 1, 0], dtype=int32)
     """
     return _positions(cu_lens(lengths), _total(total, lengths))
 
@@ -87,6 +99,12 @@ def lengths_from(
     Raises:
       TypeError, ValueError: not one of the two is given; a mask that is known has a hole; ids that are known fall or
         reach num_segments. Under jit tokens are counted, wherever they are.
+
+    Examples:
+      >>> lengths_from(padding_mask=jnp.array([[1, 1, 0], [1, 1, 1]]))
+      Array([2, 3], dtype=int32)
+      >>> lengths_from(segment_ids=jnp.array([0, 0, 1, -1]))
+      Array([2, 1], dtype=int32)
     """
     if (padding_mask is None) == (segment_ids is None):
         raise ValueError("lengths_from takes a padding_mask or segment_ids; give one of them")
@@ -113,6 +131,10 @@ def pack(x: Array | np.ndarray, lengths: Array | np.ndarray, total: int | None =
 
     Raises:
       TypeError, ValueError: an argument does not fit, lengths that are known included.
+
+    Examples:
+      >>> pack(jnp.array([[1, 2, 0], [3, 0, 0]]), jnp.array([2, 1]))
+      Array([1, 2, 3], dtype=int32)
     """
     x = _array("x", x, 2, "[B, S, ...]")
     lengths = _lengths(lengths, x.shape[0], "x")
@@ -135,6 +157,11 @@ def unpack(x: Array | np.ndarray, lengths: Array | np.ndarray, seqlen: int | Non
 
     Raises:
       TypeError, ValueError: an argument does not fit, lengths that are known included.
+
+    Examples:
+      >>> unpack(jnp.array([1, 2, 3]), jnp.array([2, 1]))
+      Array([[1, 2],
+             [3, 0]], dtype=int32)
     """
     x = _array("x", x, 1, "[total, ...]")
     lengths = _lengths(lengths)

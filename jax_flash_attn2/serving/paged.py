@@ -124,6 +124,12 @@ def paged_attention(
     Raises:
       TypeError, ValueError: an argument does not fit, page numbers and lengths that are known included; a derivative is
         asked for.
+
+    Examples:
+      >>> k_pages = v_pages = jnp.ones((8, 16, 1, 8))  # 8 pages of 16 tokens
+      >>> table, lengths = jnp.array([[3, 0], [5, 7]]), jnp.array([9, 20])  # of two sequences
+      >>> paged_attention(jnp.ones((2, 4, 8)), k_pages, v_pages, table, lengths).shape
+      (2, 4, 8)
     """
     q = arguments.array("q", q)
     k = inputs.pages_of("k_pages", k_pages)

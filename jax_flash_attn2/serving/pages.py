@@ -80,6 +80,13 @@ def write_pages(
     Raises:
       TypeError, ValueError: an argument does not fit; what is known goes to no place, or to a page that another
         sequence holds.
+
+    Examples:
+      >>> k_pages, v_pages = jnp.zeros((2, 8, 16, 1, 8))
+      >>> table, lengths = jnp.array([[3, 0], [5, 7]]), jnp.array([9, 20])  # one token more than before
+      >>> k_pages, v_pages = write_pages(k_pages, v_pages, jnp.ones((2, 1, 8)), jnp.ones((2, 1, 8)), table, lengths)
+      >>> k_pages[3, 8, 0, 0], k_pages[7, 3, 0, 0]
+      (Array(1., dtype=float32), Array(1., dtype=float32))
     """
     held = {"k_pages": inputs.pages_of("k_pages", k_pages)}
     if v_pages is not None:

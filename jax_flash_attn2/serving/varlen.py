@@ -122,6 +122,11 @@ def varlen_attention(
 
     Raises:
       TypeError, ValueError: an argument does not fit, cu_q_lens and cu_k_lens that are known included.
+
+    Examples:
+      >>> q = k = v = jnp.ones((16, 2, 8))  # sequences of 5 and 9 tokens, and 2 of padding
+      >>> varlen_attention(q, k, v, jnp.array([0, 5, 14]), causal=True)[:, 0, 0]
+      Array([1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 0., 0.], dtype=float32)
     """
     arrays = {
         **{"q": q, "k": k, "v": v, "cu_q_lens": cu_q_lens, "cu_k_lens": cu_k_lens, "sinks": sinks},
