@@ -34,6 +34,12 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
 
     Two differences: a query that sees no key gets 0 (before the output projection) instead of the mean of all values,
     and dropout drops other keys, at the same rate, independently for each head.
+
+    Examples:
+      >>> attention = MultiheadAttention(2, 32, causal=True, key=jax.random.key(0))
+      >>> x = jnp.ones((16, 32))
+      >>> attention(x, x, x, sinks=jnp.zeros(2)).shape
+      (16, 32)
     """
 
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
@@ -157,6 +163,13 @@ def use_flash_attention[Model](model: Model, **options: Any) -> Model:
 
     Raises:
       TypeError: there is no such option, or it is not hashable.
+
+    Examples:
+      >>> import equinox as eqx
+      >>> theirs = eqx.nn.MultiheadAttention(2, 32, key=jax.random.key(0))
+      >>> ours, x = use_flash_attention(theirs), jax.random.normal(jax.random.key(1), (16, 32))
+      >>> bool(jnp.allclose(ours(x, x, x), theirs(x, x, x), atol=1e-5))
+      True
     """
     static = _static(options)
 

@@ -100,6 +100,12 @@ def attention_fn(
       ValueError: what is asked for cannot be done: weights to sow, an einsum of one's own, a precision that the kernels
         do not have, dropout without a key, is_causal in a decode step (see there).
       TypeError, ValueError: shapes and dtypes do not fit, as in `flash_attention`.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = nnx.MultiHeadAttention(2, 32, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 16, 32)), is_causal=True).shape
+      (1, 16, 32)
     """
     _refuse_what_needs_weights(
         module=module, einsum_dot_general=einsum_dot_general, qk_attn_weights_einsum=qk_attn_weights_einsum,
@@ -149,6 +155,10 @@ def make_attention_fn(**options: Any) -> Callable[..., Array]:
 
     Raises:
       TypeError: there is no such option.
+
+    Examples:
+      >>> make_attention_fn(window_size=(64, 0)) is make_attention_fn(window_size=(64, 0))
+      True
     """
     _check_options(options)
     options = {"_fixed_mask" if name == "mask" else name: x for name, x in sorted(options.items())}

@@ -181,6 +181,14 @@ def flash_attention(
       TypeError, ValueError: an argument does not fit; the message says which, what was wanted and what came. A config
         too large for the GPU's shared memory, and "triton" where there is no GPU, raise when the call is compiled.
       ImportError: on a GPU without jax-triton and triton installed.
+
+    Examples:
+      >>> q, k, v = jnp.ones((2, 128, 8, 64)), jnp.ones((2, 128, 2, 64)), jnp.ones((2, 128, 2, 64))
+      >>> flash_attention(q, k, v, causal=True, window_size=(31, 0)).shape
+      (2, 128, 8, 64)
+      >>> o, lse = flash_attention(q, k, v, kv_lengths=jnp.array([100, 128]), return_lse=True)
+      >>> lse.shape, lse.dtype
+      ((2, 8, 128), dtype('float32'))
     """
     arrays = {
         **{"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks, "alibi_slopes": alibi_slopes},
@@ -341,6 +349,13 @@ def get_cached_flash_attention(
 
     Returns:
       A function of query `[*batch, Sq, H, D]`, key, value and an optional bias to `[*batch, Sq, H, Dv]`.
+
+    Examples:
+      >>> attend = get_cached_flash_attention(64, 64)
+      >>> attend is get_cached_flash_attention(64, 64)
+      True
+      >>> attend(*jnp.ones((3, 1, 128, 2, 32))).shape
+      (1, 128, 2, 32)
     """
     inputs.check_block_size("blocksize_q", blocksize_q)
     inputs.check_block_size("blocksize_k", blocksize_k)

@@ -87,6 +87,7 @@ def explain(
     Examples:
       >>> x = jnp.zeros((1, 1024, 8, 64))
       >>> made = explain(x, x, x, causal=True, window_size=(255, 0))
+      >>> made
       xla on cpu
         the Triton kernels need a GPU, and JAX's default backend is cpu
         fwd ... tiles visited (...), ... through the mask, ...
