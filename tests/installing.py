@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -109,21 +110,29 @@ def requires(wheel: Path) -> list[str]:
         return re.findall(r"^Requires-Dist: (.*)$", opened.read(name).decode(), re.MULTILINE)
 
 
+def run(*command: str | Path, **options: Any) -> str:
+    """What a command prints to `stdout`; exits if it fails."""
+    done = subprocess.run(command, text=True, **options)
+    if done.returncode:
+        raise SystemExit(f"status {done.returncode} of: {' '.join(map(str, command))}")
+    return done.stdout
+
+
 def try_it(wheel: Path, extra: str, index: bool) -> None:
     """Installs the wheel by itself and runs it."""
-    with tempfile.TemporaryDirectory() as folder:
-        python = Path(folder) / "env" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", Path(folder) / "env"], check=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        python, smoke = folder / "env" / "bin" / "python", folder / "smoke.py"
+        smoke.write_text(SMOKE)
+        run(sys.executable, "-m", "venv", "--without-pip", folder / "env")
         if not index:
             where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-            site = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
-            link(needed(requires(wheel), {extra}), Path(site))
-        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
-        name = f"{wheel}[{extra}]" if extra else str(wheel)
-        subprocess.run([*pip, *([] if index else ["--no-index"]), name], check=True)
+            link(needed(requires(wheel), {extra}), Path(run(python, "-c", where, stdout=subprocess.PIPE).strip()))
+        pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check")
+        run(*pip, *(() if index else ("--no-index",)), f"{wheel}[{extra}]" if extra else wheel)
         settings = {"JAX_PLATFORMS": "cpu", "JAX_FLASH_ATTN2_CACHE": "off", "TRITON_INTERPRET": "1" if extra else "0"}
-        for command in (["-c", SMOKE, extra], ["-m", "jax_flash_attn2"]):
-            subprocess.run([python, *command], cwd=folder, env=settings, check=True)
+        run(python, smoke, extra, cwd=folder, env=settings)
+        run(python, "-m", "jax_flash_attn2", cwd=folder, env=settings)
 
 
 def main() -> None:
