@@ -18,7 +18,7 @@ WORKERS := -n $(JOBS) --dist worksteal
 OTHER_triton38 := triton==3.8.0
 OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
-.PHONY: help demo test test-ci test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint dist
+.PHONY: help demo test test-ci test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
 .PHONY: gallery generate long-context test-drawn test-ptxas lock clean
 .PRECIOUS: %/bin/pip
 
@@ -123,8 +123,9 @@ lint: .venv/dev.stamp ## ruff and pyrefly
 # sdist, so that one without the other cannot be right. What setuptools left of an earlier build would find its way in.
 DIST_TOOLS := build==1.6.1 twine==7.0.0 check-wheel-contents==0.6.3
 
+.PHONY: dist
 dist: .venv/dev.stamp .venv-dist/stamp ## the sdist and the wheel, checked, installed by themselves, and tried
-	rm -rf dist build *.egg-info
+	rm -rf dist *.egg-info
 	.venv-dist/bin/python -m build --no-isolation . >/dev/null
 	.venv-dist/bin/twine check --strict dist/*
 	.venv-dist/bin/check-wheel-contents dist/*.whl
@@ -165,13 +166,13 @@ clean: ## remove the environments and everything generated
 	.venv/$(PIP_INSTALL) -c $(LOCK) --no-build-isolation -e '.$(if $(GPU),[$(CUDA)])'
 	@touch $@ .venv/demo.stamp
 
-.venv-dist/stamp: $(LOCK) | .venv-dist/bin/pip
-	.venv-dist/$(PIP_INSTALL) -c $(LOCK) setuptools $(DIST_TOOLS)
-	@touch $@
-
 .ptxas/%/stamp: | .venv/bin/pip
 	.venv/$(PIP_INSTALL) --upgrade --target $(@D) --no-deps nvidia-cuda-nvcc-cu12==$*
 	chmod +x $(@D)/nvidia/cuda_nvcc/bin/ptxas
+	@touch $@
+
+.venv-dist/stamp: $(LOCK) | .venv-dist/bin/pip
+	.venv-dist/$(PIP_INSTALL) -c $(LOCK) setuptools $(DIST_TOOLS)
 	@touch $@
 
 # The matrix: .venv but for what is named here, which is found first.
