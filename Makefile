@@ -50,11 +50,11 @@ TODAYS = THIRD=$(or $(THIRD),$(shell echo $$(($(TODAY) % 3)))) NINTH=$(or $(NINT
 test: | .venv/bin/pip ## lint, types, tests (of combinations a third), and the check of the generated GPU code
 	@$(TODAYS) $(STAGED) test environment lint test-xla $(TRITON) $(if $(GPU),test-gpu)
 
-test-ci: | .venv/bin/pip ## what `make test` does, every tuned kernel, and test-matrix
-	@$(TODAYS) NINTH= $(STAGED) test-ci environment lint test-xla $(TRITON) $(MATRIX)
+test-ci: | .venv/bin/pip ## what `make test` does, every tuned kernel, dist, and test-matrix
+	@$(TODAYS) NINTH= $(STAGED) test-ci environment lint docs dist test-xla $(TRITON) $(MATRIX)
 
-test-all: | .venv/bin/pip ## every test, compiled as for users, every tuned kernel, and test-matrix
-	@THIRD= NINTH= FULLY=--fully $(STAGED) test-all environment lint test-xla $(TRITON) $(MATRIX) $(if $(GPU),test-gpu)
+test-all: | .venv/bin/pip ## every test, compiled as for users, every tuned kernel, dist, and test-matrix
+	@THIRD= NINTH= FULLY=--fully $(STAGED) test-all environment lint docs dist test-xla $(TRITON) $(MATRIX) $(if $(GPU),test-gpu)
 
 # The stages. Made by itself, each runs everything; with THIRD=0, 1 or 2, or NINTH=0 to 8, that part of it.
 SOME := $(if $(THIRD),--third $(THIRD))
@@ -122,13 +122,23 @@ lint: .venv/dev.stamp ## ruff and pyrefly
 	.venv/bin/ruff format --check .
 	.venv/bin/pyrefly check
 
-# JAX stays below 0.12 until a jax-triton is out whose rules fit its jit; test-matrix covers 0.12.
-HELD_BACK := 'jax<0.12' "jax-cuda13-plugin<0.12; sys_platform == 'linux'" "jax-cuda13-pjrt<0.12; sys_platform == 'linux'"
+# By tools of its own, the same ones every time, and with the setuptools of the lock. `build` makes the wheel of the
+# sdist, so that one without the other cannot be right. What setuptools left of an earlier build would find its way in.
+DIST_TOOLS := build==1.6.1 twine==7.0.0 check-wheel-contents==0.6.3
 
+.PHONY: dist
+dist: .venv/dev.stamp .venv-dist/stamp ## the sdist and the wheel, checked, installed by themselves, and tried
+	rm -rf dist *.egg-info
+	.venv-dist/bin/python -m build --no-isolation . >/dev/null
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/check-wheel-contents dist/*.whl
+	.venv/bin/python tests/installing.py dist
+
+# What is held back, and why, stands in pyproject.toml: the extra "triton".
 lock: .venv/bin/pip ## renew the pinned development set: the newest releases that fit together
 	@command -v uv >/dev/null || .venv/$(PIP_INSTALL) uv
 	@printf '%s\n' '# The development set of pyproject.toml, pinned. Made by "make lock"; do not edit.' > $(LOCK).new
-	@printf '%s\n' 'setuptools>=80' $(HELD_BACK) | PATH="$$PATH:.venv/bin" uv pip compile --quiet --universal \
+	@printf '%s\n' 'setuptools>=80' | PATH="$$PATH:.venv/bin" uv pip compile --quiet --universal \
 	  --python .venv/bin/python --python-version 3.12 --group dev --extra triton \
 	  --no-header --no-annotate --no-emit-index-url pyproject.toml - >> $(LOCK).new
 	@mv $(LOCK).new $(LOCK)
@@ -168,6 +178,10 @@ clean: ## remove the environments and everything generated
 .ptxas/%/stamp: | .venv/bin/pip
 	.venv/$(PIP_INSTALL) --upgrade --target $(@D) --no-deps nvidia-cuda-nvcc-cu12==$*
 	chmod +x $(@D)/nvidia/cuda_nvcc/bin/ptxas
+	@touch $@
+
+.venv-dist/stamp: $(LOCK) | .venv-dist/bin/pip
+	.venv-dist/$(PIP_INSTALL) -c $(LOCK) setuptools $(DIST_TOOLS)
 	@touch $@
 
 # The matrix: .venv but for what is named here, which is found first.

@@ -1,18 +1,35 @@
-"""`python -m jax_flash_attn2 cache [show | verify | clear]`: the kernels that are kept on disk."""
+"""`python -m jax_flash_attn2`: what is installed, and what would run here; what to put into a report of a bug.
+
+`python -m jax_flash_attn2 cache [show | verify | clear]`: the kernels that are kept on disk.
+"""
 
 import argparse
 import collections
+import importlib.metadata
+import os
+import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
+
+from .base.version import VERSION
+from .call.explain import explained
 from .gpu import store
+
+PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "flax", "equinox", "numpy")
+SETTINGS = ("JAX_", "XLA_", "TRITON_", "FLASH_ATTN_", "CUDA_VISIBLE_DEVICES")
+"""What the names of environment variables begin with that change what runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit status."""
-    parser = argparse.ArgumentParser("python -m jax_flash_attn2")
-    commands = parser.add_subparsers(title="commands", required=True)
+    """Runs one command, or says what is installed; its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m jax_flash_attn2", description="Without a command: what is installed, and what would run here."
+    )
+    commands = parser.add_subparsers(title="commands")
     cache = commands.add_parser(
         "cache",
         help="the compiled kernels that are kept on disk",
@@ -28,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "exit status 1 if there were any. clear: remove them all.",
     )
     options = parser.parse_args(arguments)
+    if "what" not in options:
+        print("\n".join(f"{name:11}{text}" for name, text in about()))
+        return 0
     kept = store.current()
     if kept is None:
         print(f"No kernels are kept: {store.FOLDER} is off, or there is no home folder.")
@@ -39,6 +59,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return {"show": show, "verify": verify, "clear": clear}[options.what](kept)
+
+
+def about() -> Iterator[tuple[str, str]]:
+    """Names and values: versions, devices, what a plain call would run, where kernels are kept, settings."""
+    yield "version", f"{VERSION}, in {os.path.dirname(__file__)}"
+    yield "python", f"{platform.python_version()}, {platform.platform()}"
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    yield "devices", ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+    q = jnp.zeros((1, 16, 1, 64), jnp.bfloat16)
+    try:
+        would = explained(q, q, q)
+        yield "runs", f"{would.implementation} on {would.where}: {'; '.join(would.reasons)}"
+    except ImportError as error:  # a GPU, without what its kernels need
+        yield "runs", f"nothing: {error}"
+    kept = store.current()
+    if kept is None:
+        yield "kernels", "not kept"
+    elif (why := kept.refused()) is not None:
+        yield "kernels", f"not kept in {kept.folder}: {why}"
+    else:
+        yield "kernels", f"kept in {kept.folder}"
+    for name in sorted(x for x in os.environ if x.startswith(SETTINGS)):
+        yield "setting", f"{name}={os.environ[name]}"
 
 
 def show(kept: store.Store) -> int:

@@ -11,16 +11,21 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from .base import names
+from .base.errors import install
 from .call.api import flash_attention
 from .call.combined import both, is_structured
 from .call.options import AnyMask
+
+try:
+    import equinox as eqx
+except ImportError as error:
+    raise ImportError(f"jax_flash_attn2.equinox needs Equinox ({error}): {install('equinox')}") from error
 
 _OPTIONS = (
     "causal", "causal_alignment", "window_size", "mask", "score_mod", "logits_soft_cap", "softmax_scale",

@@ -5,12 +5,19 @@ the arguments, so their words are here. Imports nothing.
 from typing import Any
 
 
+def install(extra: str) -> str:
+    """What to type for an extra: the one place that knows how this package is installed.
+
+    It is in no index yet, and what has the name of its import there is somebody else's.
+    """
+    return f'pip install ".[{extra}]" in a checkout of jax_flash_attn2'
+
+
 def missing_triton_error(cause: ImportError) -> ImportError:
     """The GPU extras are not installed."""
     return ImportError(
-        f'the Triton kernels need jax-triton and triton ({cause}): pip install "jax_flash_attn2[cuda13]" '
-        f"(or [cuda12]), "
-        f'or pass implementation="xla"'
+        f"the Triton kernels need jax-triton and triton ({cause}): {install('cuda13')} (or [cuda12]), "
+        'or pass implementation="xla"'
     )
 
 
