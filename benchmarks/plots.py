@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,17 +129,27 @@ def _draw_along(panel: Panel, axes: Any) -> None:
         axes.plot([n for n, _ in there], [p.middle for _, p in there], f"{marker}-", ms=4.5, lw=1, color=colour)
         for n, point in there:
             axes.vlines(n, *_whisker(point), color=colour, lw=1.3)
-        for n, status in zip(panel.places, line, strict=True):
-            if isinstance(status, str):
-                place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 7}
-                axes.text(n * aside, 0.99, f"{name}: {status}", color=colour, rotation=90, **place)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(panel.places, [f"{n // 1024}k" if n and n % 1024 == 0 else f"{n}" for n in panel.places])
+    axes.set_xticks(panel.places, [_length(n) for n in panel.places])
     axes.minorticks_off()
-    axes.set_xlabel(panel.place)
+    axes.set_xlabel("\n".join([panel.place, *_missing(panel)]))
     if panel.one:
         axes.axhline(1, color=_INK, lw=1, ls="--")
     _scale(axes, "y", panel)
+
+
+def _length(n: Any) -> str:
+    return f"{n // 1024}k" if n and n % 1024 == 0 else f"{n}"
+
+
+def _missing(panel: Panel) -> list[str]:
+    """Which lengths have no time, below the plot, where they cover nothing: a line for each provider."""
+    said = []
+    for name, line in panel.lines.items():
+        lost = [f"{_length(n)} {x}" for n, x in zip(panel.places, line, strict=True) if isinstance(x, str)]
+        if lost:
+            said += textwrap.wrap(f"{name}: {', '.join(lost)}", 50)
+    return said
 
 
 def _whisker(point: Point) -> tuple[float, float]:
@@ -188,7 +199,7 @@ def ticks(least: float, most: float, room: int = 6) -> list[float]:
 
 def height(panel: Panel) -> float:
     """Inches."""
-    return 2.9 if panel.along else sum(_row_heights(panel)) + 0.55
+    return 2.9 + 0.16 * len(_missing(panel)) if panel.along else sum(_row_heights(panel)) + 0.55
 
 
 def together(panels: Sequence[Panel]) -> list[Panel]:

@@ -104,7 +104,7 @@ def _part(path: Path) -> _Part | None:
     some = [r for r in records if r.status is not results.Status.UNSUPPORTED]
     quick = " (quick set)" if path.stem.endswith("-quick") else ""
     details = page.tables(summary(some, against=section.against), "All points")
-    details += page.figures(section.more(records), f"{path.parent.name}-{path.stem}-more")
+    details += page.figures(plots.together(section.more(records)), f"{path.parent.name}-{path.stem}-more")
     missing = failures(records).splitlines()
     said = "".join(f"<li>{html.escape(line)}</li>\n" for line in missing)
     return _made(
