@@ -69,7 +69,12 @@ def draw(panel: Panel, axes: Any, title: bool = True) -> None:
     """Draws a panel into matplotlib axes."""
     (_draw_along if panel.along else _draw_below)(panel, axes)
     if title:
-        axes.set_title(panel.title, fontsize=9)
+        axes.set_title(_title(panel), fontsize=9, loc="left")
+
+
+def _title(panel: Panel) -> str:
+    """In lines as long as what it stands above."""
+    return textwrap.fill(panel.title, 40)
 
 
 def _draw_below(panel: Panel, axes: Any) -> None:
@@ -239,7 +244,7 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
     """All panels and who is who, in columns, as a file."""
     columns = min(len(panels), 3)
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    heights = [max(map(height, row)) + 0.2 for row in rows]
+    heights = [max(height(p) + 0.17 * (1 + _title(p).count("\n")) for p in row) for row in rows]
     with _figures() as new:
         figure = new(figsize=(WIDTH * columns, sum(heights) + 0.3), layout="constrained", facecolor="white")
         grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights).ravel()

@@ -105,7 +105,7 @@ def test_dots_and_whiskers(panel):
     assert sorted(map(tuple, ends)) == sorted((p.low or p.middle, p.high or p.middle) for p in points)
     said = axes.get_xlabel() if panel.along else axes.texts[0].get_text()
     assert said.endswith("xla: 1k oom" if panel.along else "ours: oom")
-    assert axes.get_title() == "Title"
+    assert axes.get_title(loc="left") == "Title"
 
 
 def test_svg():
