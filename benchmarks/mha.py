@@ -21,18 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from .attention import Attention, Provider, Shape, flash, library, triton
+from .looks import look
 from .problem import Group, Work
 from .results import Record, case_name
 from .status import SENTINELS, Status
 from .sweep import Sweep, parser, summary
 
 LINES = {
-    "triton-block-ptr": ("Triton-BlockPtr", "green", "-"),
-    "triton-ptr-block": ("Triton-PtrBlock", "blue", "-."),
-    "flash-xla": ("Flash-XLA", "purple", "--"),
-    "flash-tuned": ("Flash-Tuned", "black", "-"),
-    "jax": ("Jax", "darkorange", ":"),
-    "jax-cudnn": ("Jax-cuDNN", "red", "--"),
+    "triton-block-ptr": ("Triton-BlockPtr", look("triton-block-ptr")[0], "-"),
+    "triton-ptr-block": ("Triton-PtrBlock", look("triton-ptr-block")[0], "-."),
+    "flash-xla": ("Flash-XLA", look("flash-xla")[0], "--"),
+    "flash-tuned": ("Flash-Tuned", look("flash-tuned")[0], "-"),
+    "jax": ("Jax", look("jax")[0], ":"),
+    "jax-cudnn": ("Jax-cuDNN", look("jax-cudnn")[0], "--"),
 }
 """Providers: name in the plots, colour, style."""
 BY_BLOCKS = ("triton-block-ptr", "triton-ptr-block", "flash-xla")

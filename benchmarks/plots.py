@@ -1,238 +1,279 @@
-"""The plots of the report: each draws what the results of a benchmark say into a matplotlib figure.
+"""How the report draws: panels of dots with whiskers, of which a page shows each as SVG and a file all as PNG.
 
-A point without a time is marked, never drawn as one.
+A panel says what was measured; everything that is seen of it is decided here, once for all benchmarks. A point without
+a time is marked by its status, never drawn as one. Nothing is a bar: on a log scale a bar's length means nothing.
 """
 
-import collections
+import contextlib
+import dataclasses
+import io
 import itertools
-from collections.abc import Callable
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from . import attention_mask, components, gpu, results, sdpa, sparse_masks
-from .results import Record, parse_case
+from .looks import look
 
-COLOURS = ("#1b6ca8", "#e07b39", "#3a9d5d", "#8e5ea2", "#b8860b", "#c0392b", "#5f6f7a", "#17a2b8")
-
-
-def _bars(
-    axes: Any, groups: list[str], lines: dict[str, list[Record | None]], value: Callable, spread: Callable | None = None
-):
-    """Bars side by side: a line of records for each name, one record for each group; a cross where there is none."""
-    width, colours = 0.8 / max(len(lines), 1), itertools.cycle(COLOURS)
-    for i, (name, line) in enumerate(lines.items()):
-        at = [g + (i - (len(lines) - 1) / 2) * width for g in range(len(groups))]
-        heights = [value(r) if r is not None and r.ok else 0.0 for r in line]
-        colour = next(colours)
-        axes.bar(at, heights, width, label=name, color=colour)
-        for x, record in zip(at, line, strict=True):
-            if record is not None and record.ok and spread is not None:
-                axes.vlines(x, *spread(record), color="#222", lw=1)
-            elif record is not None and not record.ok and record.status is not results.Status.UNSUPPORTED:
-                axes.annotate(
-                    str(record.status), (x, 0), rotation=90, fontsize=7, ha="center", va="bottom", color=colour
-                )
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.grid(axis="y", alpha=0.3)
+WIDTH = 4.4
+"""Inches of a panel: what a phone shows at the size of its text."""
+_STEP = 0.15
+"""Inches between the providers of a row."""
+_INK = "#0a0b0c"
+"""Axes and text; of an SVG the page decides it."""
+_RC = {
+    "font.size": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "report",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+}
 
 
-def _plain_log(axes: Any, at: tuple[int, ...] = ()) -> None:
-    """A log scale with numbers that one reads as they are, of `at` in each power of ten or as many as have room."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One number that was measured, and the 20th and 80th percentile of its runs where they are known."""
 
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=at or ((1, 2, 5) if high / low < 50 else (1,))))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    middle: float
+    low: float | None = None
+    high: float | None = None
 
 
-def _legend_above(axes: Any, columns: int = 3) -> None:
-    """Where it covers no bar."""
-    axes.legend(ncols=columns, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Of each provider a point for each place."""
+
+    title: str
+    value: str
+    """What the numbers are, with their unit."""
+    places: Sequence[str] | Sequence[int]
+    """Names, which stand one below the other; or lengths, along an axis."""
+    lines: Mapping[str, Sequence[Point | str | None]]
+    """A provider's points, one for each place; a status (text) where there is no time, None where nothing was tried."""
+    place: str = ""
+    """What the lengths are of."""
+    log: bool = True
+    one: str = ""
+    """What 1 stands for, if it stands for something: a dashed line."""
+    extent: tuple[float, float] | None = None
+    """Least and largest number that there is room for; None: what is there."""
+
+    @property
+    def along(self) -> bool:
+        """Whether places are lengths."""
+        return not isinstance(self.places[0], str)
 
 
-def _lines(
-    records: list[Record], providers: tuple[str, ...], keep: Callable[[dict[str, str]], bool] = lambda case: True
-):
-    """Cases that are kept, and the records of each provider over them."""
-    cases = [c for c in dict.fromkeys(r.case for r in records) if keep(parse_case(c))]
-    found = {(r.case, r.provider): r for r in records}
-    lines = {p: [found.get((c, p)) for c in cases] for p in providers}
-    return cases, {p: line for p, line in lines.items() if any(r is not None and r.ok for r in line)}
+def draw(panel: Panel, axes: Any, title: bool = True) -> None:
+    """Draws a panel into matplotlib axes."""
+    (_draw_along if panel.along else _draw_below)(panel, axes)
+    if title:
+        axes.set_title(_title(panel), fontsize=9, loc="left")
 
 
-def draw_mha(records: list[Record], figure: Any) -> None:
-    """Times faster than jax, tuned sizes: one panel for each mode."""
-    modes = [m for m in ("fwd", "bwd") if any(parse_case(r.case)["mode"] == m for r in records)]
-    panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
-    for mode, axes in zip(modes, panels, strict=True):
-        free = [r for r in records if "blocksize_q" not in parse_case(r.case)]
-        cases, lines = _lines(free, ("flash-tuned", "jax-cudnn"), lambda case, mode=mode: case["mode"] == mode)
-        keys = {key: len({parse_case(c)[key] for c in cases}) for c in cases[:1] for key in parse_case(c)}
-        varying = [key for key, n in keys.items() if n > 1 and key != "mode"]
-        names = {"bias": {"True": "bias", "False": "no bias"}}
-        titles = ["\n".join(names.get(k, {}).get(v, v if k == "seqlen" else f"{k} {v}")
-                            for k in varying for v in [parse_case(c)[k]]) for c in cases]  # fmt: skip
-        _bars(axes, titles, lines, lambda r: r.times_faster, lambda r: (r.times_faster_p20, r.times_faster_p80))
-        axes.axhline(1, color="#222", lw=1, ls="--")
-        axes.set_xlabel({"fwd": "forward", "bwd": "forward and backward"}[mode] + ", by sequence length")
-    panels[0].set_ylabel("times faster than jax.nn (XLA)")
-    _legend_above(panels[0])
+def _title(panel: Panel) -> str:
+    """In lines as long as what it stands above."""
+    return textwrap.fill(panel.title, 40)
 
 
-def draw_attention_mask(records: list[Record], figure: Any) -> None:
-    jits = [j for j in ("True", "False") if any(parse_case(r.case)["jit"] == j for r in records)]
-    for jit, axes in zip(jits, figure.subplots(1, len(jits), squeeze=False)[0], strict=True):
-        cases, lines = _lines(records, tuple(attention_mask.BUILDERS), lambda case, jit=jit: case["jit"] == jit)
-        titles = [
-            f"{c['batch']}x{c['seqlen']}" + ("\npadding" if c["padding"] == "True" else "")
-            for c in map(parse_case, cases)
-        ]
-        _bars(axes, titles, lines, lambda r: r.ms, lambda r: (r.ms_p20, r.ms_p80))
-        axes.set_ylabel("ms (log scale)")
-        axes.set_xlabel("with jit" if jit == "True" else "without jit")
-        axes.tick_params(axis="x", labelsize=7)
-        _plain_log(axes)
-        _legend_above(axes)
+def _draw_below(panel: Panel, axes: Any) -> None:
+    """A row for each place, the first on top, the providers that have something there one below the other in it.
+
+    The axis counts inches, so that what is written never meets what is written next to it.
+    """
+    heights = _row_heights(panel)
+    ends = list(itertools.accumulate(heights, initial=0.0))
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+    for row, middle in enumerate(middles):
+        there = [(name, line[row]) for name, line in panel.lines.items() if line[row] is not None]
+        for i, (name, point) in enumerate(there):
+            colour, marker = look(name)
+            y = middle + (i - (len(there) - 1) / 2) * _STEP
+            if isinstance(point, str):
+                place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center", "fontsize": 7}
+                axes.text(0.99, y, f"{name}: {point}", color=colour, **place)
+            elif point is not None:
+                axes.plot(point.middle, y, marker, ms=4.5, color=colour)
+                axes.hlines(y, *_whisker(point), color=colour, lw=1.3)
+    axes.set_yticks(middles, [_wrapped(str(p)) for p in panel.places])
+    axes.set_ylim(ends[-1], 0)
+    axes.tick_params(axis="y", length=0)
+    for end in ends[1:-1]:
+        axes.axhline(end, color=_INK, alpha=0.12, lw=0.6)
+    if panel.one:
+        axes.axvline(1, color=_INK, lw=1, ls="--")
+    _scale(axes, "x", panel)
 
 
-def draw_sparse_masks(records: list[Record], figure: Any) -> None:
-    panels = figure.subplots(1, 5)
-    for operation, axes in zip(sparse_masks.PROVIDERS, panels, strict=True):
-        cases, lines = _lines(records, sparse_masks.PROVIDERS[operation], lambda c, o=operation: c["operation"] == o)
-        parsed = [parse_case(c) for c in cases]
-        titles = [f"{c['sparsity']}%" if "sparsity" in c else f"{c['size']}\nafter\n{c['previous']}" for c in parsed]
-        _bars(axes, titles, lines, lambda r: r.ms)
-        axes.set_xlabel(f"{operation}, by zeros" if operation in sparse_masks.OPERATIONS else f"{operation} masker")
-        axes.tick_params(axis="x", labelsize=7)
-        _plain_log(axes)
-        _legend_above(axes, 1)
-    panels[0].set_ylabel("ms (log scale)")
+def _row_heights(panel: Panel) -> list[float]:
+    """Inches of each: of its providers, or of its name."""
+    return [
+        max(_STEP * (1 + sum(line[row] is not None for line in panel.lines.values())),
+            0.16 * (1 + _wrapped(str(place)).count("\n")) + 0.08)
+        for row, place in enumerate(panel.places)
+    ]  # fmt: skip
 
 
-def draw_block_masks(records: list[Record], figure: Any) -> None:
-    for mode, axes in zip(("fwd", "bwd"), figure.subplots(1, 2, sharey=True), strict=True):
-        cases, lines = _lines(records, ("block-mask", "option"), lambda case, mode=mode: case["mode"] == mode)
-        titles = [f"{c['mask']}\n{c['seqlen']}" for c in map(parse_case, cases)]
-        _bars(axes, titles, lines, lambda r: r.times_faster, lambda r: (r.times_faster_p20, r.times_faster_p80))
-        axes.axhline(1, color="#222", lw=1, ls="--")
-        axes.set_xlabel({"fwd": "forward", "bwd": "forward and backward"}[mode] + ", by mask and length")
-        axes.tick_params(axis="x", labelsize=7)
-        _legend_above(axes)
-    figure.axes[0].set_ylabel("times faster than causal attention")
+def _wrapped(place: str) -> str:
+    """In lines of about 22 characters, cut behind commas."""
+    lines = [""]
+    for part in place.split(", "):
+        if lines[-1] and len(lines[-1]) + len(part) > 20:
+            lines.append("")
+        lines[-1] += (", " if lines[-1] else "") + part
+    return ",\n".join(lines)
 
 
-def draw_components(records: list[Record], figure: Any) -> None:
-    """Shares of the stages, and what the cache saves."""
-    left, right = figure.subplots(1, 2)
-    found = {
-        t: x for t, x in components.by_length(records).items() if all(s in x and x[s].ok for s in components.STAGES)
-    }
-    before = [0.0] * len(found)
-    for stage, colour in zip(components.STAGES, COLOURS, strict=False):
-        sums = [sum(x[s].ms or 0.0 for s in components.STAGES) for x in found.values()]
-        shares = [100 * (x[stage].ms or 0.0) / total for x, total in zip(found.values(), sums, strict=True)]
-        left.barh(list(found), shares, left=before, label=stage, color=colour)
-        before = [a + b for a, b in zip(before, shares, strict=True)]
-    left.invert_yaxis()
-    left.set_xlim(0, 100)
-    left.set_xlabel("% of the sum of the stages")
-    left.set_ylabel("length")
-    _legend_above(left)
-    _, lines = _lines(records, ("eager-cached", "eager-flash"))
-    named = {"eager-cached": "dense attention, mask cached", "eager-flash": "flash attention, no mask"}
-    titles = list(components.by_length(records))
-    _bars(right, titles, {named[p]: line for p, line in lines.items()}, lambda r: r.times_faster,
-          lambda r: (r.times_faster_p20, r.times_faster_p80))  # fmt: skip
-    right.axhline(1, color="#222", lw=1, ls="--")
-    right.set_xlabel("length; called without jit")
-    right.set_ylabel("times faster than dense attention, mask built")
-    _legend_above(right)
+def _draw_along(panel: Panel, axes: Any) -> None:
+    """Lines over lengths."""
+    for i, (name, line) in enumerate(panel.lines.items()):
+        colour, marker = look(name)
+        aside = 1.05 ** (i - (len(panel.lines) - 1) / 2)  # whiskers lie side by side
+        there = [(n * aside, p) for n, p in zip(panel.places, line, strict=True) if isinstance(p, Point)]
+        axes.plot([n for n, _ in there], [p.middle for _, p in there], f"{marker}-", ms=4.5, lw=1, color=colour)
+        for n, point in there:
+            axes.vlines(n, *_whisker(point), color=colour, lw=1.3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(panel.places, [_length(n) for n in panel.places])
+    axes.minorticks_off()
+    axes.set_xlabel("\n".join([panel.place, *_missing(panel)]))
+    if panel.one:
+        axes.axhline(1, color=_INK, lw=1, ls="--")
+    _scale(axes, "y", panel)
 
 
-def draw_sdpa(records: list[Record], figure: Any) -> None:
-    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-    cases, lines = _lines(records, ("ours", *sdpa.OTHERS))
-    titles = [f"{c['size']}\n{'causal' if c['causal'] == 'True' else 'full'}" for c in map(parse_case, cases)]
-    _bars(left, titles, lines, lambda r: 1000 / r.ms, lambda r: (1000 / r.ms_p80, 1000 / r.ms_p20))
-    left.set_ylabel("iterations per second (log scale)")
-    _plain_log(left)
-    _legend_above(left)
-    cases, lines = _lines(records, sdpa.RUNGS)
-    _bars(
-        right, titles, lines, lambda r: 1 / r.times_faster, lambda r: (1 / r.times_faster_p80, 1 / r.times_faster_p20)
-    )
-    right.axhline(1, color="#222", lw=1, ls="--")
-    right.set_ylabel("time with it switched off, ours = 1")
-    _legend_above(right, 4)
+def _length(n: Any) -> str:
+    return f"{n // 1024}k" if n and n % 1024 == 0 else f"{n}"
 
 
-def draw_gpu(records: list[Record], figure: Any) -> None:
-    """TFLOP/s over length, one panel for each mode and width."""
-    points = gpu.usual_points(records)
-    kinds = list(dict.fromkeys((c["mode"], c["headdim"], c["causal"]) for c in (parse_case(r.case) for r in points)))
-    columns = min(len(kinds), 4)
-    rows = -(-len(kinds) // max(columns, 1))
-    figure.set_size_inches(11, 2.6 * rows + 0.6)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(kinds) :]:
-        axes.set_visible(False)
-    for kind, axes in zip(kinds, panels, strict=False):
-        for provider, colour in zip(gpu.PROVIDERS, COLOURS, strict=False):
-            cases = [(parse_case(r.case), r) for r in points if r.provider == provider and r.ok]
-            line = sorted(
-                (int(c["seqlen"]), r.tflops or 0.0) for c, r in cases if (c["mode"], c["headdim"], c["causal"]) == kind
-            )
-            axes.plot(*zip(*line, strict=True) if line else ((), ()), "o-", ms=3, color=colour, label=provider)
-        axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
-        axes.set_title(f"{kind[0]}, width {kind[1]}, {'causal' if kind[2] == 'True' else 'full'}", fontsize=9)
-        axes.grid(alpha=0.3)
-    if len(panels):
-        panels[0].legend(fontsize=7)
-        panels[0].set_ylabel("TFLOP/s")
+def _missing(panel: Panel) -> list[str]:
+    """Which lengths have no time, below the plot, where they cover nothing: a line for each provider."""
+    said = []
+    for name, line in panel.lines.items():
+        lost = [f"{_length(n)} {x}" for n, x in zip(panel.places, line, strict=True) if isinstance(x, str)]
+        if lost:
+            said += textwrap.wrap(f"{name}: {', '.join(lost)}", 50)
+    return said
 
 
-def draw_decode(made: list[dict[str, Any]], figure: Any) -> None:
-    """How many times as long as a reading, over the length of the cache: one panel for each dtype and filling."""
-    made = [r for r in made if "skipped" not in r and r["rows"] == 1]
-    kind = lambda r: (r["batch"], r["heads"], r["kv_heads"], r["head_dim"], r["v_dim"])
-    kinds = collections.Counter(kind(r) for r in {(kind(r), r["seqlen"]): r for r in made}.values())
-    shown = kinds.most_common(1)[0][0] if kinds else None
-    made = sorted((r for r in made if kind(r) == shown), key=lambda r: r["seqlen"])
-    dtypes, fills = ([*dict.fromkeys(r[key] for r in made)] for key in ("dtype", "filled"))
-    names = [*dict.fromkeys(name for r in made for name in r["providers"] if name != "read")]
-    figure.set_size_inches(11, 2.9 * max(len(dtypes), 1) + 0.8)
-    panels = figure.subplots(max(len(dtypes), 1), max(len(fills), 1), squeeze=False, sharex=True, sharey=True)
-    for row, dtype in zip(panels, dtypes, strict=False):
-        row[0].set_ylabel("times the reading (log scale)")
-        for axes, filled in zip(row, fills, strict=True):
-            some = [r for r in made if (r["dtype"], r["filled"]) == (dtype, filled)]
-            for i, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
-                there = [(r["seqlen"], r["providers"][name]["times_reading"]) for r in some if _timed(r, name)]
-                at = [n * 1.06 ** (i - (len(names) - 1) / 2) for n, _ in there]  # spreads lie side by side
-                middle, low, high = ([x[part] for _, x in there] for part in range(3))
-                axes.plot(at, middle, "o-", ms=4, color=colour, label=name)
-                axes.vlines(at, low, high, color=colour, lw=1)
-            axes.axhline(1, color="#222", lw=1, ls="--", label="read")
-            axes.set_title(f"{dtype}, {filled}", fontsize=10)
-            axes.grid(alpha=0.3)
-    lengths = [*dict.fromkeys(r["seqlen"] for r in made)]
-    for axes in panels.ravel():
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{n}" for n in lengths], fontsize=8)
-    for axes in panels[-1]:
-        axes.set_xlabel("tokens allotted (log scale)")
-    _plain_log(panels[0, 0], (1, 2, 5))
-    if shown is not None:
-        batch, heads, kv_heads, head_dim, _ = shown
-        figure.suptitle(
-            f"One query row, batch {batch}, {heads} query heads and {kv_heads} key heads of {head_dim}: "
-            "time over that of reading the live keys and values once",
-            fontsize=10,
-        )
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower center", frameon=False)
+def _whisker(point: Point) -> tuple[float, float]:
+    low, high = (point.middle if x is None else x for x in (point.low, point.high))
+    return low, high
 
 
-def _timed(record: dict[str, Any], name: str) -> bool:
-    return "times_reading" in record["providers"].get(name, {})
+def _scale(axes: Any, which: str, panel: Panel) -> None:
+    """The axis of the numbers, with ticks that one reads as they are."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
+    least, most = panel.extent or _extent(panel)
+    if panel.log:
+        (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+        least, most = least / 1.08, most * 1.08
+    else:
+        least, most = 0, most * 1.08
+    (axes.set_xlim if which == "x" else axes.set_ylim)(least, most)
+    axis.set_major_locator(FixedLocator(list(ticks(least, most))) if panel.log else MaxNLocator(5))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    label = panel.value + (" (log scale)" if panel.log else "")
+    axes.set_xlabel(label, loc="right") if which == "x" else axes.set_ylabel(label)  # there names leave room for it
+    axes.grid(axis=which, alpha=0.2, color=_INK, lw=0.6)
+
+
+def _extent(panel: Panel) -> tuple[float, float]:
+    """Least and largest number that is there."""
+    points = [p for line in panel.lines.values() for p in line if isinstance(p, Point)]
+    numbers = [x for p in points for x in (p.low, p.middle, p.high) if x is not None]
+    numbers += [1.0] if panel.one or not numbers else []
+    return min(numbers), max(numbers)
+
+
+def ticks(least: float, most: float, room: int = 6) -> list[float]:
+    """As many round numbers between two as there is room for, on a log scale."""
+    tens = (range(10, 20), range(20, 30, 2), range(30, 50, 5), range(50, 100, 10))
+    every = tuple(x / 10 for x in itertools.chain(*tens))
+    for steps in (every, (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        found = [x for power in range(-12, 13) for step in steps if least <= (x := step * 10.0**power) <= most]
+        if len(found) <= room:
+            break
+    return [float(f"{x:.3g}") for x in found[:: -(-len(found) // room) or 1]]
+
+
+def height(panel: Panel) -> float:
+    """Inches."""
+    return 2.9 + 0.16 * len(_missing(panel)) if panel.along else sum(_row_heights(panel)) + 0.55
+
+
+def together(panels: Sequence[Panel]) -> list[Panel]:
+    """The same panels, those of one ratio on one scale: what is compared by eye must be of one size."""
+    extents: dict[str, tuple[float, float]] = {}
+    for panel in panels:
+        if panel.one:
+            least, most = _extent(panel)
+            before = extents.get(panel.value, (least, most))
+            extents[panel.value] = min(least, before[0]), max(most, before[1])
+    return [dataclasses.replace(p, extent=extents[p.value]) if p.one else p for p in panels]
+
+
+def svg(panel: Panel, name: str) -> str:
+    """A panel as an `<svg>` element, ink and ground of which are the page's.
+
+    Args:
+      panel: what is drawn; the title only as what a screen reader says.
+      name: goes before every id in it, so that those of one page differ.
+    """
+    with _figures() as new:
+        figure = new(figsize=(WIDTH, height(panel)), layout="constrained")
+        draw(panel, figure.subplots(), title=False)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    label = panel.title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    text = re.sub(r"<svg[^>]*>", f'<svg {box[0]} role="img" aria-label="{label}">', text, count=1)
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text.replace("xlink:href", "href"))
+    return text.replace(_INK, "currentColor").strip()
+
+
+def write_png(panels: Sequence[Panel], path: Path) -> None:
+    """All panels and who is who, in columns, as a file."""
+    columns = min(len(panels), 3)
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [max(height(p) + 0.17 * (1 + _title(p).count("\n")) for p in row) for row in rows]
+    with _figures() as new:
+        figure = new(figsize=(WIDTH * columns, sum(heights) + 0.3), layout="constrained", facecolor="white")
+        grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights).ravel()
+        for panel, axes in zip(panels, grid, strict=False):
+            draw(panel, axes)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        made = [_handle(name) for name in names(panels)]
+        figure.legend(handles=made, ncols=min(len(made), 3 * columns), loc="outside lower center", frameon=False)
+        figure.savefig(path, dpi=90)
+
+
+def names(panels: Sequence[Panel]) -> list[str]:
+    """All providers of some panels, each once."""
+    return list(dict.fromkeys(name for panel in panels for name in panel.lines))
+
+
+def _handle(name: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    colour, marker = look(name)
+    return Line2D([], [], color=colour, marker=marker, ls="", label=name)
+
+
+@contextlib.contextmanager
+def _figures() -> Iterator[Any]:
+    """matplotlib's class of figures, in this style while the block lasts; no window shows them."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_RC):
+        yield Figure

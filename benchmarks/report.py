@@ -3,12 +3,11 @@
     python -m benchmarks report                     # benchmarks/results/*/*.csv -> benchmarks/results/report.html
     python -m benchmarks report --results DIR --html FILE
 
-The plots are drawn anew from the results and written beside them as PNG too. A point without a time is marked, never
-drawn as one.
+It begins with what the results say, computed from them (`verdicts.py`): what was compared, where ours is faster and
+where slower, and how sure that is. The plots are drawn anew and written beside the results as PNG too.
 """
 
 import argparse
-import base64
 import dataclasses
 import html
 import json
@@ -17,24 +16,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import attention_mask, block_masks, cold_start, components, decode, gpu, plots, results, sdpa, sparse_masks
+from . import (
+    attention_mask,
+    block_masks,
+    cold_start,
+    comparisons,
+    components,
+    decode,
+    figures,
+    gpu,
+    page,
+    plots,
+    results,
+    sdpa,
+    sparse_masks,
+)
 from .results import Record, parse_case
 from .sweep import failures, summary, table
+from .verdicts import Comparison
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 2px solid #1b6ca8; padding-bottom: .2rem; }
-pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: 12.5px; line-height: 1.35; }
-img { max-width: 100%; height: auto; } .plots { display: grid; gap: .5rem;
-grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); } dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
-nav a { margin-right: 1rem; } .small { color: #555; font-size: 13px; } summary { cursor: pointer; }
-"""
 _HOW = """Every time is the median of runs that were waited for, after a first call and a warm-up, of a result that had
-just agreed with the reference; p20 and p80 are percentiles of the same runs. What is compared ran by turns in one
-process (A B A B ...), and "x" is the median of the ratios of neighbouring runs. TFLOP/s count the products that the
-definition needs over visible pairs: 4 per pair and head width forward, 14 forward and backward. "%peak" is of a large
-matrix product measured in the same process. On GPUs times are of the kernels, with the second-level cache flushed;
-elsewhere of the wall clock."""
+just agreed with the reference; p20 and p80 are percentiles of the same runs, and so are whiskers. What is compared ran
+by turns in one process (A B A B ...), and "x" is the median of the ratios of neighbouring runs. Ours is called faster
+where both percentiles of a ratio are above 1 (it was faster in at least four of five turns), slower where both are
+below, and else the case is undecided; "typically" is the geometric mean over the cases. TFLOP/s count the products
+that the definition needs over visible pairs: 4 per pair and head width forward, 14 forward and backward. "%peak" is of
+a large matrix product measured in the same process; where a point was faster than that, the machine was busy with
+something else when the peak was measured, and no share of it is shown. On GPUs times are of the kernels, with the
+second-level cache flushed; elsewhere of the wall clock."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +51,25 @@ class Section:
     """What the page says of one benchmark."""
 
     title: str
+    table: str
+    """The title of its first table; goes before those of the others."""
     text: Callable[[list[Any]], str]
     """Its tables, of its records."""
-    draw: Callable[[list[Any], Any], None] | None = None
-    """Draws into a matplotlib figure."""
+    panels: Callable[[list[Any]], list[plots.Panel]] = lambda records: []
+    compare: Callable[[list[Any]], tuple[Comparison, ...]] = lambda records: ()
     against: str = ""
+    more: Callable[[list[Any]], list[plots.Panel]] = lambda records: []
+    """Panels for who wants to know all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One file of results on the page."""
+
+    name: str
+    """Its id."""
+    text: str
+    compared: tuple[Comparison, ...] = ()
 
 
 def build(root: Path) -> str:
@@ -55,64 +78,64 @@ def build(root: Path) -> str:
     Raises:
       ValueError: there are no results.
     """
-    parts, names = [], []
+    found: dict[str, list[_Part]] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []:
-        sections = [part for path in sorted(folder.glob("*.csv")) if (part := _section(path))]
-        sections += [_json_section(path) for name in JSON_SECTIONS if (path := folder / f"{name}.json").exists()]
-        if sections:
-            names.append(folder.name)
-            parts.append(f'<h2 id="{folder.name}">{folder.name}</h2>\n' + "\n".join(sections))
-    if not parts:
+        parts = [part for path in sorted(folder.glob("*.csv")) if (part := _part(path))]
+        parts += [_json_part(path) for name in JSON_SECTIONS for path in sorted(folder.glob(f"{name}.json*"))]
+        if parts:
+            found[folder.name] = parts
+    if not found:
         raise ValueError(f"no results below {root}; run python -m benchmarks NAME first")
-    links = "".join(f'<a href="#{name}">{name}</a>' for name in names)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>jax_flash_attn2: benchmarks</title>\n'
-        f"<style>{_STYLE}</style>\n<h1>jax_flash_attn2: benchmarks</h1>\n<nav>{links}</nav>\n<p>{_HOW}</p>\n"
-        + "\n".join(parts)
-        + "\n</html>\n"
-    )
+    compared = [(device, part.name, part.compared) for device, parts in found.items() for part in parts]
+    gpus = [device for device in found if not device.startswith(("cpu-", "compiled-"))]
+    note = "" if gpus else "None of these results is of a GPU: they say nothing of how fast the kernels are."
+    body = [page.conclusions(compared, note), f"<h3>How it was measured</h3>\n<p>{html.escape(_HOW)}</p>\n"]
+    for device, parts in found.items():
+        body += [f'<h2 id="{device}">{device}</h2>\n', *(part.text for part in parts)]
+    return page.page("jax_flash_attn2: benchmarks", ["conclusions", *found], "".join(body))
 
 
-def _section(path: Path) -> str:
-    """One file of results; "" if it holds none."""
+def _part(path: Path) -> _Part | None:
+    """One file of `Record`s; None if it holds none."""
     records = results.load(path)
     section = SECTIONS.get(records[0].benchmark) if records else None
     if section is None:
-        return ""
+        return None
     some = [r for r in records if r.status is not results.Status.UNSUPPORTED]
-    images = (
-        [_drawn(section.draw, records, path.with_suffix(".png"))] if section.draw and any(r.ok for r in some) else []
-    )
-    pictures = "".join(f'<img src="{_data(image)}" alt="{image.stem}">' for image in images)
-    others = sorted(path.with_suffix("").glob("*.png"))
-    if others:
-        grid = "".join(f'<img src="{_data(image)}" alt="{html.escape(image.stem)}">' for image in others)
-        title = f"{len(others)} plots, one for each shape and pair of block sizes"
-        pictures += f'<details><summary>{title}</summary><div class="plots">{grid}</div></details>'
-    missing = failures(records)
     quick = " (quick set)" if path.stem.endswith("-quick") else ""
-    return (
-        f"<h3>{html.escape(section.title)}{quick}</h3>\n"
-        f'<p class="small">{html.escape(_machine(records))}</p>\n{pictures}\n'
-        f"<pre>{html.escape(section.text(records))}</pre>\n"
-        + (f"<p>Points without a time:</p>\n<pre>{html.escape(missing)}</pre>\n" if missing else "")
-        + f"<details><summary>all {len(some)} points that could be tried</summary>"
-        f"<pre>{html.escape(summary(some, against=section.against))}</pre></details>\n"
-    )
+    details = page.tables(summary(some, against=section.against), "All points")
+    details += page.figures(plots.together(section.more(records)), f"{path.parent.name}-{path.stem}-more")
+    missing = failures(records).splitlines()
+    said = "".join(f"<li>{html.escape(line)}</li>\n" for line in missing)
+    return _made(
+        path, section, records, section.title + quick, _machine(records),
+        (f"<details><summary>{len(missing)} reasons why points have no time</summary><ul>{said}</ul></details>\n"
+         if missing else "")
+        + f"<details><summary>all {len(some)} points that could be tried</summary>{details}</details>\n",
+    )  # fmt: skip
 
 
-def _json_section(path: Path) -> str:
-    """One file of `results.write_json`."""
-    made, section = json.loads(path.read_text()), JSON_SECTIONS[path.stem]
-    about = ", ".join(f"{key} {value}" for key, value in made["machine"].items())
-    picture = ""
-    if section.draw:
-        image = _drawn(section.draw, made["results"], path.with_suffix(".png"))
-        picture = f'<img src="{_data(image)}" alt="{image.stem}">\n'
-    return (
-        f'<h3>{html.escape(section.title)}</h3>\n<p class="small">{html.escape(about)}</p>\n{picture}'
-        f"<pre>{html.escape(section.text(made['results']))}</pre>\n"
+def _json_part(path: Path) -> _Part:
+    """One file of `results.write_json`, or of a JSON record in each line."""
+    if path.suffix == ".jsonl":
+        records, about = [json.loads(line) for line in path.read_text().splitlines()], ""
+    else:
+        made = json.loads(path.read_text())
+        records, about = made["results"], ", ".join(f"{key} {value}" for key, value in made["machine"].items())
+    section = JSON_SECTIONS[path.stem]
+    return _made(path, section, records, section.title, about)
+
+
+def _made(path: Path, section: Section, records: list[Any], title: str, about: str, more: str = "") -> _Part:
+    """What all files have; writes the PNG."""
+    name, panels = f"{path.parent.name}-{path.stem}", plots.together(section.panels(records))
+    if panels:
+        plots.write_png(panels, path.with_suffix(".png"))
+    text = (
+        f'<h3 id="{name}">{html.escape(title)}</h3>\n<p class="small">{html.escape(about)}</p>\n'
+        f"{page.figures(panels, name)}{page.tables(section.text(records), section.table)}\n{more}"
     )
+    return _Part(name, text, section.compare(records))
 
 
 def _machine(records: list[Record]) -> str:
@@ -126,27 +149,6 @@ def _machine(records: list[Record]) -> str:
         f"{first.processor}, {first.cores} cores; {', '.join(f'{n} {v}' for n, v in versions if v)}; "
         f"commit {commits}; {when}; {clock} clock"
     )
-
-
-def _drawn(draw: Callable[[list[Any], Any], None], records: list[Any], path: Path) -> Path:
-    """Draws, and writes the PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(11, 4.2), layout="constrained")
-    draw(records, figure)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_axisbelow(True)
-    figure.savefig(path, dpi=90)
-    pyplot.close("all")
-    return path
-
-
-def _data(image: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
 def _text_mha(records: list[Record]) -> str:
@@ -177,33 +179,56 @@ def _text_xla_path(made: list[dict[str, Any]]) -> str:
     return table(rows, left=2)
 
 
+def _text_ahead(made: list[dict[str, Any]]) -> str:
+    heads = list(dict.fromkeys(["method", "order", *(key for r in made for key in r if key != "schedule")]))
+    return table([heads, *([str(r.get(key, "-")) for key in heads] for r in made)], left=2)
+
+
 SECTIONS = {
-    "mha": Section("mha: attention forward and backward", _text_mha, plots.draw_mha, "jax"),
+    "mha": Section(
+        "mha: attention forward and backward", "Sizes left to us", _text_mha,
+        figures.of_mha, comparisons.of_mha, "jax", figures.of_block_sizes,
+    ),
     "attention_mask": Section(
-        "attention_mask: three ways to build a causal mask",
-        attention_mask.tables,
-        plots.draw_attention_mask,
-        "make_causal_mask",
+        "attention_mask: three ways to build a causal mask", "Building a causal mask", attention_mask.tables,
+        figures.of_attention_mask, comparisons.of_attention_mask, "make_causal_mask",
     ),
     "sparse_masks": Section(
-        "sparse_masks: masks of weights, as entries or dense", _text_sparse_masks, plots.draw_sparse_masks, "sparse"
+        "sparse_masks: masks of weights, as entries or dense", "Milliseconds", _text_sparse_masks,
+        figures.of_sparse_masks, comparisons.of_sparse_masks, "sparse",
     ),
     "block_masks": Section(
-        "block_masks: what skipping tiles brings", block_masks.tables, plots.draw_block_masks, "causal"
+        "block_masks: what skipping tiles brings", "Attention through a mask", block_masks.tables,
+        figures.of_block_masks, comparisons.of_block_masks, "causal",
     ),
-    "components": Section("components: where a layer's time goes", _text_components, plots.draw_components),
+    "components": Section(
+        "components: where a layer's time goes", "Stages of a layer", _text_components,
+        figures.of_components, comparisons.of_components,
+    ),
     "sdpa": Section(
-        "sdpa: iterations per second, and what each optimisation brings", _text_sdpa, plots.draw_sdpa, "ours"
+        "sdpa: iterations per second, and what each optimisation brings", "Attention, batch 4", _text_sdpa,
+        figures.of_sdpa, comparisons.of_sdpa, "ours",
     ),
-    "gpu": Section("gpu: tuned rows, and the most telling points", gpu.text, plots.draw_gpu, "xla"),
-}
+    "gpu": Section(
+        "gpu: tuned rows, and the most telling points", "Points", gpu.text, figures.of_gpu, comparisons.of_gpu, "xla"
+    ),
+}  # fmt: skip
 """Of files of `Record`s."""
 
 JSON_SECTIONS = {
-    "xla_path": Section("The XLA path against jax.nn", _text_xla_path),
-    "decode": Section("decode: a query row over a long cache", decode.tables, plots.draw_decode),
-    "cold_start": Section("cold_start: what a new process pays", cold_start.tables),
-}
+    "xla_path": Section(
+        "xla_path: the XLA path against jax.nn", "Times faster than jax.nn", _text_xla_path,
+        figures.of_xla_path, comparisons.of_xla_path,
+    ),
+    "decode": Section(
+        "decode: a query row over a long cache", "Decoding", decode.tables, figures.of_decode, comparisons.of_decode
+    ),
+    "cold_start": Section(
+        "cold_start: what a new process pays", "Cold start", cold_start.tables,
+        figures.of_cold_start, comparisons.of_cold_start,
+    ),
+    "ahead": Section("ahead: programs compiled for eight H100s", "Programs, each of one device", _text_ahead),
+}  # fmt: skip
 """Of files of what no `Record`, whose points are times of one call, has."""
 
 
@@ -214,9 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results.ROOT, help="folder of folders of results")
     parser.add_argument("--html", type=Path, help="the page (default report.html in that folder)")
     options = parser.parse_args(argv)
-    page = options.html or options.results / "report.html"
+    file = options.html or options.results / "report.html"
     text = build(options.results)
-    assert not re.search(r'(src|href)="(?!data:|#)', text)  # nothing to be fetched
-    page.write_text(text)
-    print(f"{page}: {len(text) / 2**20:.1f} MiB")
+    assert not re.search(r"""(src|href)=["'](?!#)|url\((?!#)|@import""", text)  # nothing to be fetched
+    file.write_text(text)
+    print(f"{file}: {len(text) / 2**20:.1f} MiB")
     return 0

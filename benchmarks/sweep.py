@@ -217,14 +217,30 @@ def summary(records: Sequence[Record], *, against: str = "") -> str:
     keys = [key for case in cases for key in case]
     keys = [key for key in dict.fromkeys(keys) if len({case.get(key) for case in cases}) > 1]
     rows = [[*keys, "provider", "ms", "p20", "p80", f"x {against}" if against else "x", *["TFLOP/s", "%peak", "MiB"]]]
-    for case, r in zip(cases, records, strict=True):
-        share = None if r.peak_share is None else 100 * r.peak_share
+    shares = peak_shares(records)
+    for case, r, share in zip(cases, records, shares, strict=True):
+        percent = None if share is None else 100 * share
         mib = None if r.memory_bytes is None else r.memory_bytes / 2**20
-        numbers = (r.ms_p20, r.ms_p80, r.times_faster, r.tflops, share, mib)
+        numbers = (r.ms_p20, r.ms_p80, r.times_faster, r.tflops, percent, mib)
         formats = (".3f", ".3f", ".2f", ".3g", ".0f", ".1f")
         texts = ["-" if x is None else format(x, form) for x, form in zip(numbers, formats, strict=True)]
         rows.append([*(case.get(key, "") for key in keys), r.provider, milliseconds(r), *texts])
-    return table(rows, left=len(keys) + 1)
+    busy = sum(r.peak_share is not None and share is None for r, share in zip(records, shares, strict=True))
+    said = f"\n%peak of {busy} points is left out: peak measured while the machine was busy" if busy else ""
+    return table(rows, left=len(keys) + 1) + said
+
+
+def peak_shares(records: Sequence[Record]) -> list[float | None]:
+    """Each point's share of the peak; None where the peak was measured while the machine was busy.
+
+    That it was is known from the points: one of the same device and dtype did more in a second than the "peak".
+    """
+    kind = lambda r: (r.device, parse_case(r.case).get("dtype"))
+    most: dict[tuple[str, str | None], float] = {}
+    for r in records:
+        most[kind(r)] = max(most.get(kind(r), 0.0), r.tflops or 0.0)
+    fine = lambda r: r.tflops and r.peak_share and r.tflops / r.peak_share >= most[kind(r)] * (1 - 1e-4)
+    return [r.peak_share if fine(r) else None for r in records]
 
 
 def failures(records: Iterable[Record]) -> str:

@@ -202,7 +202,7 @@ def test_sdpa_and_report(run, tmp_path):
     assert report.main(["--results", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "&lt;no&gt; memory" in page
-    assert page.count('<img src="data:image/png;base64,') == 1
+    assert page.count("<svg ") == 2  # of the rates, and of what is switched off
     assert "http" not in page
     with pytest.raises(ValueError, match="no results below"):
         report.build(tmp_path / "here")

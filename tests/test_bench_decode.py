@@ -92,7 +92,7 @@ def test_quick(monkeypatch, capsys, tmp_path):
     assert records[1]["live_bytes"] == 2 * 64 * SMALL.token_bytes
     page = report.build(tmp_path)
     assert "decode: a query row over a long cache" in page
-    assert page.count('<img src="data:image/png;base64,') == 1
+    assert page.count("<svg ") == len(FILLS) + 2  # other shapes, latent attention
     with pytest.raises(SystemExit):
         decode.main(["--quick", "--only", "no such case"])
 
