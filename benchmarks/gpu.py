@@ -117,7 +117,7 @@ def point_groups(tiny: bool) -> list[Group]:
                 case = {"mode": mode, "headdim": headdim, "causal": causal, "seqlen": t}
                 case |= {"batch": max(tokens // t, 1), "heads": max(width // headdim, 1), "dtype": dtype}
                 made.append(_points(case))
-        if some is not lengths[3:]:
+        if some == lengths[:3]:
             made += [_points(case) for case in _special(tiny)]
     return made
 
