@@ -311,3 +311,18 @@ def test_integers_have_no_gradient():
         jax.grad(lambda ids: call(ids).sum())(ids)
     want = flash_attention(Q, Q, Q, q_segment_ids=jnp.broadcast_to(ids, (B, S)))
     assert_near(call(ids), want)
+
+
+@pytest.mark.parametrize("higher_order", [False, True])
+def test_gradients_by_half_arrays_are_rounded_once(higher_order):
+    """What 40,000 pairs add to three numbers is summed in fp32, on the path that JAX differentiates by itself, too."""
+    rng = np.random.default_rng(0)
+    q, k, v, w = (jnp.asarray(rng.standard_normal((1, 200, 1, 8)), jnp.float32) for _ in range(4))
+
+    def loss(x, **options):
+        scaled = lambda s, b, h, i, j: s * x[j % 3].astype(s.dtype)
+        return (flash_attention(q, k, v, score_mod=scaled, **options) * w).sum()
+
+    x = jnp.array([0.5, 1.0, 2.0])
+    got = jax.grad(functools.partial(loss, higher_order=higher_order))(x.astype(jnp.bfloat16))
+    np.testing.assert_allclose(got.astype(jnp.float32), jax.grad(loss)(x), rtol=2**-8)

@@ -101,7 +101,8 @@ class Function:
         """With its arrays.
 
         Args:
-          arrays: `[n, ...]` each; `[...]` if not grouped.
+          arrays: `[n, ...]` each; `[...]` if not grouped. One of half precision may come in fp32: a gradient by it then
+            is summed in that.
           mapped: whether there are more batches than `batch`.
           grouped: see arrays.
         """
@@ -118,7 +119,8 @@ class Function:
                     length = arrays[n].shape[0]
                     return [lax.rem(call, np.int32(length)) if mapped and length > 1 else np.int32(0)] * grouped
 
-                whole = lambda n: arrays[n][own(n)[0]] if grouped else arrays[n]
+                dtype = lambda n: self.jaxpr.invars[len(SCALARS) + n].aval.dtype
+                whole = lambda n: (arrays[n][own(n)[0]] if grouped else arrays[n]).astype(dtype(n))
                 return self._evaluated((score, b, h, i, j), lambda n, index: read(n, [*own(n), *index]), whole)
 
             return function

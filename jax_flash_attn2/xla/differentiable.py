@@ -16,6 +16,8 @@ from .tiling import Tiling
 
 _SCORES = 2**21
 """How many logits there are at a time."""
+_HALF = ("float16", "bfloat16")
+"""Of operands: their gradients, to which each block of rows adds, are summed in fp32."""
 
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
@@ -28,6 +30,7 @@ def differentiable(
     its first derivative is linear in the sequence lengths.
     """
     config, dtype = config or Config(), q.dtype
+    operands = {name: x.astype(jnp.float32) if x.dtype.name in _HALF else x for name, x in operands.items()}
     rows_at_once = max(_SCORES // (q.shape[0] * spec.heads * k.shape[1]), 16)
     config = dataclasses.replace(config, block_m=config.block_m or rows_at_once, block_n=k.shape[1])
     t = Tiling(spec, config, q, k, operands, whole_rows=True, whole_keys=True)
