@@ -47,7 +47,7 @@ def causal_problem(seqlen: int, mode: str, dtype: str) -> "Masked":
 @functools.cache
 def predicate(mask: str, seqlen: int) -> Predicate:
     """A mask by name; the same object again, so that nothing is compiled twice for it."""
-    kept = jnp.asarray(np.random.default_rng(0).random((-(-seqlen // TILE),) * 2) < 0.1)
+    kept = jnp.asarray(_kept(seqlen))
     return {
         "causal": causal,
         "window": lambda: sliding_window(WINDOW - 1),
@@ -56,6 +56,11 @@ def predicate(mask: str, seqlen: int) -> Predicate:
         "dilated": lambda: dilated(window=64, dilation=8),
         "random": lambda: as_predicate(lambda b, h, i, j: kept[i // TILE, j // TILE]),
     }[mask]()
+
+
+def _kept(seqlen: int) -> np.ndarray:
+    """The tiles of "random"."""
+    return np.random.default_rng(0).random((-(-seqlen // TILE),) * 2) < 0.1
 
 
 def _ids(seqlen: int) -> jax.Array:
@@ -77,6 +82,8 @@ class Masked(Attention):
         self.tiles = {} if self.block is None else {"block-mask": int((self.block.tiles() != 0).sum())}
 
     def _build(self) -> BlockMask:
+        if self.mask == "random":
+            return BlockMask.from_tiles(_kept(self.shape.seqlen), self.size)
         return BlockMask.from_predicate(self.predicate, self.size)
 
     def _provider(self, name: str) -> Provider:

@@ -5,10 +5,10 @@
 
 The operations of `Mask` under jit on B1 H32 Q1 K32768 (decoding over a long context), 10 to 99.5 percent of the weights
 0, each mask in the representation that its mode reads ("sparse": `to_indices`, "dense": an array) beforehand. Then the
-maskers, called as one calls them: a window of an eighth of the keys, and 16 sinks; first from an empty mask, then each
-after the other one, whose mask is held as entries for "sparse" and as an array for the rest.
+maskers, called as one calls them: windows of a 64th and of half of the keys, and 16 sinks; first from an empty mask,
+then each after another one, whose mask is held as entries for "sparse" and as an array for the rest.
 
-A default holds if its times, multiplied over the cases, are the least, or within a tenth of the least.
+A default holds if its times, multiplied over the cases that it is for, are the least, or within a tenth of the least.
 """
 
 import math
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash_attn2.masks import LocalMasker, Mask, SinkMasker, maskers
+from jax_flash_attn2.masks import LocalMasker, Mask, SinkMasker
 from jax_flash_attn2.masks import mask as mask_module
 
 from .problem import Group, Work
@@ -30,16 +30,11 @@ SHAPE = (1, 32, 1, 32768)
 SPARSITIES = (10, 50, 90, 99.5)
 OPERATIONS = ("apply", "apply_inverse", "merge")
 SIZES = {"small": (2, 8, 128, 512), "medium": (4, 16, 256, 1024), "large": (8, 32, 512, 2048)}
-SINKS, WINDOW_SHARE = 16, 8
-DEFAULTS = {
-    **dict.fromkeys(OPERATIONS, mask_module.DEFAULT_MODE),
-    "local": maskers.DEFAULT_LOCAL,
-    "sink": maskers.DEFAULT_SINK,
-}
+SINKS, WINDOW_SHARES = 16, {"local": 64, "wide": 2}
 PROVIDERS = {
     **dict.fromkeys(OPERATIONS, get_args(mask_module.Mode)),
-    "local": get_args(maskers.LocalImplementation),
-    "sink": get_args(maskers.SinkImplementation),
+    **dict.fromkeys(WINDOW_SHARES, LocalMasker.implementations),
+    "sink": SinkMasker.implementations,
 }
 _TIE = 1.1
 
@@ -92,9 +87,10 @@ class Masker:
     tolerance, flops, dtype = 0.0, None, "float32"
 
     def __init__(self, name: str, shape: tuple[int, int, int, int], previous: str):
-        window = shape[3] // WINDOW_SHARE
-        self.maskers: dict[str, Callable] = {"local": LocalMasker(window), "sink": SinkMasker(SINKS)}
-        self.name, self.shape, self.window, self.previous = name, shape, window, previous
+        self.windows = {name: shape[3] // share for name, share in WINDOW_SHARES.items()}
+        self.maskers: dict[str, Callable] = {name: LocalMasker(keys) for name, keys in self.windows.items()}
+        self.maskers["sink"] = SinkMasker(SINKS)
+        self.name, self.shape, self.previous = name, shape, previous
 
     def work(self, provider: str) -> Work:
         masker, previous = self.maskers[self.name], Mask.empty(self.shape)
@@ -107,7 +103,8 @@ class Masker:
     def expected(self, provider: str) -> np.ndarray:
         rows, keys = self.shape[2:]
         ahead = np.arange(rows)[:, None] + keys - rows - np.arange(keys)
-        by_name = {"local": ahead < self.window, "sink": np.arange(keys) < SINKS, "empty": False}
+        by_name = {name: ahead < window for name, window in self.windows.items()}
+        by_name |= {"sink": np.arange(keys) < SINKS, "empty": False}
         shown = (ahead >= 0) & (by_name[self.name] | by_name[self.previous])
         return np.broadcast_to(shown.astype(np.float32), self.shape)
 
@@ -115,7 +112,7 @@ class Masker:
 def groups(sizes: tuple[str, ...]) -> list[Group]:
     """All points."""
     cases = [{"operation": operation, "sparsity": s} for operation in OPERATIONS for s in SPARSITIES]
-    for name, other in (("local", "sink"), ("sink", "local")):
+    for name, other in (("local", "sink"), ("wide", "sink"), ("sink", "local")):
         cases += [{"operation": name, "size": size, "previous": p} for p in ("empty", other) for size in sizes]
     return [_group(case) for case in cases]
 
@@ -159,20 +156,32 @@ def _title(case: str) -> str:
 
 
 def verdicts(records: list[Record]) -> tuple[list[str], bool]:
-    """One line for each default: what was fastest over all cases; and whether all defaults hold."""
-    lines, good = [], True
+    """One line for each default: what was fastest over all cases that it is for; and whether all defaults hold."""
+    lines, good, rules = [], True, {}
     for operation, providers in PROVIDERS.items():
-        complete = [x for x in _by_case(records, operation).values() if all(p in x and x[p].ok for p in providers)]
-        if not complete:
-            continue
+        for case, found in _by_case(records, operation).items():
+            if all(p in found and found[p].ok for p in providers):
+                rule = operation, parse_case(case).get("previous", "") == "empty"
+                rules.setdefault(rule, []).append(found)
+    for (operation, empty), complete in rules.items():
+        providers = PROVIDERS[operation]
         means = {p: math.exp(sum(math.log(x[p].ms or 1.0) for x in complete) / len(complete)) for p in providers}
-        best, default = min(means, key=lambda p: means[p]), DEFAULTS[operation]
+        best, default = min(means, key=lambda p: means[p]), _default(operation, empty)
         holds = means[default] <= _TIE * means[best]
         good &= holds
         behind = f"; the default takes {means[default] / means[best]:.2f} times as long" if default != best else ""
         verdict = "the default holds" if holds else "THE DEFAULT IS BEATEN"
-        lines.append(f"{operation}: recommended {best!r}, default {default!r}: {verdict}{behind}")
+        where = "" if operation in OPERATIONS else " into an empty mask" if empty else " into another mask"
+        lines.append(f"{operation}{where}: recommended {best!r}, default {default!r}: {verdict}{behind}")
     return lines, good
+
+
+def _default(operation: str, empty: bool) -> str:
+    """What runs where nobody says."""
+    if operation in OPERATIONS:
+        return mask_module.DEFAULT_MODE
+    few = empty and operation != "wide"
+    return PROVIDERS[operation][0 if few else 1]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,6 +61,16 @@ def dense(name):
     return np.broadcast_to(seen, (2, 2, SQ, SK))
 
 
+def statuses(seen, block_m, block_n):
+    """What each tile of the elements is: 0 empty, 1 full, 2 partial. Rows past the end count for nothing, keys do."""
+    seqlen_q, seqlen_k = seen.shape[2:]
+    rows, cols = -(-seqlen_q // block_m), -(-seqlen_k // block_n)
+    padded = np.pad(seen, [(0, 0), (0, 0), (0, rows * block_m - seqlen_q), (0, cols * block_n - seqlen_k)])
+    tiles = padded.reshape(*seen.shape[:2], rows, block_m, cols, block_n)
+    beyond = (np.arange(rows * block_m).reshape(rows, -1) >= seqlen_q)[:, :, None, None]
+    return np.where((tiles | beyond).all((3, 5)), 1, np.where(tiles.any((3, 5)), 2, 0))
+
+
 Q, K, V, DO = draw(2, SQ, 2, 16), draw(2, SK, 1, 16), draw(2, SK, 1, 16), draw(2, SQ, 2, 16)
 
 

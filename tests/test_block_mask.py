@@ -20,6 +20,7 @@ from block_masks import (
     draw,
     made,
     results,
+    statuses,
 )
 from checks import QUICK
 from reference import attention
@@ -47,12 +48,7 @@ def test_tiles(name, sizes):
     want = want[: mask.shape[0], : mask.shape[1]]
     np.testing.assert_array_equal(mask.to_dense(), want)
     assert mask.density() == pytest.approx(want.mean(), abs=1e-6)
-    rows, cols = (-(-n // size) for n, size in zip((SQ, SK), sizes, strict=True))
-    padded = np.pad(want, [(0, 0), (0, 0), (0, rows * sizes[0] - SQ), (0, cols * sizes[1] - SK)])
-    tiles = padded.reshape(*want.shape[:2], rows, sizes[0], cols, sizes[1])
-    some = tiles.any((3, 5))
-    every = (tiles | (np.arange(rows * sizes[0]).reshape(rows, -1) >= SQ)[:, :, None, None]).all((3, 5))
-    np.testing.assert_array_equal(mask.tiles(), np.where(every, 1, np.where(some, 2, 0)))
+    np.testing.assert_array_equal(mask.tiles(), statuses(want, *sizes))
     by_columns = dataclasses.replace(  # the transposed lists say the same
         mask, row_ends=mask.col_ends, row_tiles=mask.col_tiles, col_ends=mask.row_ends, col_tiles=mask.row_tiles
     )

@@ -144,8 +144,9 @@ def test_maskers_on_explicit_axes(name, named):
 
     def find(q, k, weights, implementation):
         of = {"q": q, "k": k} if name == "top k" else {}
-        size = 257 if implementation == "sparse" else None
-        return masker(Mask.from_dense(weights), **of, implementation=implementation, size=size)
+        previous = Mask.from_dense(weights)
+        previous = previous.to_indices(257) if implementation == "sparse" else previous
+        return masker(previous, **of, implementation=implementation)
 
     for implementation in implementations:
         want = find(q, k, weights, implementation).to_dense()

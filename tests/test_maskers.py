@@ -20,7 +20,6 @@ from jax_flash_attn2.masks import (
     make_causal_mask,
     sliding_window,
 )
-from jax_flash_attn2.masks.maskers import DEFAULT_LOCAL, DEFAULT_SINK, DEFAULT_TOP_K
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -153,23 +152,28 @@ def test_sizes():
     """The room of a sparse result is what is asked for, and what does not fit is not lost in silence."""
     shape = (1, 1, 4, 6)
     weights = jnp.asarray(local(shape, 1), jnp.float32)
-    add = lambda size: lambda w: LocalMasker(2)(Mask.from_dense(w), implementation="sparse", size=size)
+    more = lambda mask: LocalMasker(2)(mask, implementation="sparse")
+    add = lambda size: lambda w: more(Mask.from_dense(w).to_indices(4)).to_indices(size)
     assert add(20)(weights).size == jax.jit(add(20))(weights).size == 20
     assert_shows(jax.jit(add(8))(weights), local(shape, 2))
     assert jax.jit(add(7))(weights).overflow
     with pytest.raises(ValueError, match="number of entries, 8, got 7"):
         add(7)(weights)
     with pytest.raises(ValueError, match="size must be given"):
-        jax.jit(add(None))(weights)
+        jax.jit(lambda w: more(Mask.from_dense(w)))(weights)
 
 
-def test_defaults():
-    shape = (1, 1, 3, 5)
-    for masker, default in ((LocalMasker(2), DEFAULT_LOCAL), (SinkMasker(2), DEFAULT_SINK)):
-        a, b = masker(Mask.empty(shape)), masker(Mask.empty(shape), implementation=default)
-        assert a.kind == b.kind
-        np.testing.assert_array_equal(a.to_dense(), b.to_dense())
-    assert DEFAULT_TOP_K in ("sparse", "dense")
+def test_what_runs_where_nobody_says():
+    """Few keys are listed in an empty mask, all else is an array; the same keys as any other way."""
+    shape = (1, 1, 3, 40)
+    q, k = queries(shape, 1)
+    empty, some = Mask.empty(shape), Mask.from_dense(np.eye(3, 40, dtype=np.float32)[None, None])
+    for masker, few in ((LocalMasker(2), True), (LocalMasker(3), False), (SinkMasker(2), True)):
+        for previous, kind in ((empty, "sparse" if few else "dense"), (some, "dense"), (some.to_indices(), "dense")):
+            mask = masker(previous)
+            assert mask.kind == kind
+            np.testing.assert_array_equal(mask.to_dense(), masker(previous, implementation="sparse").to_dense())
+    assert TopKMasker(1)(empty, q=q, k=k).kind == "dense"
 
 
 # TopKMasker.
@@ -267,13 +271,12 @@ MESSAGES = {
     "previous": (lambda: LocalMasker(1)((1, 1, 2, 2)), TypeError, "got tuple; start from Mask.empty(shape)"),
     "local implementation": (
         lambda: LocalMasker(1)(EMPTY, implementation="dense"), ValueError,
-        "implementation must be one of 'sparse', 'broadcast', 'triangle' or None ('broadcast'), got 'dense'",
+        "implementation must be one of 'sparse', 'broadcast', 'triangle' or None, got 'dense'",
     ),
     "sink implementation": (lambda: SinkMasker(1)(EMPTY, implementation="triangle"), ValueError, "got 'triangle'"),
     "top k implementation": (
         lambda: TopKMasker(1)(EMPTY, q=Q, k=K, implementation="oracle"), ValueError, "got 'oracle'",
     ),
-    "size, densely": (lambda: SinkMasker(1)(EMPTY, size=9), ValueError, 'size means nothing to mode="dense"'),
     "q type": (lambda: TopKMasker(1)(EMPTY, q=Q.astype(int), k=K), TypeError, "q must be a floating array, got int64"),
     "k type": (lambda: TopKMasker(1)(EMPTY, q=Q, k=None), TypeError, "k must be a floating array, got NoneType"),
     "q axes": (lambda: TopKMasker(1)(EMPTY, q=Q[0], k=K), ValueError, "[B, S, H, D], got shape (3, 2, 4)"),

@@ -237,6 +237,36 @@ def test_plot_block_mask(plt):
     own.draw_without_rendering()
 
 
+@pytest.mark.parametrize("kind", ["elements", "weights", "tiles", "full tiles"])
+def test_few_columns_stay_to_be_seen(plt, kind):
+    """64 keys among 32768 that all see, and 64 that nobody does: neither is averaged away, and the picture says so."""
+    mask = np.zeros((8, 32768), bool)
+    mask[:, :64] = mask[:, 16384:] = True
+    mask[:, 20000:20064] = False
+    tiles = np.zeros((1, 1, 1, 256), np.int8)
+    tiles[..., 0], tiles[..., 128:], tiles[..., 156] = 2 if kind == "tiles" else 1, 1, 0
+    drawn = {"elements": mask, "weights": np.where(mask, 0.5, 0)}.get(kind, Tiles(tiles, (1, 1, 128, 32768), 128, 128))
+    figure = plot_mask(drawn, resolution=16 if "tiles" in kind else 100)
+    (image,) = figure.axes[0].images
+    shades = np.abs(image.get_array() - image.get_array()[0, 1]).reshape(-1, *image.get_array().shape[1:])[0]
+    shades = shades if shades.ndim == 1 else shades.sum(-1)
+    full = shades.max()
+    assert shades[0] >= 0.249 * (full if kind != "tiles" else 0.5 * full)  # as far from what is blank
+    if kind != "weights":
+        assert (shades[len(shades) // 2 :] < 0.76 * full).any()
+    assert "shaded a quarter at least" in texts(figure)
+    assert all(spine.get_position() == ("outward", 2) for spine in figure.axes[0].spines.values())
+    assert show(drawn).splitlines()[-2][1] == "░"
+
+
+def test_as_many_cells_as_can_be_told_apart(plt):
+    """Elements or tiles as they are while they are pixels, and then cells of two pixels."""
+    for n, most in ((256, 256), (4096, 300)):
+        (image,) = plot_mask(np.tri(n, dtype=bool)).axes[0].images
+        assert image.get_array().shape[0] <= most
+    assert image.get_array().shape[0] >= 100
+
+
 def test_plot_weights(plt):
     weights = np.random.default_rng(0).random((1, 2, 1, 3000)).astype(np.float32)
     figure = plot_mask(Weights(weights), resolution=500)

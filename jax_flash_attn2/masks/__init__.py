@@ -8,6 +8,7 @@ from .cache import CacheInfo, MaskCache, causal_mask, causal_mask_cache
 from .dense import dense_attention
 from .mask import Mask
 from .maskers import LocalMasker, SinkMasker, TopKMasker
+from .plot import plot_mask
 from .predicates import (
     Predicate,
     all_of,
@@ -24,7 +25,7 @@ from .predicates import (
     sliding_window,
 )
 from .ragged import cu_lens, lengths_from, pack, positions, segment_ids, unpack
-from .show import plot_mask, show
+from .show import show
 
 __all__ = [
     "BlockMask",

@@ -8,18 +8,18 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from ..base import arguments, errors, known
 from ..base.lru import Lru
 from ..base.operands import BLOCK_LISTS
-from ..tiles import block_lists
-from ..tiles.block_lists import EMPTY, FULL, PARTIAL
-from . import building, evaluation, predicates, sources
+from . import building, chosen, entries, evaluation, predicates, reading, rows, sources
 from .mask import Mask
 from .programs import Program
+
+_WIDTH = 40
+"""Of the picture that `str` is."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +27,8 @@ from .programs import Program
 class BlockMask:
     """A mask over `[B, H, Sq, Sk]`, by tiles `[block_m, block_n)`. B and H may be 1, and hold for all then.
 
-    Made by `from_predicate` and `from_mask`; a pytree, so it may be an argument of a jitted function.
+    Made by `from_predicate` and `from_mask`, or of tiles that are chosen, by `from_tiles` and `from_kv_blocks`. A
+    pytree, so it may be an argument of a jitted function. `str` draws it.
     """
 
     row_ends: Array
@@ -37,7 +38,8 @@ class BlockMask:
     tile_bits: Array
     tile_weights: Array | None
     overflow: Array | None
-    """Whether it had more tiles than `max_tiles` or `max_parts` allow (made under jit); attention is NaN then."""
+    """Whether what was made under jit is not all there: it had more tiles than `max_tiles` or `max_parts` allow, or of
+    `rows` some do not exist. Attention is NaN then."""
     shape: tuple[int, int, int, int] = dataclasses.field(metadata={"static": True})
     block_m: int = dataclasses.field(metadata={"static": True})
     block_n: int = dataclasses.field(metadata={"static": True})
@@ -110,18 +112,153 @@ class BlockMask:
             source = sources.OfArray(jax.device_get(mask.to_dense()))
         return cls(*building.build(source, mask.shape, **sizes))
 
+    @classmethod
+    def from_tiles(
+        cls,
+        tiles: Array | np.ndarray,
+        shape: tuple[int, int, int, int],
+        *,
+        block_m: int = building.DEFAULT_BLOCK,
+        block_n: int = building.DEFAULT_BLOCK,
+        within: "predicates.ElementPredicate | BlockMask | None" = None,
+        max_tiles: int | None = None,
+        max_parts: int | None = None,
+    ) -> "BlockMask":
+        """The mask that visits the tiles chosen, as methods of sparse attention choose them; no element is looked at.
+
+        Under jit `tiles` may be traced, and no size need be given: `max_tiles` saves memory where few are chosen.
+
+        Args:
+          tiles: bool `[1|B, 1|H, ceil(Sq / block_m), ceil(Sk / block_n)]`, True: visited. Leading axes may be left out.
+            The last tiles may stick out of the lengths.
+          shape: (B, H, Sq, Sk). Where `tiles` have one batch or head, so has the mask, for all.
+          block_m: rows of a tile, a power of two from 16 to 512.
+          block_n: keys of a tile, a power of two from 32 to 512.
+          within: what is seen of the tiles chosen, e.g. `predicates.causal()`; None: all. A predicate is evaluated in
+            these tiles only or, where they are traced, everywhere, once for all calls (`block_mask_cache`). Where tiles
+            are chosen again and again, pass a BlockMask of the same lengths and tiles: nothing is evaluated then.
+          max_tiles: how many tiles of a batch and head may be visited. None: as many as are, or under jit as there are.
+          max_parts: room for element masks, of which tiles that look alike share one. None: as many as there are.
+
+        Raises:
+          TypeError: tiles are no booleans.
+          ValueError: sizes that do not fit; more tiles than allowed, as in `from_predicate`.
+        """
+        sizes = _sizes(shape, block_m, block_n)
+        tiles = chosen.table("tiles", tiles, chosen.blocks(*sizes))
+        whole, divided = (tiles, None) if within is None else (None, tiles)
+        return cls._chosen(whole, divided, within, sizes, max_tiles, max_parts)
+
+    @classmethod
+    def from_kv_blocks(
+        cls,
+        kv_num_blocks: Array | np.ndarray,
+        kv_indices: Array | np.ndarray,
+        full_kv_num_blocks: Array | np.ndarray | None = None,
+        full_kv_indices: Array | np.ndarray | None = None,
+        mask_mod: predicates.ElementPredicate | None = None,
+        *,
+        shape: tuple[int, int, int, int],
+        block_size: int | tuple[int, int] = building.DEFAULT_BLOCK,
+        max_tiles: int | None = None,
+        max_parts: int | None = None,
+    ) -> "BlockMask":
+        """The mask of lists of key blocks, as PyTorch's FlexAttention holds its own.
+
+        Args:
+          kv_num_blocks: integers `[1|B, 1|H, row blocks]`: how many key blocks that `mask_mod` divides each block of
+            rows visits.
+          kv_indices: integers `[1|B, 1|H, row blocks, n]`: which; what follows the first `kv_num_blocks` is not read.
+          full_kv_num_blocks, full_kv_indices: likewise those that are seen whole.
+          mask_mod: a predicate `(b, h, i, j)`, evaluated as `from_tiles` does; None: these blocks are seen whole, too.
+          shape: (B, H, Sq, Sk), which FlexAttention has in its `seq_lengths`.
+          block_size: rows and keys of a block, or one number for both; powers of two as in `from_tiles`.
+          max_tiles, max_parts: as in `from_tiles`.
+
+        Raises:
+          TypeError: no integers.
+          ValueError: shapes or numbers that do not fit, one of the full_ arguments without the other; if that can be
+            known, a block that is in both lists of its row.
+        """
+        block_m, block_n = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+        sizes = _sizes(shape, block_m, block_n)
+        if (full_kv_num_blocks is None) != (full_kv_indices is None):
+            missing = "full_kv_num_blocks" if full_kv_num_blocks is None else "full_kv_indices"
+            raise ValueError(f"{missing} must come with its other half, got None; leave out both, or neither")
+        blocks = chosen.blocks(*sizes)
+        divided = chosen.table_of_lists("", kv_num_blocks, kv_indices, blocks)
+        whole = None
+        if full_kv_indices is not None:
+            whole = chosen.table_of_lists("full_", full_kv_num_blocks, full_kv_indices, blocks)
+            if known.is_known((whole, divided)) and (whole & divided).any():
+                raise ValueError(
+                    "kv_indices and full_kv_indices must have no block of a row in common, got one in both"
+                )
+        if mask_mod is None:
+            whole, divided = divided if whole is None else whole | divided, None
+        return cls._chosen(whole, divided, mask_mod, sizes, max_tiles, max_parts)
+
+    @classmethod
+    def _chosen(cls, whole, divided, by, sizes, max_tiles, max_parts) -> "BlockMask":
+        """What `chosen.build` makes of tiles, and of what divides them as a caller says it."""
+        building.check_sizes(max_tiles, max_parts)
+        (shape, block_m, block_n), overflow = sizes, None
+        if by is not None and not isinstance(by, BlockMask):
+            by = predicates.as_predicate(by)
+            by.check_shape(shape)
+            program = evaluation.trace(by) if known.is_known((whole, divided)) else None
+            known_here = program is not None and known.is_known(program)
+            by = program if known_here else cached(by, *shape, tiles=(block_m, block_n))
+        if isinstance(by, BlockMask):
+            if (by.block_m, by.block_n, *by.shape[2:]) != (block_m, block_n, *shape[2:]) or any(
+                n not in (1, m) for n, m in zip(by.shape, shape, strict=True)
+            ):
+                raise ValueError(
+                    f"within must be a BlockMask of shape {shape} (B and H may be 1) with block_m={block_m} and "
+                    f"block_n={block_n}, got {by!r}"
+                )
+            by, overflow = by.operands(), by.overflow
+        made = cls(*chosen.build(whole, divided, by, *sizes, max_tiles, max_parts))
+        return dataclasses.replace(made, overflow=entries.either(made.overflow, overflow))
+
+    def rows(self, start: int | Array | np.ndarray, count: int = 1) -> "BlockMask":
+        """The mask of `count` rows from `start` on, over all keys: a step of decoding, of a mask of the whole cache.
+
+        `flash_attention(q, k, v, mask=mask.rows(t, q.shape[1]))` attends as the rows from t on would in the whole, and
+        visits the tiles that they see. What else counts rows (`causal`, `window_size`, functions) counts from the first
+        of them, as in any call of so few rows.
+
+        Args:
+          start: the first row, for all batches; or `[B]`, one for each, where they are at different places. May be
+            traced, so that one compiled step serves every t.
+          count: how many rows; static.
+
+        Returns:
+          A mask of shape `[B, H, count, Sk]`, with room for an element mask in every tile.
+
+        Raises:
+          TypeError: start is no integer, or array of them.
+          ValueError: rows that do not exist (if start is traced, `overflow` says so, and attention is NaN).
+        """
+        return BlockMask(*rows.build(self, start, count))
+
     def tiles(self) -> Array:
         """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial."""
-        return _tiles(self)
+        return reading.tiles(self)
 
     def to_dense(self) -> Array:
         """`[B, H, Sq, Sk]`: booleans, or fp32 weights if it has any."""
-        return _to_dense(self)
+        return reading.to_dense(self)
 
     def density(self) -> float | Array:
         """The share of elements that are seen."""
-        share = _density(self)
+        share = reading.density(self)
         return share if isinstance(share, jax.core.Tracer) else float(share)
+
+    def sparsity(self) -> float | Array:
+        """How many of 100 tiles are not visited."""
+        percent = reading.sparsity(self)
+        return percent if isinstance(percent, jax.core.Tracer) else float(percent)
 
     def operands(self) -> dict[str, Array]:
         """What `base.operands.BLOCK_LISTS` calls them."""
@@ -134,40 +271,20 @@ class BlockMask:
 
         return show(self, **options)
 
+    def __str__(self) -> str:
+        drawn = known.is_known(self) and all(isinstance(x, Array) for x in jax.tree.leaves(self))
+        return self.show(width=_WIDTH) if drawn and self.row_ends.ndim == 4 else repr(self)
+
     def __repr__(self) -> str:
         return f"BlockMask(shape={self.shape}, block_m={self.block_m}, block_n={self.block_n})"
 
 
-@jax.jit
-def _tiles(mask: BlockMask) -> Array:
-    part = block_lists.parts(mask.operands())
-    return jnp.where(part >= 0, PARTIAL, jnp.where(part == -1, FULL, EMPTY)).astype(jnp.int8)
-
-
-@jax.jit
-@jax.numpy_rank_promotion("allow")
-def _to_dense(mask: BlockMask) -> Array:
-    operands, size = mask.operands(), (mask.block_m, mask.block_n)
-    part = block_lists.parts(operands)
-    shown = block_lists.element_masks(operands, part, *size)
-    if mask.tile_weights is not None:
-        shown = jnp.where(shown, jnp.exp(block_lists.log_weights(operands, part, *size)), 0)
-    return shown[:, :, : mask.shape[2], : mask.shape[3]]
-
-
-@jax.jit
-@jax.numpy_rank_promotion("allow")
-def _density(mask: BlockMask) -> Array:
-    part = block_lists.parts(mask.operands())
-    full = _held(mask.shape[2], mask.block_m)[:, None] * _held(mask.shape[3], mask.block_n)
-    partial = lax.population_count(mask.tile_bits).sum(-1).reshape(-1)
-    seen = jnp.where(part >= 0, partial[jnp.maximum(part, 0)], jnp.where(part == -1, full, 0))
-    return seen.astype(jnp.float32).sum() / np.float32(np.prod(np.asarray(mask.shape, np.float64)))
-
-
-def _held(seqlen: int, block: int) -> Array:
-    """How many of a sequence each block holds."""
-    return jnp.minimum(seqlen - jnp.arange(0, seqlen, block), block)
+def _sizes(shape: Any, block_m: Any, block_n: Any) -> tuple[tuple[int, int, int, int], int, int]:
+    """Lengths and sizes of tiles, checked."""
+    shape = arguments.four_lengths("shape", shape)
+    building.check_shape(shape)
+    block_m = building.block_size("block_m", block_m, shape[2], 16)
+    return shape, block_m, building.block_size("block_n", block_n, shape[3], 32)
 
 
 def _of(program: Program, shape: tuple[int, int, int, int]) -> sources.OfPredicate:
@@ -179,7 +296,10 @@ block_mask_cache = Lru(maxsize=256, max_bytes=2**28)
 hold, `clear()` forgets them, and `maxsize` and `max_bytes` bound them."""
 
 
-def cached(predicate: predicates.ElementPredicate, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> BlockMask:
+def cached(
+    predicate: predicates.ElementPredicate, batch: int, heads: int, seqlen_q: int, seqlen_k: int,
+    *, tiles: tuple[int | None, int | None] = (None, None),
+) -> BlockMask:  # fmt: skip
     """`BlockMask.from_predicate`, made once for a predicate and shape, also under jit; see `block_mask_cache`.
 
     Batches and heads that the predicate does not look at are not asked about. Predicates of `predicates.py` and what
@@ -201,14 +321,14 @@ def cached(predicate: predicates.ElementPredicate, batch: int, heads: int, seqle
         traced = program or evaluation.trace(predicate)
         uses_b, uses_h, *_ = traced.steps.reads()
         own = batch if uses_b else 1, heads if uses_h else 1, seqlen_q, seqlen_k
-        return BlockMask(*building.build(_of(traced, own), own, None, None, None, None))
+        return BlockMask(*building.build(_of(traced, own), own, *tiles, None, None))
 
     def nbytes(mask: BlockMask) -> int:
         held = jax.tree.leaves(predicate) if program is None else program.held()
         return sum(x.nbytes for x in (*held, *jax.tree.leaves(mask)))
 
     own = predicate if program is None else program.key()
-    key = own, shape, jax.config.jax_enable_x64, jax.config.jax_threefry_partitionable
+    key = own, shape, tiles, jax.config.jax_enable_x64, jax.config.jax_threefry_partitionable
     return block_mask_cache.get(key, make, nbytes)
 
 

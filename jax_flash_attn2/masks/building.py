@@ -27,11 +27,8 @@ _AT_ONCE = 2**22
 def build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> tuple[Any, ...]:
     """The fields of a `BlockMask`, in their order, of a source and the arguments of `from_predicate`."""
     block_m, block_n = block_size("block_m", block_m, shape[2], 16), block_size("block_n", block_n, shape[3], 32)
-    for name, n in (("max_tiles", max_tiles), ("max_parts", max_parts)):
-        if n is not None and not (arguments.is_integer(n) and n >= 1):
-            raise ValueError(f"{name} must be a positive integer or None (counted), got {n!r}")
-    if 0 in shape:
-        raise ValueError(f"a block mask needs at least one batch, head, row and key, got shape {shape}")
+    check_sizes(max_tiles, max_parts)
+    check_shape(shape)
     sizes = shape, block_m, block_n, max_tiles, max_parts
     if not known.is_known(source):
         return *building_under_jit.build(source, *sizes), shape, block_m, block_n
@@ -42,22 +39,26 @@ def build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> tuple[A
 
 def _build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> tuple[np.ndarray | None, ...]:
     status, bits, weights = _classified(source, shape, block_m, block_n)
-    partial, size = status == PARTIAL, int((status != EMPTY).sum((2, 3)).max())
-    _check_most("max_tiles", max_tiles, size)
-    _check_most("max_parts", max_parts, len(bits))
+    check_most("max_parts", max_parts, len(bits))
     number = np.arange(len(bits), dtype=np.int32)
     if weights is not None and not weights.any():
         weights = None  # all of them 1
     if weights is None and len(bits):  # tiles that look alike, as those on a diagonal do, are stored once
-        bits, number = _distinct(bits)
-    bits = _padded(bits, max_parts)
-    weights = None if weights is None else _padded(weights, max_parts)
-    part = np.full(status.shape, -1, np.int32)
-    part[partial] = number
+        bits, number = distinct(bits)
+    bits = padded(bits, max_parts)
+    weights = None if weights is None else padded(weights, max_parts)
+    part = np.where(status == FULL, np.int32(-1), np.int32(-2))
+    part[status == PARTIAL] = number
+    return *listed(part, max_tiles), bits, weights
+
+
+def listed(part: np.ndarray, max_tiles: int | None) -> tuple[np.ndarray, ...]:
+    """The lists of a mask, by rows and by keys, of the number of each tile's element mask (see `block_lists.parts`)."""
+    status = np.where(part == -2, EMPTY, np.where(part == -1, FULL, PARTIAL))
+    size = int((status != EMPTY).sum((2, 3)).max())
+    check_most("max_tiles", max_tiles, size)
     size = max_tiles or max(size, 1)
-    by_row = lists(status, part, size)
-    by_col = lists(status.swapaxes(2, 3), part.swapaxes(2, 3), size)
-    return *by_row, *by_col, bits, weights
+    return *lists(status, part, size), *lists(status.swapaxes(2, 3), part.swapaxes(2, 3), size)
 
 
 def _classified(
@@ -108,14 +109,14 @@ def lists(status: np.ndarray, part: np.ndarray, size: int) -> tuple[np.ndarray, 
     return np.minimum(ends, size).astype(np.int32), listed.astype(np.int32)
 
 
-def _distinct(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def distinct(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different rows of `bits`, and which of them each row is."""
     whole = np.ascontiguousarray(bits).view(np.dtype((np.void, bits.dtype.itemsize * bits.shape[1]))).ravel()
     _, first, number = np.unique(whole, return_index=True, return_inverse=True)
     return bits[first], number.astype(np.int32)
 
 
-def _padded(x: np.ndarray, rows: int | None) -> np.ndarray:
+def padded(x: np.ndarray, rows: int | None) -> np.ndarray:
     """`[n, size]` -> `[1, 1, rows, size]`; None: n, and at least 1."""
     return np.pad(x, ((0, (rows or max(len(x), 1)) - len(x)), (0, 0)))[None, None]
 
@@ -132,6 +133,20 @@ def block_size(name: str, block: Any, seqlen: int, least: int) -> int:
     return int(block)
 
 
-def _check_most(name: str, limit: int | None, n: int) -> None:
+def check_sizes(max_tiles: Any, max_parts: Any) -> None:
+    """Raises unless both are numbers, or None."""
+    for name, n in (("max_tiles", max_tiles), ("max_parts", max_parts)):
+        if n is not None and not (arguments.is_integer(n) and n >= 1):
+            raise ValueError(f"{name} must be a positive integer or None (counted), got {n!r}")
+
+
+def check_shape(shape: tuple[int, int, int, int]) -> None:
+    """Raises where there is nothing to mask."""
+    if 0 in shape:
+        raise ValueError(f"a block mask needs at least one batch, head, row and key, got shape {shape}")
+
+
+def check_most(name: str, limit: int | None, n: int) -> None:
+    """Raises where a mask has more than it may have."""
     if limit is not None and n > limit:
         raise ValueError(f"{name} must be at least {n}, which is what the mask has, got {limit}")

@@ -30,15 +30,23 @@ def build(
 def _build(source, shape, block_m, block_n, max_tiles, max_parts) -> tuple[Any, ...]:
     status = _status(source, shape, block_m, block_n)
     partial = status == PARTIAL
-    overflow = (partial.sum() > max_parts) | ((status != EMPTY).sum((2, 3)).max() > max_tiles)
+    overflow = partial.sum() > max_parts
     at = jnp.stack(jnp.nonzero(partial, size=max_parts, fill_value=0), -1)
     part = jnp.cumsum(partial.ravel(), dtype=jnp.int32).reshape(status.shape) - 1
-    part = jnp.where(partial, part, -1)
-    bits, weights = _elements(source, at, shape, block_m, block_n)
-    row_ends, row_tiles = block_lists.lists(status, part, max_tiles)
-    col_ends, col_tiles = block_lists.lists(status.swapaxes(2, 3), part.swapaxes(2, 3), max_tiles)
+    part = jnp.where(partial, part, jnp.where(status == FULL, -1, -2))
+    bits, weights = elements(source, at, shape, block_m, block_n)
+    *lists, more = listed(part, max_tiles)
     weights = None if weights is None else weights[None, None]
-    return row_ends, row_tiles, col_ends, col_tiles, bits[None, None], weights, overflow
+    return *lists, bits[None, None], weights, overflow | more
+
+
+def listed(part: Array, max_tiles: int) -> tuple[Array, ...]:
+    """The lists of a mask, by rows and by keys, of the number of each tile's element mask (see `block_lists.parts`);
+    and whether there are more tiles than fit them."""
+    status = jnp.where(part == -2, EMPTY, jnp.where(part == -1, FULL, PARTIAL))
+    more = (status != EMPTY).sum((2, 3)).max() > max_tiles
+    by_row = block_lists.lists(status, part, max_tiles)
+    return *by_row, *block_lists.lists(status.swapaxes(2, 3), part.swapaxes(2, 3), max_tiles), more
 
 
 def _status(source: Callable, shape: tuple[int, ...], block_m: int, block_n: int) -> Array:
@@ -63,7 +71,7 @@ def _status(source: Callable, shape: tuple[int, ...], block_m: int, block_n: int
     return status.reshape(batch, heads, blocks_q, -1)[..., :blocks_k]
 
 
-def _elements(
+def elements(
     source: Callable, at: Array, shape: tuple[int, ...], block_m: int, block_n: int
 ) -> tuple[Array, Array | None]:
     """The bits `[parts, block_m * block_n / 32]` of the tiles `at` `[parts, 4]`, and the logs of their weights."""

@@ -38,12 +38,10 @@ def size_of(size: Any) -> int:
     return int(size)
 
 
-def check_mode(mode: Any, size: Any) -> None:
-    """Raises unless it is a mode, and a size means something to it."""
+def check_mode(mode: Any) -> None:
+    """Raises unless it is a mode."""
     if mode not in get_args(Mode):
         raise ValueError(f'mode must be "sparse" or "dense", got {mode!r}')
-    if mode == "dense" and size is not None:
-        raise ValueError(f'size means nothing to mode="dense", got size={size!r}; leave it out, or use mode="sparse"')
 
 
 def check_size(name: str, n: int, instead: str) -> None:

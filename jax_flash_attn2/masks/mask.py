@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments, known
-from . import checks, entries, weighing
+from . import checks, entries, listing, weighing
 from .checks import Mode
 
 Kind = Literal["dense", "sparse", "full", "empty"]
@@ -116,36 +116,7 @@ class Mask:
             most size, keys outside [0, Sk), a broken promise. Traced values are trusted, except that `ptr[-1]` above
             size sets `overflow`.
         """
-        shape = arguments.four_lengths("shape", shape)
-        rows, keys = math.prod(shape[:3]), shape[3]
-        indices, ptr = checks.integers("indices", indices), checks.integers("ptr", ptr)
-        if indices.ndim != 1:
-            raise ValueError(f"indices must have one axis [size], got shape {indices.shape}; flatten them")
-        if ptr.shape != (rows + 1,):
-            raise ValueError(f"ptr must have shape [B * H * Sq + 1] = ({rows + 1},), got {ptr.shape}")
-        data = checks.data_of(data, indices.shape, dtype)
-        overflow = None
-        if not known.is_known(ptr):
-            overflow = ptr[-1] > indices.size
-        else:
-            counted = jax.device_get(ptr)
-            if counted[0] != 0 or (counted[1:] < counted[:-1]).any():
-                raise ValueError("ptr must rise from 0, got values that do not; it counts the entries before each row")
-            if counted[-1] > indices.size:
-                raise ValueError(
-                    f"ptr[-1] must be at most the size of indices, {indices.size}, got {counted[-1]}; give more room"
-                )
-        if known.is_known((indices, ptr)):
-            with known.now():
-                inside, ascend = map(bool, entries.inspect(indices, ptr, keys=keys))
-            if not inside:
-                raise ValueError(f"indices must be in [0, Sk) = [0, {keys}), got others; leave unused ones to ptr")
-            if canonical and not ascend:
-                raise ValueError("canonical=True wants keys that ascend within each row, got others; leave it False")
-            canonical = ascend
-        if not canonical:
-            indices, ptr, data = entries.combine(entries.entry_rows(ptr, indices.size), indices, data, rows=rows)
-        return entries.fit(cls, shape, (indices, ptr, data), indices.size, overflow)
+        return listing.of_indices(cls, shape, indices, ptr, data, dtype, canonical)
 
     @classmethod
     def from_row_indices(
@@ -172,18 +143,7 @@ class Mask:
           TypeError: a dtype that does not fit.
           ValueError: shapes that do not fit; if concrete: keys not below Sk, weights outside [0, 1], too small a size.
         """
-        shape = arguments.four_lengths("shape", shape)
-        row_indices = checks.integers("row_indices", row_indices)
-        if row_indices.ndim != 4 or row_indices.shape[:3] != shape[:3]:
-            raise ValueError(f"row_indices must have shape [*{shape[:3]}, n], got {row_indices.shape}")
-        checks.check_size("B * H * Sq * n", row_indices.size, "give row_indices fewer columns")
-        data = checks.data_of(data, row_indices.shape, dtype)
-        if known.is_known(row_indices) and row_indices.size:
-            with known.now():
-                largest = int(entries.largest(row_indices))
-            if largest >= shape[3]:
-                raise ValueError(f"row_indices must be below Sk = {shape[3]}, got {largest}; negative ones are unused")
-        return entries.fit(cls, shape, entries.combine_rows(row_indices, data), size)
+        return listing.of_row_indices(cls, shape, row_indices, data, dtype, size)
 
     @classmethod
     def full(cls, shape: Sequence[int], dtype: Any = jnp.float32) -> Self:
@@ -228,34 +188,7 @@ class Mask:
         Raises:
           ValueError: too small a size (if the count is concrete), none where one is needed, or more than 2**31 - 1.
         """
-        mask = self._usable()
-        if size is not None:
-            size = checks.size_of(size)
-        rows, keys = math.prod(mask.shape[:3]), mask.shape[3]
-        if mask.kind == "sparse":
-            return entries.fit(type(mask), mask.shape, (mask.indices, mask.ptr, mask.data), size, mask.overflow)
-        if mask.kind == "empty":
-            nothing = entries.none(rows, mask.dtype)
-            return entries.fit(type(mask), mask.shape, nothing, size)
-        checks.check_size("the number of weights", rows * keys, "make it of indices (from_indices) in the first place")
-        if mask.kind == "full":
-            checks.check_fits(rows * keys, size)
-            return entries.fit(type(mask), mask.shape, entries.every(rows, keys, mask.dtype), size)
-        if known.is_known(mask.dense):
-            with known.now():
-                count = int(entries.count(mask.dense))
-            size = count if size is None else size
-            checks.check_fits(count, size)
-        elif size is None:
-            raise ValueError(
-                "size must be given where a dense mask is turned into indices under jit, as shapes cannot depend on "
-                "values there, got None; pass an upper bound on the number of weights that are not 0"
-            )
-        indices, ptr, data = entries.entries_of(mask.dense, size=size)
-        overflow = mask.overflow
-        if not known.is_known(mask.dense) and size < rows * keys:
-            overflow = entries.either(overflow, ptr[-1] > size)
-        return entries.fit(type(mask), mask.shape, (indices, ptr, data), size, overflow)
+        return listing.of_mask(self._usable(), size)
 
     def astype(self, dtype: Any) -> Self:
         """The same mask with weights of another dtype; bool stands for weights that are not 0."""
@@ -289,7 +222,7 @@ class Mask:
             return known.full(share, jnp.dtype(jnp.float32))
         return weighing.density(mask)
 
-    def apply(self, x: Array | np.ndarray, mode: Mode = DEFAULT_MODE, *, size: int | None = None) -> Array:
+    def apply(self, x: Array | np.ndarray, mode: Mode = DEFAULT_MODE) -> Array:
         """x · weight; 0 where the weight is 0, whatever x is there.
 
         Args:
@@ -297,22 +230,22 @@ class Mask:
           mode: "dense" multiplies arrays, "sparse" gathers and scatters the entries that are stored; either turns the
             mask into what it needs first. Dense is the default because it is faster unless almost nothing is stored
             (`DEFAULT_MODE`). Gradients reach the weights that are stored: in "dense" that is all of them.
-          size: with "sparse", the room for the entries of a dense mask, as in `to_indices`.
 
         Returns:
           An array like x. Computed in the wider dtype of x and the weights, then rounded to that of x.
 
         Raises:
           TypeError: x is not a floating array.
-          ValueError: x does not have a shape that fits.
+          ValueError: x does not have a shape that fits; under jit, "sparse" of a dense mask, whose entries nobody has
+            counted: make it one with `to_indices(size)` first.
         """
-        return self._weigh(x, mode, size, inverse=False)
+        return self._weigh(x, mode, inverse=False)
 
-    def apply_inverse(self, x: Array | np.ndarray, mode: Mode = DEFAULT_MODE, *, size: int | None = None) -> Array:
+    def apply_inverse(self, x: Array | np.ndarray, mode: Mode = DEFAULT_MODE) -> Array:
         """x / weight where the weight is not 0, else 0; in all else as `apply`."""
-        return self._weigh(x, mode, size, inverse=True)
+        return self._weigh(x, mode, inverse=True)
 
-    def merge(self, other: "Mask", mode: Mode = DEFAULT_MODE, *, size: int | None = None) -> "Mask":
+    def merge(self, other: "Mask", mode: Mode = DEFAULT_MODE) -> "Mask":
         """The mask of the sums of both masks' weights, clipped to 1.
 
         Weights become the wider dtype of both (bool and bool: or). A full mask makes all full and an empty one changes
@@ -322,38 +255,38 @@ class Mask:
           other: a mask with the same Sq and Sk, and the same B and H where neither is 1.
           mode: "dense" adds arrays, "sparse" sorts the entries of both; either turns the masks into what it needs
             first. Dense is the default because it is faster unless almost nothing is stored (`DEFAULT_MODE`).
-          size: with "sparse", the room of the result. Default: what is used, or under jit the sum of both rooms, which
-            always suffices; a dense mask that is traced needs it.
+
+        Returns:
+          A mask, held as the mode says. A sparse one has room for what is used, or under jit for what both have room
+          for; `to_indices(size)` gives it another.
 
         Raises:
           TypeError: other is not a mask.
-          ValueError: shapes that do not fit; sizes as in `to_indices`.
+          ValueError: shapes that do not fit; under jit, "sparse" of a dense mask, as in `apply`.
         """
         if not isinstance(other, Mask):
             raise TypeError(f"other must be a Mask, got {type(other).__name__}; make one with Mask.from_dense")
-        checks.check_mode(mode, size)
+        checks.check_mode(mode)
         shape = checks.common_shape(self.shape, other.shape)
         dtype = checks.wider(self.dtype, other.dtype)
         if "full" in (self.kind, other.kind):
             return type(self).full(shape, dtype)
         if "empty" in (self.kind, other.kind):
-            only = (other if self.kind == "empty" else self).astype(dtype).broadcast_to(shape)
-            return only if size is None else only.to_indices(size)
-        # What is room enough for the result is enough for each of the two.
-        a, b = (mask.astype(dtype)._held(mode, size) for mask in (self, other))
+            return (other if self.kind == "empty" else self).astype(dtype).broadcast_to(shape)
+        a, b = (mask.astype(dtype)._held(mode) for mask in (self, other))
         overflow = entries.either(a.overflow, b.overflow)
         if mode == "dense":
             return type(self)(shape, "dense", dtype, dense=weighing.add_dense(a.dense, b.dense), overflow=overflow)
         a, b = a.broadcast_to(shape), b.broadcast_to(shape)
         checks.check_size("the number of entries of both", a.size + b.size, 'use mode="dense"')
-        return entries.fit(type(self), shape, weighing.add_sparse(a, b), size, overflow)
+        return entries.fit(type(self), shape, weighing.add_sparse(a, b), None, overflow)
 
     def __repr__(self) -> str:
         room = f", size={self.size}" if self.kind == "sparse" else ""
         return f"Mask({list(self.shape)}, {self.kind}, {self.dtype}{room})"
 
-    def _weigh(self, x: Any, mode: Mode, size: int | None, inverse: bool) -> Array:
-        checks.check_mode(mode, size)
+    def _weigh(self, x: Any, mode: Mode, inverse: bool) -> Array:
+        checks.check_mode(mode)
         if not isinstance(x, Array | np.ndarray):
             raise TypeError(f"x must be an array, got {type(x).__name__}")
         x = jnp.asarray(x)
@@ -366,14 +299,14 @@ class Mask:
             return x
         if self.kind == "empty":
             return weighing.zeros_like(x)
-        mask = self._held(mode, size)
+        mask = self._held(mode)
         return weighing.weigh(mask if mask.kind == "dense" else mask.broadcast_to(x.shape), x, inverse=inverse)
 
-    def _held(self, mode: Mode, size: int | None) -> "Mask":
+    def _held(self, mode: Mode) -> "Mask":
         """This mask as the mode needs it."""
         mask = self._usable()
         if mode == "sparse":
-            return mask if mask.kind == "sparse" else mask.to_indices(size)
+            return mask if mask.kind == "sparse" else mask.to_indices()
         if mask.kind == "dense":
             return mask
         return type(mask)(mask.shape, "dense", mask.dtype, dense=weighing.to_dense(mask), overflow=mask.overflow)

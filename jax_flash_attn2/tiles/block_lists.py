@@ -93,7 +93,13 @@ def status(
 
 def union(status: Array) -> Array:
     """`[row blocks, key blocks]`: a tile is empty, or full, where it is that in every batch and head."""
-    empty, full = ((status == x).all((0, 1)) for x in (EMPTY, FULL))
+    return union_by_head(status, 1)[0, 0]
+
+
+def union_by_head(status: Array, heads: int) -> Array:
+    """`[1, heads, row blocks, key blocks]`: the same of so many heads, each of some that follow each other."""
+    status = status.reshape(status.shape[0], heads, -1, *status.shape[2:])
+    empty, full = ((status == x).all((0, 2))[None] for x in (EMPTY, FULL))
     return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL))
 
 

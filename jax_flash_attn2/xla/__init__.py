@@ -2,7 +2,8 @@
 
 Memory is linear in the sequence lengths: scores exist one `[block_m, block_n]` tile at a time, for all
 batches and heads at once, so that batch and head axes shard freely. A ragged sequence is never padded: its
-last tile is moved back to end with the sequence, and what it shares with the tile before counts once.
+last tile is moved back to end with the sequence, and what it shares with the tile before counts once. Only a block mask
+that differs from head to head has tiles of one key head at a time (`by_head`).
 
 Some choices are XLA:CPU's. Its fast matrix product (YNNPACK) wants the left operand contracted along its
 last axis, so dk and dv are summed transposed. It fuses a mask that is added, not one that is selected. And a

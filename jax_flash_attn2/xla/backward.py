@@ -9,7 +9,7 @@ from jax import Array, lax
 from ..base.config import Config
 from ..base.operands import is_score_array
 from ..base.spec import Spec
-from . import layout
+from . import by_head, layout
 from .logits import Logits
 from .tiling import Tiling, loop
 
@@ -45,6 +45,9 @@ def backward(
       dq, dk and dv, each of the shape and dtype of what it is the gradient of; then the gradients of the wanted
       operands, `[apart * n, ...]` for an operand `[n, ...]`.
     """
+    if by_head.pays(spec, q, operands, wanted):
+        args = spec, config, q, k, v, operands, o, stats, do, dlse
+        return by_head.backward(backward, *args, wanted=wanted, apart=apart)
     t = Tiling(spec, config, q, k, operands, whole_rows=False)
     logits, apart_of = Logits(t, operands), dict(zip(wanted, apart, strict=True))
     q, k, v, do = logits.clear("q", q), logits.clear("kv", k), logits.clear("kv", v), logits.clear("q", do)

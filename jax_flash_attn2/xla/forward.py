@@ -8,7 +8,7 @@ from jax import Array
 
 from ..base.config import Config
 from ..base.spec import Spec
-from . import cached, layout, online, paged
+from . import by_head, cached, layout, online, paged
 from .logits import HIDDEN, Logits
 from .tiling import Tiling, loop
 
@@ -35,6 +35,8 @@ def forward(
     """
     if spec.page_size:
         return paged.forward(spec, config, q, k, v, operands)
+    if by_head.pays(spec, q, operands):
+        return by_head.forward(forward, spec, config, q, k, v, operands)
     t, dtype = Tiling(spec, config, q, k, operands, whole_rows=True), q.dtype
     logits = Logits(t, operands)
     q = t.rows(logits.clear("q", q).astype(t.dtype) * logits.per_batch("scale").astype(t.dtype))

@@ -182,7 +182,12 @@ def choose_blocks(seqlen_q, seqlen_k, batch_heads, whole_rows, largest):
 
 def in_place(q: Any, k: Any) -> bool:
     """Whether a forward pass reads keys and values where they are (`cached`)."""
-    return q.shape[1] <= _FEW_ROWS and k.size >= _CACHE
+    return few_rows(q) and k.size >= _CACHE
+
+
+def few_rows(q: Any) -> bool:
+    """Whether there are too few to do something to all keys first."""
+    return q.shape[1] <= _FEW_ROWS
 
 
 def keys_in_place(width: int) -> int:

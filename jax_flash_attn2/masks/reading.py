@@ -1,0 +1,55 @@
+"""What is read off a block mask, on the device: its tiles, its elements, how many there are."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ..tiles import block_lists
+from ..tiles.block_lists import EMPTY, FULL, PARTIAL
+
+if TYPE_CHECKING:
+    from .block import BlockMask
+
+
+@jax.jit
+def tiles(mask: "BlockMask") -> Array:
+    """`BlockMask.tiles`."""
+    part = block_lists.parts(mask.operands())
+    return jnp.where(part >= 0, PARTIAL, jnp.where(part == -1, FULL, EMPTY)).astype(jnp.int8)
+
+
+@jax.jit
+@jax.numpy_rank_promotion("allow")
+def to_dense(mask: "BlockMask") -> Array:
+    """`BlockMask.to_dense`."""
+    operands, size = mask.operands(), (mask.block_m, mask.block_n)
+    part = block_lists.parts(operands)
+    shown = block_lists.element_masks(operands, part, *size)
+    if mask.tile_weights is not None:
+        shown = jnp.where(shown, jnp.exp(block_lists.log_weights(operands, part, *size)), 0)
+    return shown[:, :, : mask.shape[2], : mask.shape[3]]
+
+
+@jax.jit
+def sparsity(mask: "BlockMask") -> Array:
+    """`BlockMask.sparsity`."""
+    return 100 * (block_lists.parts(mask.operands()) == -2).mean(dtype=jnp.float32)
+
+
+@jax.jit
+@jax.numpy_rank_promotion("allow")
+def density(mask: "BlockMask") -> Array:
+    """`BlockMask.density`."""
+    part = block_lists.parts(mask.operands())
+    full = _held(mask.shape[2], mask.block_m)[:, None] * _held(mask.shape[3], mask.block_n)
+    partial = lax.population_count(mask.tile_bits).sum(-1).reshape(-1)
+    seen = jnp.where(part >= 0, partial[jnp.maximum(part, 0)], jnp.where(part == -1, full, 0))
+    return seen.astype(jnp.float32).sum() / np.float32(np.prod(np.asarray(mask.shape, np.float64)))
+
+
+def _held(seqlen: int, block: int) -> Array:
+    """How many of a sequence each block holds."""
+    return jnp.minimum(seqlen - jnp.arange(0, seqlen, block), block)
