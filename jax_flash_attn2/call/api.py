@@ -138,7 +138,8 @@ def flash_attention(
         (b, h, i, j), which is made into one with tiles of 128 and kept (`masks.block_mask_cache`), and evaluated in
         partial tiles where that is cheaper than reading bits; if it holds traced arrays, in every tile instead; a
         `masks.Mask` of weights w in [0, 1], whose logits get -log(w): a key that was kept with probability w stands
-        for 1 / w of its kind.
+        for 1 / w of its kind. On the XLA path a block mask that differs from head to head is met key head by key head;
+        query heads that share one, and all batches, meet what any of them sees.
       q_segment_ids: integers of any width, `[*batch, Sq]` (each axis 1 or full): row i sees keys of its own segment
         only. Negative is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be
         skipped.

@@ -22,6 +22,7 @@ from ..gpu import functions, interpret, passes, short, tuning
 from ..gpu.target import Target, present
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
+from ..xla import by_head
 from . import inputs
 from .api import defaults
 
@@ -269,7 +270,9 @@ def _count_listed(spec: Spec, q, k, operands, block_m, block_n, together) -> tup
     status = block_lists.status(spec, operands, batch, seqlen_q, k.shape[1], parts, bounded=bounded)
     if isinstance(status, jax.core.Tracer):
         return None, None
-    status = np.asarray(block_lists.union(status)[None, None] if together else status)
+    if together:
+        status = block_lists.union_by_head(status, spec.kv_heads if by_head.pays(spec, q, operands) else 1)
+    status = np.asarray(status)
     rows = np.minimum(seqlen_q - np.arange(0, seqlen_q, spec.tile_rows), spec.tile_rows)
     pieces = -(-rows // block_m)[:, None] * max(spec.tile_keys // block_n, 1)
     copies = batch * heads // (status.shape[0] * status.shape[1])

@@ -29,6 +29,16 @@ class BlockMask:
 
     Made by `from_predicate` and `from_mask`, or of tiles that are chosen, by `from_tiles` and `from_kv_blocks`. A
     pytree, so it may be an argument of a jitted function. `str` draws it.
+
+    Examples:
+      >>> block = BlockMask.from_predicate(causal() & sliding_window(127), (1, 1, 512, 512))
+      >>> block.tiles()[0, 0]
+      Array([[2, 0, 0, 0],
+             [2, 2, 0, 0],
+             [0, 2, 2, 0],
+             [0, 0, 2, 2]], dtype=int8)
+      >>> block.sparsity(), block.rows(500).shape
+      (56.25, (1, 1, 1, 512))
     """
 
     row_ends: Array

@@ -43,6 +43,13 @@ class Mask:
     mask). Entries that do not fit a size are never dropped in silence: outside jit they are a ValueError; under jit the
     result's `overflow` is a traced bool, and where it is True every weight, and all that is computed with one, is NaN.
     A mask that comes out of jit with `overflow` True raises a ValueError when it is used.
+
+    Examples:
+      >>> mask = Mask.from_dense(jnp.array([[[[1.0, 0.0], [0.5, 1.0]]]]))
+      >>> mask.to_indices()
+      Mask([1, 1, 2, 2], sparse, float32, size=3)
+      >>> mask.merge(Mask.full((1, 1, 2, 2)))
+      Mask([1, 1, 2, 2], full, float32)
     """
 
     shape: tuple[int, int, int, int]

@@ -112,6 +112,12 @@ class LocalMasker(_ByPlace):
 
     Raises:
       ValueError: window is neither an int of at least 0 nor a float in (0, 1].
+
+    Examples:
+      >>> LocalMasker(2)(Mask.empty((1, 1, 3, 3), bool)).to_dense()[0, 0].astype(int)
+      Array([[1, 0, 0],
+             [1, 1, 0],
+             [0, 1, 1]], dtype=int32)
     """
 
     window: int | float
@@ -130,6 +136,12 @@ class SinkMasker(_ByPlace):
     Raises:
       ValueError: size is neither an int of at least 0 nor a float in (0, 1].
       TypeError: causal is not a bool.
+
+    Examples:
+      >>> SinkMasker(1)(LocalMasker(1)(Mask.empty((1, 1, 3, 3), bool))).to_dense()[0, 0].astype(int)
+      Array([[1, 0, 0],
+             [1, 1, 0],
+             [1, 0, 1]], dtype=int32)
     """
 
     size: int | float

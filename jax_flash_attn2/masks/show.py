@@ -33,6 +33,15 @@ def show(mask: Any, *, width: int = 64, height: int | None = None, planes: int =
 
     Raises:
       TypeError, ValueError: what is no mask, has less than two axes, or is traced; sizes below 1.
+
+    Examples:
+      >>> print(show(jnp.tril(jnp.ones((3, 3), bool))))
+      mask [3, 3]: ...
+      ┌──────┐
+      │██    │
+      │████  │
+      │██████│
+      └──────┘
     """
     for name, n in (("width", width), ("height", width if height is None else height), ("planes", planes)):
         check_count(name, n)
