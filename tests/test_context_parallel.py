@@ -534,7 +534,7 @@ WRONG = {
     "groups": (HERE | {"head_groups": 0}, ValueError, "head_groups must be a positive integer or None, got 0"),
     "groups_of_ring": (HERE | {"head_groups": 2, "method": "ring"}, ValueError, 'head_groups speaks to method="all_gather", got method=\'ring\''),
     "groups_divide": (HERE | {"head_groups": 4}, ValueError, "head_groups must divide the 6 heads of k and v, got 4"),
-    "option": (HERE | {"masks": 3}, TypeError, "context_parallel_attention has no option 'masks'; flash_attention's are its"),
+    "option": (HERE | {"masks": 3}, TypeError, "context_parallel_attention has no argument 'masks'; did you mean mask?"),
     "heads": (HERE | {"method": "ulysses"}, ValueError, 'method="ulysses" needs query heads that 4 devices divide, got 6; use "ring" or "all_gather"'),
     "block_mask": (HERE | {"method": "ring", "mask": "block"}, ValueError, 'method="ring" takes no BlockMask'),
     "bias": (HERE | {"bias": np.zeros((64, 16), np.float32)}, ValueError, "bias must broadcast to"),
