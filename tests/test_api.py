@@ -104,6 +104,18 @@ def test_vmap(in_axes):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(0, 7), (7, 0)])
+def test_vmap_of_no_rows_or_keys(shape):
+    """There is a gradient of a bias that has no elements, for each example."""
+    rows, keys = shape
+    q, k, bias = jnp.ones((3, 2, rows, 2, 8)), jnp.ones((3, 2, keys, 2, 8)), jnp.ones((3, 2, rows, keys))
+    loss = lambda q, k, bias: fa.flash_attention(q, k, k, bias).sum()
+    for axes in ((0, 0, 0), (0, None, 0), (0, 0, None)):
+        own = [x if axis == 0 else x[0] for x, axis in zip((q, k, bias), axes, strict=True)]
+        grads = jax.vmap(jax.grad(loss, (0, 1, 2)), axes)(*own)
+        assert [g.shape for g in grads] == [q.shape, k.shape, bias.shape]
+
+
 def test_vmap_of_a_scale():
     """Folded into the batch like all else: one call, no loop."""
     scales = jnp.array([0.1, -0.5, 1.0])

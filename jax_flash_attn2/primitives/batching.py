@@ -88,11 +88,15 @@ def _batch_backward(args, dims, *, call: Call, names, wanted, apart, adds):
     out = backward_p.bind(*arrays, *operands, *others, **params)
     results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
     for x, name, m, n in zip(out[3:], wanted, mapped, apart, strict=True):
-        x = x.reshape(size, -1, *x.shape[1:])
+        x = x.reshape(size, x.shape[0] // size, *x.shape[1:])
         i = first + names.index(name)
         own = args[i].shape[1 if dims[i] == 0 else 0] if m else x.shape[1] // n
         if m and x.shape[1] != n * own:
-            x = x.reshape(size, n, -1, own, *x.shape[2:]).sum(2).reshape(size, n * own, *x.shape[2:])
+            x = (
+                x.reshape(size, n, x.shape[1] // (n * own), own, *x.shape[2:])
+                .sum(2)
+                .reshape(size, n * own, *x.shape[2:])
+            )
         results.append(x)
     return results, [0] * len(results)
 
