@@ -1,0 +1,29 @@
+"""A few random calls, and what is kept of many (`make fuzz`)."""
+
+import json
+
+import fuzz
+import pytest
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [1000, 1001])
+def test_a_few(seed):
+    result = fuzz.batch(seed, 4)
+    assert result["failure"] is None, result
+
+
+def test_what_failed_runs_again(tmp_path, monkeypatch, capsys):
+    """The last result of each batch counts; those that failed, and those not yet run, are left."""
+    kept = tmp_path / "fuzz.jsonl"
+    fine = {"size": 50, "seconds": 1, "counted": {"jit": 50}, "failure": None}
+    wrong = fine | {"failure": {"draw": "Draw(7)", "error": "AssertionError: dq"}}
+    lines = [fine | {"seed": 0}, wrong | {"seed": 1}, wrong | {"seed": 2}, fine | {"seed": 1}]
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(fuzz, "KEPT", kept)
+    found = fuzz.kept()
+    assert fuzz.left(found, draws=200, size=50) == [2, 3]
+    assert fuzz.report(found) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("100 draws without a fault in 2 batches; 1 batches with one\n")
+    assert "batch 2:\n  Draw(7)\n  AssertionError: dq" in out
