@@ -116,7 +116,7 @@ def attention_fn(
         dtype = jnp.result_type(query, key, value)
         dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
     query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
-    is_causal = bool(is_causal) or options.pop("causal", False)
+    is_causal = options.pop("causal", False) or bool(is_causal)
     if rope is not None:
         query, key = _rotate(rope, query, key, input_positions)
     elif input_positions is not None:

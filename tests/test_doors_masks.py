@@ -60,6 +60,8 @@ def test_predicates_of_both_are_combined():
     q, k, v = X
     attend = jax_flash_attn2.flax.make_attention_fn(mask=LOCAL, causal=True)
     close(attend(q, k, v, mask=masks.documents(IDS)), flash_attention(q, k, v, mask=KINDS["of_arrays"]))
+    once = attend(q, k, v, is_causal=True)  # which is what the option says
+    close(once, flash_attention(q, k, v, mask=LOCAL))
     with pytest.raises(TypeError, match="mask must be an array or a predicate where another mask is set beforehand"):
         attend(q, k, v, mask=KINDS["blocks"])
     assert jax_flash_attn2.flax.make_attention_fn(mask=LOCAL) is jax_flash_attn2.flax.make_attention_fn(mask=LOCAL)

@@ -150,10 +150,8 @@ def _add_mask(
 def _documents_of(function: Any, batch: tuple[int, ...], lengths: tuple[int, int, int]) -> tuple[Any, Any, Any]:
     """A mask function, and the segment ids of documents in it that are traced: by ids tiles can be skipped even so."""
     predicate = predicates.as_predicate(function)
-    if has_known_tiles(predicate):
-        return function, None, None
     rest, ids = predicates.split_documents(predicate)
-    if ids is None:
+    if ids is None or has_known_tiles(predicate):
         return function, None, None
     predicate.check_shape((math.prod(batch), *lengths))
     q_ids, kv_ids = (x.reshape(*(batch if x.shape[0] > 1 else ()), x.shape[1]) for x in ids)
