@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jax_flash_attn2 as fa
-from jax_flash_attn2 import explain, flash_attention, gpu_target, supported
+from jax_flash_attn2 import explain, flash_attention, gpu_target, masks, supported
 
 T, DOCUMENTS = 8192, 12
 X = jax.device_put(np.zeros((1, T, 2, 64), jnp.bfloat16))
@@ -128,3 +128,14 @@ def test_explain_raises_what_the_call_would():
         explain(x, x, x, implementation="triton")
     with pytest.raises(TypeError, match="mask must have dtype bool"):
         explain(x, x, x, mask=jnp.ones((64, 64)))
+
+
+def test_masks_by_head_are_counted_by_head():
+    """On the XLA path key heads meet their own tiles; where query heads share one, what any of them sees."""
+    tiles = np.random.default_rng(0).random((1, 4, 4, 4)) < 0.3
+    mask = masks.BlockMask.from_tiles(jnp.asarray(tiles), (1, 4, 512, 512))
+    q = jax.ShapeDtypeStruct((1, 512, 4, 16), jnp.float32)
+    for kv_heads in (4, 2):
+        k = jax.ShapeDtypeStruct((1, 512, kv_heads, 16), jnp.float32)
+        met = tiles.reshape(kv_heads, -1, 4, 4).any(1).sum() * (4 // kv_heads)
+        assert [p.visited for p in explain(q, k, k, mask=mask).passes] == [met, met]
