@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .fwd import distance, load_scale, logits, scaled
-from .mask import key_span, phase, place_of, query_span, tile_at
+from .fwd import load_scale, logits, scaled
+from .mask import distance, key_span, phase, place_of, query_span, tile_at
 from .place import place
 from .tile import (
     LOG2E,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .mask import key_span, log_weights, phase, place_of, positions, share, shown_by_mask, tile_at, visible
+from .mask import distance, key_span, log_weights, phase, place_of, share, shown_by_mask, tile_at, visible
 from .place import packed, part_of, place, ragged_place, windowed
 from .tile import (
     LN2,
@@ -65,13 +65,6 @@ def tanh(y):
     z = y * y
     near = 1.0 + z * (-1 / 3 + z * (2 / 15 + z * (-17 / 315 + z * (62 / 2835 - z * (1382 / 155925)))))
     return tl.where(tl.abs(y) < 0.3, y * near, tl.where(y < 0.0, -far, far))
-
-
-@triton.jit
-def distance(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
-    """How far each key of a tile is from the position of each of its rows."""
-    own, other = positions(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
-    return tl.abs(own - other).to(tl.float32)
 
 
 @triton.jit
@@ -193,7 +186,8 @@ def finish(
     m (base 2) and sum l; and, if wanted, its largest logit, without the sink."""
     _, rows = vector_at(here, start_m, M, SPEC)
     if max_out is not None:
-        store_vector(max_out, tl.where(rows < here.end_q, m * LN2, float("-inf")), here, start_m, SPEC)
+        largest = tl.where(l == l, m * LN2, float("nan"))  # a maximum passes over a NaN, a sum does not
+        store_vector(max_out, tl.where(rows < here.end_q, largest, float("-inf")), here, start_m, SPEC)
     if SPEC.sinks is not None:
         m, l, acc = with_sink(m, l, acc, x, here.b, row_heads(here, M, SPEC), SPEC)
     if SPEC.q_lengths is not None or SPEC.cu_q_lens is not None:

@@ -7,6 +7,10 @@ import triton.language as tl
 
 from .tile import load_operand, plane_number, tile_indices
 
+FIRST = tl.constexpr(-(2**31))
+LAST = tl.constexpr(2**31 - 1)
+"""The numbers that positions may have."""
+
 
 class Span(NamedTuple):
     """Tiles [begin, full) and [stop, end) are met through the mask, [full, stop) are seen whole, no others are met.
@@ -227,10 +231,21 @@ def near_enough(
     own, other = positions(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
     seen = start_n + j < here.end_k
     if SPEC.rules.right is not None:
-        seen = seen & (other <= own + SPEC.rules.right)
+        seen = seen & (other <= tl.minimum(own, LAST - SPEC.rules.right) + SPEC.rules.right)  # which never wraps
     if SPEC.rules.left is not None:
-        seen = seen & (other >= own - SPEC.rules.left)
+        seen = seen & (other >= tl.maximum(own, FIRST + SPEC.rules.left) - SPEC.rules.left)
     return seen
+
+
+@triton.jit
+def distance(x, here, start_m, start_n, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr):
+    """How far each key of a tile is from the position of each of its rows."""
+    own, other = positions(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
+    if SPEC.q_positions is not None:
+        far = tl.maximum(own, other) - tl.minimum(own, other)
+        return far.to(tl.uint32, bitcast=True).to(tl.float32)
+    else:
+        return tl.abs(own - other).to(tl.float32)
 
 
 @triton.jit

@@ -262,6 +262,8 @@ def _options() -> list[Case]:
         case("ring", 20, 50, positions="ring", causal=True, window=(30, 0), batch=(3,), block=(16, 16)),
         case("positions_mixed", 40, 50, positions="mixed", window=(9, 4), alibi="h", dropout=0.2, **two),
         case("lengths_qk", 50, 50, lengths="qk", batch=(4,)),
+        case("one_key_hidden", 20, 1, lengths="k", batch=(3,)),
+        case("one_key_hidden_by_head", 20, 1, mask="block:h", **two),
         case("lengths_bottom_right", 30, 50, lengths="qk", batch=(4,), causal=True, **low),
         case("soft_cap", soft_cap=2.0),
         case("soft_cap_flat", 40, 50, soft_cap=5.0, scale=4.0, causal=True, bias="hk"),
@@ -420,3 +422,11 @@ CASES = [
     *OPTIONS,
     *PAIRS,
 ]
+
+
+def with_score(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays, a score function in place of what it reads."""
+    if not case.score:
+        return arrays
+    arrays = dict(arrays)
+    return arrays | {"score_mod": SCORES[case.score](arrays.pop("read"))}

@@ -4,9 +4,9 @@
     python tests/fuzz.py --report                 # what has been found so far
     python tests/fuzz.py --batch 17 --shrink      # one batch by itself, and the smallest call that fails (minutes)
 
-Batch n draws the same calls wherever it runs (`fuzzing.draws`, seeded by n). Results are kept in `.cache/fuzz.jsonl`; a
-batch that failed, or whose process died or hung, runs again next time, from its first call to its first failure. What
-a failure shrinks to belongs into `cases.py`, under a name, once it is understood.
+Batch n draws the same calls wherever it runs (`fuzzing.draws`, seeded by 1000 n, 1000 n + 1, ...). Results are kept in
+`.cache/fuzz.jsonl`; a batch that failed, or whose process died or hung, runs again next time, from its first call on.
+What a failure shrinks to belongs into `cases.py`, under a name, once it is understood.
 """
 
 import argparse
@@ -21,49 +21,65 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / ".cache" / "fuzz.jsonl"
-SIZE = 50
-"""Draws of a batch."""
+SIZE = 100
+"""Draws of a batch. One is a call: a function that is compiled is called with up to four kinds of values."""
 LIMIT = 3600
 """Seconds that a batch may take."""
-DEVICES = "--xla_force_host_platform_device_count=4"
+MOST = 5
+"""Failures after which a batch ends."""
+INTERPRETED = 20
+"""One of so many batches is of kernels, in Triton's interpreter: they take five times as long."""
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+"""See `conftest.OLDER_EMITTERS`."""
 
 
 def batch(seed: int, size: int, *, shrink: bool = False) -> dict[str, object]:
-    """Runs one here: how many calls, of which kinds, and the first that failed, or the smallest that one shrinks to."""
-    import hypothesis
+    """Runs one here: how many calls, of which kinds, and those that failed, or the smallest that they shrink to."""
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    from fuzzing import check, draws
+    jax.config.update("jax_disable_most_optimizations", True)
 
-    counted, last = collections.Counter(), []
+    counted, started, failures, number = collections.Counter(), time.perf_counter(), [], 1000 * seed
+    while counted.total() < size and len(failures) < MOST:
+        failures += one(number, counted, shrink=shrink)
+        number += 1
+        jax.clear_caches()  # programs are never met again
+    seconds = round(time.perf_counter() - started, 1)
+    return {"seed": seed, "size": size, "seconds": seconds, "counted": counted, "failures": failures}
 
+
+def one(number: int, counted: collections.Counter, *, shrink: bool = False) -> list[dict[str, object]]:
+    """Runs one draw, and counts its calls; how it failed, if it did, or what the smallest that fails is."""
+    import hypothesis
+    from fuzzing import draws
+
+    last, plainest = [], [True]
     phases = [hypothesis.Phase.generate, *[hypothesis.Phase.shrink] * shrink]
     settings = {"deadline": None, "database": None, "suppress_health_check": [*hypothesis.HealthCheck]}
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=size, phases=phases, **settings)
+    @hypothesis.seed(number)
+    @hypothesis.settings(max_examples=1, phases=phases, **settings)
     @hypothesis.given(draws())
-    def one(draw):
-        counted.update((draw.way, draw.values))
+    def run(draw):
+        if plainest.pop() if plainest else False:
+            hypothesis.reject()  # with which every run begins
         last[:] = [draw]
-        check(draw)
-        if sum(counted.values()) % 40 == 0:
-            jax.clear_caches()  # programs are never met again
+        draw.check()
+        counted.update(draw.kinds)
 
-    started, failure = time.perf_counter(), None
     try:
-        one()
+        run()
     except Exception as error:  # whatever it is: that is what is looked for
-        failure = {"draw": repr(last[0]), "error": f"{type(error).__name__}: {error}"[:2000]}
-    seconds = time.perf_counter() - started
-    return {"seed": seed, "size": size, "seconds": round(seconds, 1), "counted": counted, "failure": failure}
+        return [{"number": number, "draw": repr(last[0]), "error": f"{type(error).__name__}: {error}"[:2000]}]
+    return []
 
 
 def in_a_process(seed: int, size: int) -> dict[str, object]:
     """The same, of a process that may die or hang."""
     command = [sys.executable, __file__, "--batch", str(seed), "--size", str(size), "--json"]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
+    env["TRITON_INTERPRET"] = str(int(seed % INTERPRETED == INTERPRETED - 1))
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=env, check=False)
         return json.loads(run.stdout.splitlines()[-1])
@@ -71,7 +87,13 @@ def in_a_process(seed: int, size: int) -> dict[str, object]:
         error = f"no end after {LIMIT} s"
     except (IndexError, json.JSONDecodeError):
         error = f"the process ended with {run.returncode}: {run.stderr[-1500:]}"
-    return {"seed": seed, "size": size, "seconds": 0, "counted": {}, "failure": {"draw": "", "error": error}}
+    return {
+        "seed": seed,
+        "size": size,
+        "seconds": 0,
+        "counted": {},
+        "failures": [{"number": 1000 * seed, "draw": "", "error": error}],
+    }
 
 
 def kept() -> dict[int, dict]:
@@ -82,7 +104,7 @@ def kept() -> dict[int, dict]:
 
 def left(found: dict[int, dict], draws: int, size: int) -> list[int]:
     """The batches that have not run without a fault."""
-    return [seed for seed in range(-(-draws // size)) if seed not in found or found[seed]["failure"]]
+    return [seed for seed in range(-(-draws // size)) if seed not in found or found[seed]["failures"]]
 
 
 def report(found: dict[int, dict]) -> int:
@@ -90,12 +112,17 @@ def report(found: dict[int, dict]) -> int:
     counted = collections.Counter()
     for result in found.values():
         counted.update(result["counted"])
-    failed = [result for result in found.values() if result["failure"]]
-    draws = sum(result["size"] for result in found.values() if not result["failure"])
-    print(f"{draws} draws without a fault in {len(found) - len(failed)} batches; {len(failed)} batches with one")
-    print("  " + ", ".join(f"{name} {count}" for name, count in counted.most_common()))
+    failed = [result for result in found.values() if result["failures"]]
+    draws = sum(sum(result["counted"].values()) for result in found.values())
+    print(f"{draws} draws in {len(found)} batches, {len(failed)} of them with a fault")
+    for place in (0, -1):  # ways, values
+        some = collections.Counter()
+        for kind, count in counted.items():
+            some[kind.split(", ")[place]] += count
+        print("  " + ", ".join(f"{name} {count}" for name, count in some.most_common()))
     for result in failed:
-        print(f"batch {result['seed']}:\n  {result['failure']['draw']}\n  {result['failure']['error']}")
+        for failure in result["failures"]:
+            print(f"batch {result['seed']}, {failure['number']}:\n  {failure['draw']}\n  {failure['error']}")
     return len(failed)
 
 
@@ -112,7 +139,7 @@ def main() -> int:
     if args.batch is not None:
         result = batch(args.batch, args.size, shrink=args.shrink)
         print(json.dumps(result) if args.json else json.dumps(result, indent=1))
-        return int(result["failure"] is not None)
+        return int(result["failures"] != [])
     found = kept()
     if not args.report:
         from tqdm import tqdm
@@ -123,8 +150,8 @@ def main() -> int:
             for result in pool.map(lambda seed: in_a_process(seed, args.size), seeds):
                 print(json.dumps(result), file=out, flush=True)
                 bar.update()
-                if result["failure"]:
-                    bar.write(f"batch {result['seed']}: {result['failure']['error'].splitlines()[0]}")
+                for failure in result["failures"]:
+                    bar.write(f"{failure['number']}: {' '.join(failure['error'].split())[:200]}")
         found = kept()
     return int(report(found) > 0)
 

@@ -10,14 +10,14 @@ import pytest
 @pytest.mark.parametrize("seed", [1000, 1001])
 def test_a_few(seed):
     result = fuzz.batch(seed, 4)
-    assert result["failure"] is None, result
+    assert not result["failures"], result
 
 
 def test_what_failed_runs_again(tmp_path, monkeypatch, capsys):
     """The last result of each batch counts; those that failed, and those not yet run, are left."""
     kept = tmp_path / "fuzz.jsonl"
-    fine = {"size": 50, "seconds": 1, "counted": {"jit": 50}, "failure": None}
-    wrong = fine | {"failure": {"draw": "Draw(7)", "error": "AssertionError: dq"}}
+    fine = {"size": 50, "seconds": 1, "counted": {"jit, normal": 50}, "failures": []}
+    wrong = fine | {"failures": [{"number": 2007, "draw": "Draw(7)", "error": "AssertionError: dq"}]}
     lines = [fine | {"seed": 0}, wrong | {"seed": 1}, wrong | {"seed": 2}, fine | {"seed": 1}]
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(fuzz, "KEPT", kept)
@@ -25,5 +25,5 @@ def test_what_failed_runs_again(tmp_path, monkeypatch, capsys):
     assert fuzz.left(found, draws=200, size=50) == [2, 3]
     assert fuzz.report(found) == 1
     out = capsys.readouterr().out
-    assert out.startswith("100 draws without a fault in 2 batches; 1 batches with one\n")
-    assert "batch 2:\n  Draw(7)\n  AssertionError: dq" in out
+    assert out.startswith("150 draws in 3 batches, 1 of them with a fault\n")
+    assert "batch 2, 2007:\n  Draw(7)\n  AssertionError: dq" in out

@@ -17,8 +17,10 @@ from cases import CASES, Case, drawn
 from checks import (
     SETTINGS,
     assert_documents_are_apart,
+    assert_nan_stays,
     assert_near,
     assert_padding_is_not_read,
+    assert_positions_go_to_the_last,
     assert_same_bits,
     flash,
     flash_function,
@@ -268,6 +270,14 @@ def test_empty():
 @pytest.mark.parametrize("block_ptr", [False, True], ids=["ptr_block", "block_ptr"])
 def test_padding_is_not_read(block_ptr, case):
     assert_padding_is_not_read(functools.partial(interpreted, block_ptr=block_ptr), case)
+
+
+def test_positions_go_to_the_last():
+    assert_positions_go_to_the_last(interpreted)
+
+
+def test_nan_stays():
+    assert_nan_stays(interpreted)
 
 
 def test_documents_are_apart():

@@ -13,8 +13,10 @@ from checks import (
     QUICK,
     SETTINGS,
     assert_documents_are_apart,
+    assert_nan_stays,
     assert_near,
     assert_padding_is_not_read,
+    assert_positions_go_to_the_last,
     assert_same_bits,
     definition,
     flash,
@@ -192,6 +194,15 @@ PADDED = [
 @pytest.mark.parametrize("case", PADDED, ids=str)
 def test_padding_is_not_read(case):
     assert_padding_is_not_read(flash, case)
+
+
+def test_positions_go_to_the_last():
+    assert_positions_go_to_the_last(flash)
+
+
+@pytest.mark.parametrize("higher_order", [False, True])
+def test_nan_stays(higher_order):
+    assert_nan_stays(functools.partial(flash, higher_order=higher_order))
 
 
 DOCUMENTS = [

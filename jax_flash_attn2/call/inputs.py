@@ -135,16 +135,26 @@ def _add_mask(
     whole = (math.prod(batch), *every)
     if mask.shape[2:] != every[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
         raise ValueError(f"mask must be a BlockMask of shape {whole} (B and H may be 1), got {mask.shape}")
-    for name, config in zip(PASSES, call.configs, strict=True):
-        for field, own in (("block_m", mask.block_m), ("block_n", mask.block_n)):
-            if (getattr(config, field) or 0) > own:
-                raise ValueError(
-                    f"config.{field} must be at most {own}, as the tiles of the block mask are, got "
-                    f"{getattr(config, field)} for {name!r}; leave it None, or make the BlockMask with {field}="
-                )
+    configs = tuple(_within(mask, config, name) for name, config in zip(PASSES, call.configs, strict=True))
+    call = dataclasses.replace(call, configs=configs)
     operands |= {name: x for name, x in mask.operands().items() if call.rules.mask is None or name != "tile_bits"}
     tiles = mask.block_m, mask.block_n
     return dataclasses.replace(call, rules=dataclasses.replace(call.rules, tiles=tiles)), q
+
+
+def _within(mask: BlockMask, config: Config, of_pass: str) -> Config:
+    """A config whose blocks are no larger than the mask's tiles; where one of these is all there is, a larger block is
+    the same."""
+    for field, own, length in (("block_m", mask.block_m, mask.shape[2]), ("block_n", mask.block_n, mask.shape[3])):
+        if (getattr(config, field) or 0) <= own:
+            continue
+        if own < length:
+            raise ValueError(
+                f"config.{field} must be at most {own}, as the tiles of the block mask are, got "
+                f"{getattr(config, field)} for {of_pass!r}; leave it None, or make the BlockMask with {field}="
+            )
+        config = dataclasses.replace(config, **{field: own})
+    return config
 
 
 def _documents_of(function: Any, batch: tuple[int, ...], lengths: tuple[int, int, int]) -> tuple[Any, Any, Any]:

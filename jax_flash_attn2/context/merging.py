@@ -45,7 +45,7 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]
 @jax.jit
 def _merged(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]:
     unit = jnp.ones((), lse1.dtype)
-    of = lambda o, lse: parts.Part(o.astype(lse.dtype), lse, (lse > -jnp.inf).astype(lse.dtype), None)
+    of = lambda o, lse: parts.Part(o.astype(lse.dtype), lse, parts.sum_beside(lse), None)
     merged = parts.both(of(o1, lse1), of(o2, lse2), unit)
     return merged.o.astype(o1.dtype), parts.lse_of(merged, unit)
 

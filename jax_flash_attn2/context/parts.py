@@ -50,8 +50,13 @@ def of_keys(
     """These keys. forward: `primitives.forward`, or what returns the same."""
     o, lse, *rest = forward(call, q, k, v, operands)
     largest = rest.pop() if call.rules.max_logits else None
-    m, l = rest or (lse, (lse > -jnp.inf).astype(lse.dtype))
+    m, l = rest or (lse, sum_beside(lse))
     return Part(o, m, l, largest)
+
+
+def sum_beside(lse: Array) -> Array:
+    """The sum that m = lse goes with: 0 where nothing is seen, else 1."""
+    return (lse != -jnp.inf).astype(lse.dtype)
 
 
 def both(x: Part, y: Part, unit: Array) -> Part:
@@ -60,7 +65,7 @@ def both(x: Part, y: Part, unit: Array) -> Part:
     finite = jnp.where(m == -jnp.inf, 0, m)
     parts = [part.l * jnp.exp((part.m - finite) * unit) for part in (x, y)]
     l = parts[0] + parts[1]
-    by_row = lambda share: jnp.moveaxis(share / jnp.where(l > 0, l, 1), -2, -1)[..., None]
+    by_row = lambda share: jnp.moveaxis(share / jnp.where(l == 0, 1, l), -2, -1)[..., None]
     o = x.o * by_row(parts[0]) + y.o * by_row(parts[1])
     return Part(o, m, l, None if x.largest is None or y.largest is None else jnp.maximum(x.largest, y.largest))
 
@@ -77,7 +82,7 @@ def with_sinks(part: Part, sinks: Array | None, within: Array | None, unit: Arra
 
 def lse_of(part: Part, unit: Array) -> Array:
     """The logarithm of each row's sum, in nats."""
-    seen = part.l > 0
+    seen = part.l != 0
     return jnp.where(seen, part.m * unit + jnp.log(jnp.where(seen, part.l, 1)), -jnp.inf)
 
 
@@ -85,7 +90,7 @@ def gradient_of_sinks(part: Part, sinks: Array, within: Array | None, unit: Arra
     """`[B, H, 1, 1]`: of sinks, of each batch. part: all keys, sinks among them."""
     delta = jnp.moveaxis((part.o.astype(part.m.dtype) * do.astype(part.m.dtype)).sum(-1), 2, 1)
     delta = delta if dlse is None else delta - dlse
-    seen = part.l > 0 if within is None else (part.l > 0) & within[..., 0]
+    seen = part.l != 0 if within is None else (part.l != 0) & within[..., 0]
     m = jnp.where(seen, part.m, 0)
     p = jnp.where(seen, jnp.exp(sinks[..., 0].astype(m.dtype) - m * unit) / jnp.where(seen, part.l, 1), 0)
     return -jnp.where(seen, p * delta, 0).sum(-1)[..., None, None]  # of nothing seen the gradient may be anything

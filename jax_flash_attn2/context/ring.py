@@ -155,7 +155,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 def _of_sinks(ring: Ring, q, operands, within, o, stats, do, dlse) -> Array:
     unit, sinks = parts.unit(ring.call, q, operands, ring.native), operands["sinks"]
-    m, l = stats if len(stats) == 2 else (stats[0], (stats[0] > -jnp.inf).astype(stats[0].dtype))
+    m, l = stats if len(stats) == 2 else (stats[0], parts.sum_beside(stats[0]))
     grad = parts.gradient_of_sinks(parts.Part(o, m, l, None), sinks, within, unit, do, dlse)
     return passes.reduce_to(grad, sinks.shape, 1)
 

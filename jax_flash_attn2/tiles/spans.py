@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..base import positions
 from ..base.spec import Spec
 
 
@@ -267,11 +268,11 @@ def _position_tiles(spec: Spec, operands: Mapping[str, Array], batch: int, rows:
     (q_low, q_high), (k_low, k_high) = (q_low[..., None], q_high[..., None]), (k_low[:, :, None], k_high[:, :, None])
     some, every = [], []
     if right is not None:
-        some.append(k_low <= q_high + right)
-        every.append(k_high <= q_low + right)
+        some.append(k_low <= positions.after(q_high, right))
+        every.append(k_high <= positions.after(q_low, right))
     if left is not None:
-        some.append(k_high >= q_low - left)
-        every.append(k_low >= q_high - left)
+        some.append(k_high >= positions.before(q_low, left))
+        every.append(k_low >= positions.before(q_high, left))
     return [(functools.reduce(operator.and_, some), functools.reduce(operator.and_, every))]
 
 

@@ -59,7 +59,7 @@ def backward(
     delta = jnp.sum(t.rows(o) * do, -1)
     if dlse is not None:
         dlse = dlse.astype(t.dtype) if norm is None else dlse.astype(t.dtype) * norm
-        delta -= layout.stats(jnp.where(shift < jnp.inf, dlse, 0), spec.kv_heads)
+        delta -= layout.stats(jnp.where(shift == jnp.inf, 0, dlse), spec.kv_heads)
     do *= spec.keep_scale
     shift_rows = layout.stats(shift, spec.kv_heads)
     q, k, v = t.rows(q.astype(t.dtype) * scale), t.rows(k), t.rows(v)
@@ -125,9 +125,9 @@ def _shift_and_norm(spec: Spec, stats: Sequence[Array]) -> tuple[Array, Array | 
     nothing has an infinite shift."""
     if not spec.reshapes:
         (lse,) = stats
-        return jnp.where(lse > -jnp.inf, lse, jnp.inf), None
+        return jnp.where(lse == -jnp.inf, jnp.inf, lse), None
     m, l = stats
-    return jnp.where(l > 0, m, jnp.inf), jnp.where(l > 0, 1 / jnp.where(l > 0, l, 1), 0)
+    return jnp.where(l == 0, jnp.inf, m), jnp.where(l == 0, 0, 1 / jnp.where(l == 0, 1, l))
 
 
 def _grad_zeros(name: str, operand: Array, apart: int, t: Tiling) -> Array:

@@ -44,7 +44,7 @@ def differentiable(
         logits = Logits(t, {**operands, **rows})
         s, _ = logits.of(t.dot(q_tile, k, 3, 3), start_m, 0, t.masked)
         m = jnp.maximum(lax.stop_gradient(s).max(-1), HIDDEN)
-        row_max = [jnp.where(m > HIDDEN, m, -jnp.inf)] if spec.rules.max_logits else []
+        row_max = [jnp.where(m <= HIDDEN, -jnp.inf, m)] if spec.rules.max_logits else []
         sink = logits.sinks(start_m) if spec.sinks else None
         if sink is not None:
             m = jnp.maximum(m, lax.stop_gradient(sink))
@@ -55,8 +55,8 @@ def differentiable(
         acc = t.dot(p, v, 3, 2)
         if sink is not None:
             l += jnp.exp(sink - m)
-        l_or_1 = jnp.where(l > 0, l, 1)
-        lse = jnp.where(l > 0, m + jnp.log(l_or_1), -jnp.inf)
+        l_or_1 = jnp.where(l == 0, 1, l)
+        lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(l_or_1))
         return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *([m, l] if spec.reshapes else []), *row_max
 
     starts = jnp.minimum(jnp.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m)

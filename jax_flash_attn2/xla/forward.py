@@ -74,7 +74,7 @@ def forward(
         else:
             acc, m, l = (t.new_rows(x, fill, i) for x, fill in zip(out, (0, HIDDEN, 0), strict=False))
             m, l, acc = t.over_keys(i, key_block, (m, l, acc))
-        row_max = [jnp.where(m > HIDDEN, m, -jnp.inf)] if spec.rules.max_logits else []
+        row_max = [jnp.where(m <= HIDDEN, -jnp.inf, m)] if spec.rules.max_logits else []
         m, l, acc = online.finish(spec, (m, l, acc), logits.sinks(start_m) if spec.sinks else None)
         done = (t.put_rows(x, y, i) for x, y in zip(out, (acc, m, l, *row_max), strict=True))
         return tuple(done)

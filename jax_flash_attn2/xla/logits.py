@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..base import dropout
+from ..base import dropout, positions
 from ..base.operands import mask_arrays, score_arrays
 from ..tiles import block_lists
 from ..tiles.spans import per_batch
@@ -68,13 +68,17 @@ class Logits:
         if t.seqlen_k % t.block_n:
             visible.append(cols >= _int32(j * t.block_n - start_n))
         if "q_positions" in self.operands:
-            own, other, offset = *self.positions(start_m, start_n), 0
+            own, other = self.positions(start_m, start_n)
+            if rules.left is not None:
+                visible.append(positions.before(own, rules.left) <= other)
+            if rules.right is not None:
+                visible.append(positions.after(own, rules.right) >= other)
         else:
-            own, other, offset = rows, cols, self.per_batch("offset") if "offset" in self.operands else 0
-        if rules.left is not None:
-            visible.append(own + (offset - rules.left) <= other)
-        if rules.right is not None:
-            visible.append(own + (offset + rules.right) >= other)
+            offset = self.per_batch("offset") if "offset" in self.operands else 0
+            if rules.left is not None:
+                visible.append(rows + (offset - rules.left) <= cols)
+            if rules.right is not None:
+                visible.append(rows + (offset + rules.right) >= cols)
         if "q_segments" in self.operands:
             q_ids, kv_ids = (self.tile(f"{side}_segments", start_m, start_n) for side in ("q", "kv"))
             visible.append((q_ids == kv_ids) & (kv_ids >= 0))  # of q's XLA would compute it ahead, in a kernel
@@ -125,7 +129,8 @@ class Logits:
     def distances(self, start_m, start_n) -> Array:
         """[1|B, 1, M * G, N]: how far each key is from the row's position."""
         own, other = self.positions(start_m, start_n)
-        return jnp.abs(own - other).astype(self.dtype)
+        far = positions.apart(own, other) if "q_positions" in self.operands else jnp.abs(own - other)
+        return far.astype(self.dtype)
 
     def kept(self, start_m, start_n) -> Array:
         """[B, Hkv, M * G, N]: what dropout leaves of a tile."""
