@@ -145,16 +145,18 @@ def _add_mask(
 def _within(mask: BlockMask, config: Config, of_pass: str) -> Config:
     """A config whose blocks are no larger than the mask's tiles; where one of these is all there is, a larger block is
     the same."""
+    blocks = []
     for field, own, length in (("block_m", mask.block_m, mask.shape[2]), ("block_n", mask.block_n, mask.shape[3])):
-        if (getattr(config, field) or 0) <= own:
-            continue
-        if own < length:
-            raise ValueError(
-                f"config.{field} must be at most {own}, as the tiles of the block mask are, got "
-                f"{getattr(config, field)} for {of_pass!r}; leave it None, or make the BlockMask with {field}="
-            )
-        config = dataclasses.replace(config, **{field: own})
-    return config
+        block = getattr(config, field)
+        if block is not None and block > own:
+            if own < length:
+                raise ValueError(
+                    f"config.{field} must be at most {own}, as the tiles of the block mask are, got {block} for "
+                    f"{of_pass!r}; leave it None, or make the BlockMask with {field}="
+                )
+            block = own
+        blocks.append(block)
+    return dataclasses.replace(config, block_m=blocks[0], block_n=blocks[1])
 
 
 def _documents_of(function: Any, batch: tuple[int, ...], lengths: tuple[int, int, int]) -> tuple[Any, Any, Any]:
