@@ -19,7 +19,7 @@ OTHER_triton38 := triton==3.8.0
 OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
 .PHONY: help demo test test-ci test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
-.PHONY: docs fuzz gallery generate long-context test-drawn test-ptxas lock clean
+.PHONY: docs faults fuzz gallery generate long-context test-drawn test-ptxas lock clean
 .PRECIOUS: %/bin/pip
 
 help: ## list the targets
@@ -74,6 +74,9 @@ test-drawn: .venv/dev.stamp ## 300 drawn score functions, on both backends, and 
 
 fuzz: .venv/dev.stamp ## 10,000 random calls against the definition; goes on where the last run stopped (hours)
 	$(CPU) .venv/bin/python tests/fuzz.py --draws $(or $(DRAWS),10000) --jobs $(JOBS)
+
+faults: .venv/dev.stamp ## kill, starve and share: faults injected at random, and a table of what came of them (15 minutes)
+	$(CPU) .venv/bin/python tests/faults.py
 
 test-every: .venv/dev.stamp ## every option with every method, order and number of devices
 	EVERY=1 $(CPU) $(PYTEST) $(WORKERS) tests/test_context_parallel.py -k "alone or pairs"

@@ -260,11 +260,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         raise Damaged("it is cut short or changed")
     try:
         end = 4 + int.from_bytes(body[:4], "big")
-        header, payload, parts = json.loads(body[4:end]), zlib.decompress(body[end:]), {}
+        header, parts = json.loads(body[4:end].decode()), {}
+        payload = zlib.decompressobj().decompress(body[end:], sum(length for _, length in header["parts"]) + 1)
         for name, length in header["parts"]:
+            if not 0 <= length <= len(payload):
+                raise ValueError(f"{name!r} is not {length} bytes")
             parts[name], payload = payload[:length], payload[length:]
+        if payload:
+            raise ValueError("there is more than its header says")
         return {"key": str(header["key"]), "meta": dict(header["meta"])}, parts
-    except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError, zlib.error) as error:
         raise Damaged(f"it cannot be read ({error!r})") from error
 
 
