@@ -29,6 +29,7 @@ from . import (
     plots,
     results,
     sdpa,
+    soak,
     sparse_masks,
 )
 from .results import Record, parse_case
@@ -227,6 +228,7 @@ JSON_SECTIONS = {
         "cold_start: what a new process pays", "Cold start", cold_start.tables,
         figures.of_cold_start, comparisons.of_cold_start,
     ),
+    "soak": Section("soak: an hour of mixed calls in one process", "What grew", soak.tables),
     "ahead": Section("ahead: programs compiled for eight H100s", "Programs, each of one device", _text_ahead),
 }  # fmt: skip
 """Of files of what no `Record`, whose points are times of one call, has."""
