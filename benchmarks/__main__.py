@@ -13,6 +13,7 @@ NAMES = {
     "xla_path": "the XLA path in the numbers that the README quotes",
     "decode": "one query row or a few over a long cache, dense or in pages, against jax.nn and a mere reading",
     "cold_start": "what a new process pays: trace, lower and compile of each option, first calls without jit",
+    "numerics": "errors against fp64, and those of the plain implementation; a model trained with both",
     "soak": "an hour of mixed calls in one process: memory, programs and caches, and their curves",
     "codegen": "the machine code of every tuned kernel",
     "scaling": "attention over many devices, on paper: the tables and the plot of docs/scaling.md",

@@ -14,8 +14,9 @@ from .operands import BLOCK_LISTS, OPERANDS
 
 def reshapes(rules: "Rules", names: Iterable[str]) -> bool:
     """Whether logits are more than scale * q kᵀ, with operands of these names: then the scale cannot wait for the
-    exponential, and a maximum may be so large that log2 of the sum is lost beside it."""
-    logits = rules.soft_cap is not None or rules.score is not None
+    exponential, and a maximum may be so large that log2 of the sum is lost beside it; or whether they are to be treated
+    as if they were."""
+    logits = rules.soft_cap is not None or rules.score is not None or rules.precise
     return logits or not {"bias", "slopes", "tile_weights"}.isdisjoint(names)
 
 
@@ -43,6 +44,9 @@ class Rules:
     tiles, in place of bits."""
     max_logits: bool = False
     """Whether each row's largest logit is a result."""
+    precise: bool = False
+    """Whether the backward pass gets what it is most exact with, and not what is least to move: m and l of every row,
+    and an o that was not rounded to half precision."""
     wide: bool = False
     """Whether o and all gradients come in fp32 (fp64), to be summed with those of other keys."""
     latent: int | None = None

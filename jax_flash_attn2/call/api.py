@@ -303,16 +303,34 @@ def named(o: Array, lse: Array, stats: tuple[Array, ...]) -> tuple[Array, Array,
 def _attention_fwd(call: Call, q, k, v, operands):
     wanted = wanted_of(operands)
     q, k, v, operands = values((q, k, v, operands))
-    o, lse, row_max, stats = results(call, primitives.forward(call, q, k, v, operands))
+    splits = call.rules.precise and q.dtype.itemsize < 4
+    made = primitives.forward(primitives.wide(call) if splits else call, q, k, v, operands)
+    o, lse, row_max, stats = results(call, made)
+    o, rest = _split(o, q.dtype) if splits else (o, None)
     o, lse, stats = named(o, lse, stats)
-    return (o, lse, row_max), (q, k, v, operands, o, stats, wanted)
+    rest = rest if rest is None else checkpoint_name(rest, CHECKPOINT_NAMES[0])
+    return (o, lse, row_max), (q, k, v, operands, o, rest, stats, wanted)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _split(o: Array, dtype: Any) -> tuple[Array, Array]:
+    """o in half precision, and what it lost there: of a row's do * o all gradients of its logits have the same error,
+    which does not average out (arXiv:2510.04212)."""
+    rounded = o.astype(dtype)
+    return rounded, (o - rounded.astype(o.dtype)).astype(jnp.bfloat16)
+
+
+@functools.partial(jax.jit, inline=True)
+def _joined(o: Array, rest: Array) -> Array:
+    return o.astype(jnp.float32) + rest.astype(jnp.float32)
 
 
 def _attention_bwd(call: Call, residuals, cotangents):
-    q, k, v, operands, o, stats, wanted = residuals
+    q, k, v, operands, o, rest, stats, wanted = residuals
     do, dlse, _ = cotangents
     do = _zeros_like(o) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
+    o = o if rest is None else _joined(o, rest)
     dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
     return dq, dk, dv, {name: grads.get(name) for name in operands}
 

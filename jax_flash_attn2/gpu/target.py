@@ -99,6 +99,11 @@ def named() -> Target | None:
     return None if _capability.value is None else Target(_capability.value)
 
 
+def is_default() -> bool:
+    """Whether JAX runs things on a GPU unless it is told otherwise."""
+    return jax.default_backend() in ("gpu", "cuda", "rocm")
+
+
 def present() -> Target:
     """The NVIDIA GPU of this machine.
 

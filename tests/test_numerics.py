@@ -1,0 +1,22 @@
+"""Gradients in half precision are no further from fp64 than those of the plain implementation, whatever the logits."""
+
+import pytest
+
+from benchmarks import numerics
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", numerics.KINDS)
+def test_no_further_than_plain(kind, dtype):
+    errors = numerics.compare(kind, dtype, 256, "xla")["errors"]
+    for name, error in errors["ours"].items():
+        assert error <= 1.05 * errors["plain"][name], (name, error, errors["plain"][name])
+
+
+def test_tables():
+    record = numerics.compare("normal", "float32", 64, "xla")
+    trained = {"what": "training", "seed": 1, "steps": 9, "held_out": {"flash": 1.25, "flax": 1.5}}
+    text = numerics.tables([record, trained])
+    assert "xla      float32  64  normal" in text
+    assert "Held-out loss after 9 steps, nats per character\nseed    flash     flax\n" in text
+    assert "1     1.25000  1.50000" in text
