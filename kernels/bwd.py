@@ -224,7 +224,7 @@ def attn_bwd_dkdv_kernel(
 
 @triton.jit
 def attn_bwd_dbias_kernel(
-    q, k, v, x, sizes, do, constants, window, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, x, sizes, do, constants, slab, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
     """One tile of the bias gradient: ds summed over the axes that `SPEC.dbias` lacks. Or of the gradient of what a
     score function read (`SPEC.score.read`), which is summed likewise.
@@ -232,7 +232,7 @@ def attn_bwd_dbias_kernel(
     A bias with both sequence axes is summed over batches and heads here. One that lacks a sequence axis is small
     even per batch and head, so that is what comes out ([B, H, Sq or 1, Sk or 1]), and its programs are many.
 
-    window: the first of the rows that come out, and how many; None: all of them.
+    slab: the first of the rows that come out, and how many; None: all of them.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
@@ -242,8 +242,8 @@ def attn_bwd_dbias_kernel(
     READS: tl.constexpr = SPEC.score is not None and SPEC.score.read is not None
     batch, seqlen_q, seqlen_k = sizes
     row_from, height = 0, seqlen_q
-    if window is not None:
-        row_from, height = tl.load(window[0]), window[1]
+    if slab is not None:
+        row_from, height = tl.load(slab[0]), slab[1]
     pid = tl.program_id(0)
     m_begin, m_end, n_begin, n_end = 0, seqlen_q, 0, seqlen_k
     if OUT.cols:

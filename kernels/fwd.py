@@ -44,7 +44,7 @@ def load_scale(x, b, SPEC: tl.constexpr, CFG: tl.constexpr):
     if divides(SPEC, CFG):
         return tl.where(scale < TINY, 1.0, scale)
     else:
-        return tl.maximum(scale, 1e-37)
+        return tl.where(scale < 1e-37, 1e-37, scale)  # a maximum would pass over a NaN
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def start(
 @triton.jit
 def logits(
     first, second, x, here, start_m, start_n, part, scale_log2, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr,
-    SPEC: tl.constexpr, CFG: tl.constexpr, others=None, keys=None,
+    SPEC: tl.constexpr, CFG: tl.constexpr, others=None, key_rows=None,
 ):  # fmt: skip
     """A tile of logits, the unit that makes them base-2 logits, the tanh of the soft cap, and the scores that a score
     function was given.
@@ -92,7 +92,7 @@ def logits(
     exp2(s * unit - m) is one FMA and one EX2. What is loaded, a bias or a mask, is where the product starts from, if
     the config says so: added to the product, Triton may compute all up to exp2 in both layouts. A tile is the product
     of first and second, [M, N], or [N, M] if TRANSPOSED, plus others, if there are any. part: its element mask
-    (`tile_at`). keys: the `Rows` whose pages have a scale, if they do.
+    (`tile_at`). key_rows: the `Rows` whose pages have a scale, if they do.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
@@ -109,7 +109,7 @@ def logits(
         else:
             s = tl.dot(first, second, input_precision=CFG.precision)
         if SPEC.k_scale is not None:
-            s *= load_page_scale(x, keys, start_n, N, SPEC.k_scale, SPEC.k_rows)
+            s *= load_page_scale(x, key_rows, start_n, N, SPEC.k_scale, SPEC.k_rows)
         if SPEC.score is not None:
             scores = s * (scale_log2 * LN2)
             b, h, i, j = place_of(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
@@ -126,7 +126,7 @@ def logits(
         slope = load_scalar(x, here.b, here.h, SPEC.slopes, SPEC) * LOG2E
         s -= slope * inverse * distance(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
     if MASKED and SPEC.tile_weights is not None:
-        s -= log_weights(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC) * (LOG2E * inverse)
+        s -= log_weights(x, start_m, start_n, part, M, N, TRANSPOSED, SPEC) * (LOG2E * inverse)
     if MASKED:
         s = tl.where(visible(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC), s, float("-inf"))
     return s, unit, capped, scores
@@ -221,9 +221,9 @@ def attn_fwd_kernel(
     """One block of query rows against every key it sees (`finish`), or against a split's part of them: then o is the
     sum of p v, and m and l are all that is known of a row (`combine.py`).
 
-    x: the operands of `SPEC.operands`, in order, and, where that is looked up, which keys each block meets. sizes: B,
-    Sq and Sk; for keys in pages see `place`. v: in latent attention, where values are the first columns of k, k again,
-    of which the other columns are read.
+    x: the operands of `SPEC.operands`, in order, and, where that is looked up, which keys each block meets. sizes:
+    (B, Sq, Sk), with pages (.., number of pages, sequences); for ragged rows B is 1 and Sq all rows. v: in latent
+    attention, where values are the first columns of k, k again, of which the other columns are read.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n

@@ -7,8 +7,8 @@ import triton.language as tl
 
 from .tile import load_operand, plane_number, tile_indices
 
-FIRST = tl.constexpr(-(2**31))
-LAST = tl.constexpr(2**31 - 1)
+LEAST = tl.constexpr(-(2**31))
+MOST = tl.constexpr(2**31 - 1)
 """The numbers that positions may have."""
 
 
@@ -152,7 +152,7 @@ def tile_at(
 
 @triton.jit
 def shown_by_bits(
-    x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
+    x, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
     """Whether element mask `part` of the block mask shows each element: one bit each, 32 keys to a word."""
     i, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
@@ -168,7 +168,7 @@ def shown_by_bits(
 
 @triton.jit
 def log_weights(
-    x, here, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
+    x, start_m, start_n, part, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, SPEC: tl.constexpr
 ):
     """The logarithms of the weights that the block mask gives the elements of a tile."""
     i, j = tile_indices(M, N, TRANSPOSED, SPEC.packed)
@@ -231,9 +231,9 @@ def near_enough(
     own, other = positions(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
     seen = start_n + j < here.end_k
     if SPEC.rules.right is not None:
-        seen = seen & (other <= tl.minimum(own, LAST - SPEC.rules.right) + SPEC.rules.right)  # which never wraps
+        seen = seen & (other <= tl.minimum(own, MOST - SPEC.rules.right) + SPEC.rules.right)  # which never wraps
     if SPEC.rules.left is not None:
-        seen = seen & (other >= tl.maximum(own, FIRST + SPEC.rules.left) - SPEC.rules.left)
+        seen = seen & (other >= tl.maximum(own, LEAST + SPEC.rules.left) - SPEC.rules.left)
     return seen
 
 
@@ -289,5 +289,5 @@ def visible(
         b, h, i, j = place_of(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
         seen = seen & SPEC.mask_function.value(0.0, b, h, i, j, x[SPEC.mask_function.at :])
     elif SPEC.listed:
-        seen = seen & shown_by_bits(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC)
+        seen = seen & shown_by_bits(x, start_m, start_n, part, M, N, TRANSPOSED, SPEC)
     return seen

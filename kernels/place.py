@@ -25,7 +25,7 @@ class Place(NamedTuple):
     end_k: tl.tensor
     """Keys from here on are seen by nobody; seqlen_k but for kv_lengths."""
     begin_k: tl.tensor
-    """Keys before this are seen by nobody, if they lie in pages that may not be there; None: else."""
+    """First key that the block's window shows (in pages only: those left of it may be gone); None: no such bound."""
     offset: tl.tensor
     """Row i has position i + offset among the keys."""
     first_q: tl.tensor
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 @triton.jit
 def place(x, b, h, sizes, SPEC: tl.constexpr):
-    """The plane of batch b and query head h. sizes: B, Sq and Sk, and what `ragged_place` says."""
+    """The plane of batch b and query head h."""
     seqlen_q, seqlen_k, pages = sizes[1], sizes[2], 0
     end_q, end_k, offset = seqlen_q, seqlen_k, 0
     if SPEC.page_size:
@@ -56,8 +56,7 @@ def place(x, b, h, sizes, SPEC: tl.constexpr):
 
 @triton.jit
 def ragged_place(x, block, h, sizes, SPEC: tl.constexpr):
-    """The plane of the sequence that a block of rows belongs to, and the first of its rows. sizes: 1, all rows T, Sk,
-    the number of pages, and B.
+    """The plane of the sequence that a block of rows belongs to, and the first of its rows.
 
     The table [blocks, 4] behind the operands has of each block its sequence, its first row in this, where the sequence
     begins in q and how many rows it has. Rows behind the last sequence are those of sequence -1, who see nothing.

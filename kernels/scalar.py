@@ -23,6 +23,18 @@ def int_rem(a, b):
 
 
 @triton.jit
+def uint_div(a, b):
+    """By 0 it is all ones, as XLA has it."""
+    return tl.where(b == 0, ~(b * 0), a // tl.where(b == 0, b * 0 + 1, b))
+
+
+@triton.jit
+def uint_rem(a, b):
+    """By 0 it is a."""
+    return tl.where(b == 0, a, a % tl.where(b == 0, b * 0 + 1, b))
+
+
+@triton.jit
 def float_rem(a, b):
     """a - trunc(a / b) b: with the sign of a."""
     quotient = a / b
@@ -86,3 +98,15 @@ def power(x, y):
     lost = (x < 0.0) & (tl.floor(y) != y) & (tl.abs(x) < float("inf"))
     made = tl.where(lost, float("nan"), signed)
     return tl.where((y == 0.0) | (x == 1.0), 1.0, made)
+
+
+@triton.jit
+def erfc(x):
+    """1 - erf(x) to fp32 accuracy, where the difference cancels too (Numerical Recipes, section 6.2)."""
+    z = tl.abs(x)
+    t = 1.0 / (1.0 + 0.5 * z)
+    y = 0.17087277 * t - 0.82215223
+    y = (((y * t + 1.48851587) * t - 1.13520398) * t + 0.27886807) * t - 0.18628806
+    y = (((y * t + 0.09678418) * t + 0.37409196) * t + 1.00002368) * t - 1.26551223
+    made = t * tl.exp(y - z * z)
+    return tl.where(x < 0.0, 2.0 - made, made)

@@ -302,7 +302,7 @@ def operand_offsets(b, h, rows, cols, seqlen_q, seqlen_k, OPERAND: tl.constexpr,
 
 @triton.jit
 def load_page_scale(x, rows, start, ROWS: tl.constexpr, OPERAND: tl.constexpr, LAYOUT: tl.constexpr):
-    """What 1 counts in each row of a tile of pages: [1, ROWS], or a number where it has one page."""
+    """The dequantization scale of each row of a tile of pages: [1, ROWS], or a number where it has one page."""
     i = tl.arange(0, ROWS)[None, :]
     number = 0
     if OPERAND.batch != 1:

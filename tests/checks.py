@@ -324,3 +324,7 @@ def assert_nan_stays(flash) -> None:
     for name in ("dk", "dv"):
         assert np.isnan(got[name][:, :, 0]).all()
         np.testing.assert_array_equal(got[name][:, :, 1], clean[name][:, :, 1])
+    case = dataclasses.replace(case, bias=None, scale=np.nan)  # all that there is
+    got = flash(case, case.inputs())
+    for name in ("o", "lse", "max_logits", "dq", "dk", "dv"):
+        assert np.isnan(got[name]).all(), name

@@ -42,6 +42,16 @@ def apply_kernel(scores, x, out, SPEC: tl.constexpr, CFG: tl.constexpr):
     tl.store(out + at, made + tl.zeros([CFG.block_m, CFG.block_n], tl.float32))
 
 
+def unsigned(x):
+    return x.astype(jnp.uint32)
+
+
+def mixed(i, j):
+    """A number below 1000 that looks random."""
+    x = (unsigned(i) * jnp.uint32(2654435769)) ^ (unsigned(j) << 7)
+    return ((x ^ (x >> 15)) % jnp.uint32(1000)).astype(jnp.float32)
+
+
 FUNCTIONS = {
     "alibi": lambda s, b, h, i, j: s - SLOPES[h] * jnp.abs(i - j),
     "soft_cap": lambda s, b, h, i, j: 5 * jnp.tanh(s / 5),
@@ -56,10 +66,13 @@ FUNCTIONS = {
     "computed before": lambda s, b, h, i, j: s * jnp.exp(TABLE).sum(1)[h],
     "rounding": lambda s, b, h, i, j: jnp.round(s) + jnp.round(s * 2) / 2 + jnp.floor(s) - jnp.ceil(s) + jnp.trunc(s),
     "integers": lambda s, b, h, i, j: s + (i - 7) // 3 + (i - 7) % 3 + lax.div(i - 7, 3) + lax.rem(i - 7, j - 9),
+    "a hash": lambda s, b, h, i, j: s + mixed(i, j) + (lax.div(unsigned(i), unsigned(j % 5)) & 255).astype(s.dtype),
     "remainder": lambda s, b, h, i, j: s % 1.5 + jnp.fmod(s, 1.5) + s // 0.75,
     "bits": lambda s, b, h, i, j: s + ((i ^ j) & 5) + (i << 2) + ((i - 8) >> 1) + (~j),
     "signs": lambda s, b, h, i, j: jnp.sign(s) + jnp.sign(i - j) + jnp.negative(jnp.abs(s)),
     "small": lambda s, b, h, i, j: jnp.expm1(s * 1e-5) + jnp.log1p(jnp.abs(s) * 1e-5),
+    "tails": lambda s, b, h, i, j: 1e9 * lax.erfc(4 + jnp.abs(s)) + lax.erfc(-s),
+    "places": lambda s, b, h, i, j: jnp.float32(1.0) * jnp.argmax(jnp.stack([s, jnp.where(i == 3, jnp.nan, 0.5), 1.0])),
     "powers": lambda s, b, h, i, j: s**3 + jnp.abs(s) ** 0.5 + jnp.abs(s) ** -2 + jnp.power(s, 3.0) + 2.0**s,
     "trigonometry": lambda s, b, h, i, j: jnp.sin(s) + jnp.cos(s) + lax.erf(s) + jax.nn.sigmoid(s) + jax.nn.gelu(s),
     "a branch": lambda s, b, h, i, j: lax.cond(i > j, lambda s: s * 2, lambda s: s - 1, s),

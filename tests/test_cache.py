@@ -2,10 +2,13 @@
 
 import functools
 import hashlib
+import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -197,16 +200,21 @@ def test_key_tells_apart():
     assert cache.key(x=object()) is None
 
 
-@pytest.mark.parametrize("part", ["source", "version", "environment"])
-def test_key_has_what_code_depends_on(part, tmp_path, monkeypatch):
-    def key():
-        return cache.key(source=cache.sources(tmp_path), environment=cache.environment())
+FILES = [f"{name}.py" for name in ("fwd", "spec", "layout", "operands", "config")]
 
-    (tmp_path / "kernel.py").write_text("1")
-    before = key()
+
+@pytest.mark.parametrize("part", [*FILES, "version", "environment"])
+def test_key_has_what_code_depends_on(part, monkeypatch):
+    """Kernels, and what `base` works out for them, among it."""
+    pytest.importorskip("triton")
+
+    def key():
+        return cache.key(made_of=cache.made_of(), environment=cache.environment())
+
+    before, read = key(), pathlib.Path.read_bytes
     assert before == key()
-    if part == "source":
-        (tmp_path / "helper.py").write_text("2")
+    if part.endswith(".py"):
+        monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == part))
     elif part == "version":
         monkeypatch.setattr(cache, "VERSION", "0.0.1")
     else:
@@ -231,6 +239,39 @@ def test_key_has_all_that_a_compiler_is_given(monkeypatch):
         keys.append(key())
     assert None not in keys
     assert len({*keys}) == len(keys)
+
+
+def test_threads_compile_one_at_a_time():
+    """With Triton's knob, which is a variable of the environment, as it was for everybody else, and for keys."""
+    launch = pytest.importorskip("jax_flash_attn2.gpu.launch")
+    before, entered = {**os.environ}, threading.Event()
+    keys = lambda: cache.environment(launch.libtriton.get_cache_invalidating_env_vars())
+    outside, done = keys(), threading.Event()
+
+    def another():
+        with launch._lines(True):
+            entered.set()
+            done.wait(9)
+
+    thread = threading.Thread(target=another)
+    with launch._lines(False):
+        assert keys() == outside
+        thread.start()
+        assert not entered.wait(0.1)
+    assert entered.wait(9)
+    done.set()
+    thread.join()
+    assert {**os.environ} == before
+
+
+def test_an_unknown_jax_triton_is_left_alone(monkeypatch):
+    launch = pytest.importorskip("jax_flash_attn2.gpu.launch")
+    theirs = lambda self, *given: given
+    monkeypatch.setattr(launch.triton_lib.TritonFunction, "_compile_kernel", theirs)
+    spec = importlib.util.spec_from_file_location(launch.__name__, launch.__file__)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    assert module._COMPILER is None
+    assert launch.triton_lib.TritonFunction._compile_kernel is theirs
 
 
 SPEC = ("signature", "specialization", "attrs", "constants")

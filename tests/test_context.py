@@ -110,8 +110,11 @@ WRONG = {
     "order": (lambda: sequence_order(8, 2, "zig"), ValueError, "order must be one of ('contiguous', 'zigzag', 'striped'), got 'zig'"),
     "length": (lambda: sequence_order(10, 2, "zigzag"), ValueError, "length must be a multiple of 4 for 2 devices in zigzag order, got 10; pad the sequence"),
     "devices": (lambda: sequence_order(10, 0, "striped"), ValueError, "devices must be a positive integer, got 0"),
+    "contiguous": (lambda: to_order(np.zeros((2, 10)), 4, "contiguous"), ValueError, "length must be a multiple of 4 for 4 devices in contiguous order, got 10"),
+    "one_token": (lambda: from_order(np.zeros((2, 1)), 2, "zig"), ValueError, "order must be one of ('contiguous', 'zigzag', 'striped'), got 'zig'"),
     "axis": (lambda: to_order(np.zeros((2, 8)), 2, "striped", axis=2), ValueError, "axis must be one of x, which has 2, got 2"),
     "merge_shape": (lambda: merge(jnp.zeros((2, 3, 4, 8)), jnp.zeros((2, 3, 4)), jnp.zeros((2, 3, 4, 8)), jnp.zeros((2, 3, 4))), ValueError, "lse1 must be [*batch, H, Sq] for o1 [*batch, Sq, H, Dv] (2, 3, 4, 8), that is (2, 4, 3), got (2, 3, 4)"),
+    "merge_lse": (lambda: merge(*[jnp.zeros((3, 4, 8), jnp.bfloat16), jnp.zeros((4, 3), jnp.bfloat16)] * 2), TypeError, "lse1 must be float32 beside o1 in bfloat16, got bfloat16; cast it"),
     "merge_dtype": (lambda: merge(jnp.zeros((3, 4, 8)), jnp.zeros((4, 3)), jnp.zeros((3, 4, 8), jnp.bfloat16), jnp.zeros((4, 3))), ValueError, "o2 must have o1's shape and dtype, (3, 4, 8) float32, got (3, 4, 8) bfloat16"),
 }  # fmt: skip
 

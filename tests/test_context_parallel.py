@@ -23,7 +23,8 @@ from jax_flash_attn2 import (
     gpu_target,
     to_order,
 )
-from jax_flash_attn2.context.hops import runs
+from jax_flash_attn2.context import explaining
+from jax_flash_attn2.context.hops import ways
 from jax_flash_attn2.masks import BlockMask, Mask
 
 pytestmark = [
@@ -470,7 +471,7 @@ def test_runs():
     """The way round leaves out the longest stretch of hops that nobody needs, and meets all others once."""
     for bits in itertools.product([False, True], repeat=5):
         needed = np.array([True, *bits])
-        met = [(run.first + run.step * n) % 6 for run in runs(needed) for n in range(run.count)]
+        met = [(run.first + run.step * n) % 6 for run in ways(needed) for n in range(run.count)]
         assert len(met) == len(set(met))
         assert {*np.flatnonzero(needed)} <= {*met}
         gaps = "".join("x" if x else "-" for x in bits)
@@ -559,14 +560,30 @@ def test_messages(name):
 
 
 def test_explain_refuses_what_the_call_does():
-    x = jnp.zeros((1, 64, 6, 16))
+    x, explicit = jnp.zeros((1, 64, 6, 16)), (jax.sharding.AxisType.Explicit,) * 2
+    both = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("batch", "sequence"), axis_types=explicit)
     for options, message in (
         ({"method": "ring"}, "axis must be given with method"),
+        ({"axis": "sequence"}, "mesh must be given with axis='sequence'"),
+        ({"axis": "sequence", "mesh": both}, "mesh must have no explicit axes of several devices but 'sequence'"),
+        ({"axis": "time", "mesh": mesh_of(4)}, "axis must be one of the mesh's"),
         ({"axis": "sequence", "mesh": mesh_of(4), "head_groups": 4}, "head_groups must divide the 6 heads"),
         ({"axis": "sequence", "mesh": mesh_of(4), "method": "ulysses"}, "needs query heads that 4 devices divide"),
     ):
         with pytest.raises(ValueError, match=message):
             explain(x, x, x, **options)
+    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh"):
+        explain(x, x, x, axis="sequence", mesh=mesh_of(4).abstract_mesh)
+
+
+def test_explain_holds_no_more_than_one_device_does(monkeypatch):
+    """Zeros stand for q, k and v, the same for each device and hop."""
+    seen, one = [], explaining.one_device.explained
+    monkeypatch.setattr(explaining.one_device, "explained", lambda **x: seen.append(x) or one(**x))
+    x = jnp.zeros((1, 64, 4, 16))
+    explain(x, x, x, axis="sequence", mesh=mesh_of(4), method="ring")
+    assert len(seen) == 16
+    assert all(len({id(x[name]) for x in seen}) == 1 for name in "qkv")
 
 
 def test_length():

@@ -162,6 +162,16 @@ def test_programs_fill_a_chip(batch, heads, kv_heads, rows, keys):
         )
 
 
+def test_a_window_to_the_left_shows_all_to_the_right():
+    """So its keys are split as if there were none; a window to both sides leaves few."""
+    q, k = (jax.ShapeDtypeStruct((1, n, 8, 128), jnp.bfloat16) for n in (1, 32768))
+    splits = []
+    for left, right in ((None, None), (64, None), (64, 0)):
+        spec = Spec.of(Rules(left, right), q, k, k, {})
+        splits.append(short.choose(spec, q, k, {}, Target(90), Config())[1].num_splits)
+    assert splits[0] == splits[1] > splits[2] == 1
+
+
 @triton.jit
 def reckon_kernel(cases, out, ROWS: tl.constexpr, N: tl.constexpr, SPEC: tl.constexpr):
     at = cases + tl.program_id(0) * 4

@@ -151,7 +151,8 @@ def test_specialised_warps_are_started(monkeypatch):
 def test_translated_functions_compile(capability):
     """What a person wrote in JAX, and its derivative, as functions that a kernel calls."""
     function = lambda *x: sum(
-        score_functions.FUNCTIONS[name](*x) for name in ("relative", "powers", "integers", "trigonometry")
+        score_functions.FUNCTIONS[name](*x)
+        for name in ("relative", "powers", "integers", "a hash", "tails", "trigonometry")
     )
     with jax.numpy_dtype_promotion("standard"):
         for f in (function, jax.grad(function)):

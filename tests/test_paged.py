@@ -140,9 +140,9 @@ BAD = {
     ),
     "a negative page": (changed(TABLE, (1, 0), -1), LENGTHS, ROWS, r"got -1 as page 0 of sequence 1"),
     "too long": (TABLE, int32(100, 129), ROWS, r"from 0 to 128, the keys of 8 pages of 16, got 129 of sequence 1"),
-    "shorter than nothing": (TABLE, int32(100, -1), ROWS, r"lengths must be from 0 to 128.* got -1 of sequence 1"),
+    "shorter than nothing": (TABLE, int32(100, -1), ROWS, r"lengths must be from 0 to 128.* got -1 of sequence 1$"),
     "too many rows": (TABLE, LENGTHS, int32(0, 3, 2**30), r"cu_q_lens must rise from 0 to at most the 10 rows of q"),
-    "falling rows": (TABLE, LENGTHS, int32(0, 5, 3), r"must rise from 0 .* got \[0, 5, 3\]"),
+    "falling rows": (TABLE, LENGTHS, int32(0, 5, 3), r"must rise from 0 .* got cu_q_lens\[1:3\] = \[5, 3\]$"),
     "rows from 1 on": (TABLE, LENGTHS, int32(1, 3, 8), r"must rise from 0"),
 }
 

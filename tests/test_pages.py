@@ -162,6 +162,21 @@ def test_a_page_written_once_is_within_half_a_step():
         assert (np.abs(full[:, start : start + SIZE] - own) <= bound).all()
 
 
+def test_nan_in_eight_bits():
+    """int8 has none: under a number it is 0, a scale of the page becomes it; float8 has its own."""
+    k = tokens()[0][:, :1].copy()
+    k[0, 0, 0, 0] = np.nan
+    lengths, write = np.int32([1, 1, 1]), functools.partial(write_pages, v_pages=None, v=None, page_table=TABLE)
+    first = TABLE[0, 0]
+    for dtype, want in ((jnp.int8, 0), (jnp.float8_e5m2, np.nan)):
+        pages, _ = write(k_pages=empty(dtype)[0], k=k, lengths=lengths, k_scale=0.1)
+        np.testing.assert_array_equal(float(pages[first, 0, 0, 0]), want)
+    scale = jnp.zeros((PAGES, HKV), jnp.float32)
+    _, _, scale, _ = write(k_pages=empty(jnp.int8)[0], k=k, lengths=lengths, k_scale=scale)
+    assert np.isnan(scale[first, 0])
+    assert np.isfinite(scale).sum() == PAGES * HKV - 1
+
+
 def test_a_number_is_taken_as_it_is():
     """And what it cannot hold is clipped; one scale may be a number beside another that is not."""
     k, v = (x[:, :1] for x in tokens())
@@ -267,8 +282,8 @@ WRONG = {
     "long": (lambda: call(lengths=(5, 97, 40)), ValueError, "lengths must be from 0 to 96, the keys of 6 pages of 16, got 97 of sequence 1; widen page_table"),
     "page": (lambda: call(table=named(1, 1, 24)), ValueError, "page_table must name pages from 0 to 23, got 24 as page 1 of sequence 1, to which new tokens go"),
     "shared": (lambda: call(table=named(2, 2, TABLE[1, 0])), ValueError, f"got {TABLE[1, 0]} as page 2 of sequence 2, which sequence 1 holds too; copy it to a page of its own"),
-    "starts": (lambda: call(tokens()[0][0, :9], tokens()[1][0, :9], cu_q_lens=np.int32([0, 4, 9, 10])), ValueError, "cu_q_lens must rise from 0 to at most the 9 rows of k, got [0, 4, 9, 10]"),
-    "no_scale": (lambda: call(dtype="int8"), ValueError, "k_pages of int8 need k_scale"),
+    "starts": (lambda: call(tokens()[0][0, :9], tokens()[1][0, :9], cu_q_lens=np.int32([0, 4, 9, 10])), ValueError, "cu_q_lens must rise from 0 to at most the 9 rows of k, got cu_q_lens[2:4] = [9, 10]"),
+    "no_scale": (lambda: call(dtype="int8"), ValueError, "k_pages of int8 need k_scale, by which their numbers are multiplied"),
     "scale_shape": (lambda: call(dtype="int8", k_scale=SCALE[:3], v_scale=1.0), ValueError, "k_scale must be a number or have shape [num_pages, Hkv] = (24, 2), got (3, 2)"),
     "scale_dtype": (lambda: call(dtype="int8", k_scale=SCALE.astype(np.float16), v_scale=1.0), TypeError, "k_scale must be float32 to be written to, got float16"),
     "wide": (lambda: call(k_scale=SCALE), TypeError, "k_scale must be a number or None for pages in float32"),

@@ -1,11 +1,12 @@
 """The table of tiles that the XLA path follows says what its elements are."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_flash_attn2.base.spec import Rules, Spec
-from jax_flash_attn2.tiles import ragged, spans
+from jax_flash_attn2.tiles import block_lists, ragged, spans
 
 B, H, D = 2, 2, 8
 EVEN, CUT = (96, 128, 32, 32), (90, 117, 32, 48)  # rows, keys, and the sizes of a tile
@@ -98,3 +99,17 @@ def test_blocks_stay_within_the_rows(starts):
     table = np.asarray(ragged.blocks_of_rows(jnp.asarray(starts, jnp.int32), 23, 8))
     assert (table[:, 2:] >= 0).all()
     assert (table[:, 2] + table[:, 3] <= 23).all()
+
+
+def test_lists_are_not_longer_than_kernels_count():
+    """Nothing is that large here: only shapes are seen."""
+    q, spec = jax.ShapeDtypeStruct((1, 64, 2, 16), jnp.float32), Spec(2, 2, 16, 16, Rules(tiles=(64, 128)))
+    made = lambda heads, size: {
+        f"{side}_{what}": jax.ShapeDtypeStruct((1, heads, *shape), jnp.int32)
+        for side in ("row", "col")
+        for what, shape in (("ends", (1, 3)), ("tiles", (size, 2)))
+    }
+    run = lambda x: block_lists.for_kernels(spec, x, q, q, q)[1]
+    assert jax.eval_shape(run, made(2, 2**27 - 1))["row_tiles"].shape == (1, 2, 2**27 - 1, 2)
+    with pytest.raises(ValueError, match=r"mask has too many tiles .* got 2147483648: 1 \* 2 planes .* larger"):
+        jax.eval_shape(run, made(2, 2**27))

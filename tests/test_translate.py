@@ -1,5 +1,6 @@
 """Functions written in JAX, translated to Triton: the same numbers as JAX's. Needs TRITON_INTERPRET=1."""
 
+import linecache
 import random
 
 import jax
@@ -19,7 +20,6 @@ from score_functions import (
     H,
     M,
     N,
-    Spec,
     apply_kernel,
     assert_drawn_agree,
     drawn,
@@ -28,8 +28,9 @@ from score_functions import (
 
 from jax_flash_attn2 import Config, flash_attention
 from jax_flash_attn2.base.config import Tuned
+from jax_flash_attn2.base.spec import Rules, Spec
 from jax_flash_attn2.functions.trace import trace
-from jax_flash_attn2.gpu import interpret, translate
+from jax_flash_attn2.gpu import functions, interpret, translate
 from jax_flash_attn2.gpu.target import Target
 
 
@@ -42,7 +43,7 @@ def as_people_write():
 def translated(function):
     """What the kernel makes of `SCORES`."""
     source, arrays = sourced(function)
-    spec, out = Spec(translate.jitted(source)), jax.ShapeDtypeStruct(SCORES.shape, jnp.float32)
+    spec, out = score_functions.Spec(translate.jitted(source)), jax.ShapeDtypeStruct(SCORES.shape, jnp.float32)
     operands = (jnp.asarray(SCORES), arrays)
     (result,) = interpret.run(Target(80), apply_kernel, B * H, operands, (out,), spec, Tuned(M, N, 4, 1))
     return np.asarray(result)
@@ -117,6 +118,25 @@ def test_source_can_be_read():
     assert translate.jitted(source) is translate.jitted(source)
 
 
+def test_a_line_above_changes_no_kernel():
+    """Nor is the text that they are compiled from kept twice."""
+    made = []
+    for above in ("", "# a comment\n"):
+        names = {}
+        exec(compile(f"{above}f = lambda s, b, h, i, j: s * 2 + i", "users_file.py", "exec"), names)
+        functions._source.cache_clear()  # as in another process
+        score, _ = trace(names["f"], "score_mod", jnp.float32)
+        spec = Spec.of(Rules(score=score), *[jax.ShapeDtypeStruct((1, 16, 1, 16), jnp.float32)] * 3, {})
+        assert f"users_file.py:{2 if above else 1}" in functions.for_kernels(spec, {}, 1, places=True).score.source
+        made.append(functions.for_kernels(spec, {}, 1).score)
+    assert made[0] == made[1]
+    before = len(linecache.cache)
+    for one in made:
+        translate.jitted.cache_clear()
+        assert one.value is translate.jitted(one.source)
+    assert len(linecache.cache) <= before + 1
+
+
 REFUSED = {
     "sorts": (lambda s, b, h, i, j: jnp.sort(TABLE[h] + s)[0], "score_mod uses "),
     "loops": (lambda s, b, h, i, j: lax.fori_loop(0, i, lambda _, s: s * 2, s), "score_mod uses while, which has no"),
@@ -136,6 +156,10 @@ REFUSED = {
     "half": (
         lambda s, b, h, i, j: (s.astype(jnp.float16) * 2).astype(jnp.float32),
         "makes float16, where a kernel has",
+    ),
+    "a signed shift": (
+        lambda s, b, h, i, j: s + lax.shift_right_arithmetic(i.astype(jnp.uint32), jnp.uint32(1)),
+        "score_mod uses shift_right_arithmetic, which has no translation into a kernel",
     ),
     "erf_inv": (lambda s, b, h, i, j: lax.erf_inv(s), "score_mod uses erf_inv, which has no translation into a kernel"),
 }

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flash_attn2 import kernels
 from jax_flash_attn2.base.config import PASSES, Config, Tuned
 from jax_flash_attn2.base.spec import Spec
 from jax_flash_attn2.gpu import cache, passes, short, store, tuning
@@ -90,9 +88,6 @@ def compile_point(point: Point, *, anew: bool = False, ptxas: str | None = None)
 
 def _key(kernel: Any, signature: dict, constants: dict, arch: int, options: dict) -> str | None:
     """What the code of a kernel is known by: all that Triton and `sass.py` make it from."""
-    import triton
-    from triton._C import libtriton
-
     return cache.key(
         kernel=kernel.__name__,
         target=arch,
@@ -100,9 +95,8 @@ def _key(kernel: Any, signature: dict, constants: dict, arch: int, options: dict
         constants=constants,
         options=options,
         environment=cache.environment(),
-        source=cache.sources(kernels.__path__[0]),
+        made_of=cache.made_of(),
         reader=hashlib.sha256(Path(__file__).with_name("sass.py").read_bytes()).hexdigest(),
-        triton=(triton.__version__, os.path.getsize(libtriton.__file__)),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_flash_attn2.base.spec import Rules
 from jax_flash_attn2.context.choosing import Facts, groups_of
-from jax_flash_attn2.context.hops import Run
+from jax_flash_attn2.context.hops import Way
 from jax_flash_attn2.context.orders import Order
 from jax_flash_attn2.context.spread import Spread
 
@@ -55,7 +55,7 @@ class Case:
         )  # fmt: skip
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[Way, ...]:
         """The way round of a ring."""
         return _runs(self.devices, self.order, self.share, self.causal, self.window)
 
@@ -71,8 +71,8 @@ class Case:
 
 
 @functools.lru_cache(64)
-def _runs(devices: int, order: Order, share: int, causal: bool, window: int | None) -> tuple[Run, ...]:
-    return Case(devices * share, devices, "ring", order, causal=causal, window=window).facts.runs
+def _runs(devices: int, order: Order, share: int, causal: bool, window: int | None) -> tuple[Way, ...]:
+    return Case(devices * share, devices, "ring", order, causal=causal, window=window).facts.ways
 
 
 @functools.lru_cache(64)

@@ -135,7 +135,7 @@ def explained(q, k, v, bias=None, **options: Any) -> Explanation:
 def _with_source(result: Explanation, spec: Spec, operands: Mapping[str, Array], batch: int) -> Explanation:
     """With what kernels make of score and mask functions; with why that is nothing, where XLA runs them."""
     try:
-        made = functions.for_kernels(spec, operands, batch, backward=True)
+        made = functions.for_kernels(spec, operands, batch, backward=True, places=True)
     except TypeError as error:
         if result.implementation == "triton":
             raise

@@ -1,5 +1,6 @@
 """Attention over sequences that lie on several devices: the public function, and the way to each method."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Unpack, get_args, overload
@@ -20,7 +21,7 @@ from ..masks.mask import Mask
 from ..tiles import block_lists
 from . import choosing, gathering, ring, ulysses
 from .choosing import Facts, Method
-from .orders import Order, sequence_order, to_order
+from .orders import Order, piece_length, sequence_order, to_order
 from .spread import Spread, cleared, numbered
 
 _TILE = 128
@@ -152,18 +153,24 @@ def checked(axis: Any, method: Any, head_groups: Any) -> tuple[str, Method, int 
     return axis, method, head_groups
 
 
-def _on_mesh(mesh: Any, asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
-    """Whole arrays, divided along the axis; other axes are left to XLA."""
+def checked_mesh(mesh: Any, axis: str) -> jax.sharding.Mesh:
+    """The mesh, if sequences may lie along this axis of it."""
     if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, or None within jax.shard_map, got {mesh!r}")
-    if asked.axis not in mesh.axis_names:
-        raise ValueError(f"axis must be one of the mesh's, {mesh.axis_names}, got {asked.axis!r}")
-    others = [name for name in getattr(mesh, "explicit_axes", ()) if name != asked.axis and mesh.shape[name] > 1]
+    if axis not in mesh.axis_names:
+        raise ValueError(f"axis must be one of the mesh's, {mesh.axis_names}, got {axis!r}")
+    others = [name for name in getattr(mesh, "explicit_axes", ()) if name != axis and mesh.shape[name] > 1]
     if others:
         raise ValueError(
-            f"mesh must have no explicit axes of several devices but {asked.axis!r}, got {others}; give one with "
+            f"mesh must have no explicit axes of several devices but {axis!r}, got {others}; give one with "
             "AxisType.Auto there, or call it within jax.shard_map over all axes"
         )
+    return mesh
+
+
+def _on_mesh(mesh: Any, asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
+    """Whole arrays, divided along the axis; other axes are left to XLA."""
+    mesh = checked_mesh(mesh, asked.axis)
     for name in ("q", "k", "v"):
         arrays[name] = arguments.array(name, arrays[name])
     given = {name: x for name, x in arrays.items() if isinstance(x, Array | np.ndarray)}
@@ -224,8 +231,9 @@ def _on_share(asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> 
     share = spread.share(spread.here, lists)
     call, operands, batch = inputs.prepare(**arrays | {"mask": mask, "bias": bias}, **options, share=share)
     native = options["higher_order"]
-    run = {"ring": _ring, "all_gather": _all_gather, "ulysses": _ulysses}[method]
-    o, lse, largest = run(asked, facts, call, *operands, native)
+    gather = functools.partial(_all_gather, asked.head_groups)
+    run = {"ring": _ring, "all_gather": gather, "ulysses": _ulysses}[method]
+    o, lse, largest = run(facts, call, *operands, native)
     results = api.returned((o, lse, largest), batch, options["return_lse"])
     return results if largest is None else (*results[:-1], lax.pmax(results[-1], spread.axis))
 
@@ -270,13 +278,13 @@ def mask_for(method: str, spread: Spread, mask: Any) -> tuple[Any, bool]:
     if method == "ulysses":
         return mask, True
     if not isinstance(mask, BlockMask):
-        return mask, method == "all_gather" and choosing.pieces(spread) % _TILE == 0
+        return mask, method == "all_gather" and piece_length(spread.rows, spread.order) % _TILE == 0
     if method == "ring":
         raise ValueError(
             'method="ring" takes no BlockMask, whose lists are of all keys; use "all_gather" or "ulysses", or pass the '
             "function that it was made of"
         )
-    fits = choosing.pieces(spread) % mask.block_m == 0
+    fits = piece_length(spread.rows, spread.order) % mask.block_m == 0
     return (mask, True) if fits else (Mask.from_dense(mask.to_dense()), False)
 
 
@@ -290,7 +298,7 @@ def _check_arrays(spread: Spread, bias: Any, mask: Any) -> None:
             )
 
 
-def _ring(asked, facts: Facts, call, q, k, v, operands, native: bool):
+def _ring(facts: Facts, call, q, k, v, operands, native: bool):
     spread = facts.spread
     given = "kv_positions" in operands
     here = spread.here
@@ -300,11 +308,11 @@ def _ring(asked, facts: Facts, call, q, k, v, operands, native: bool):
     moving = tuple(name for name, x in made.items() if spread.has_own_keys(name, x))
     k, v = (cleared(x, within.get("kv")) for x in (k, v))
     args = axes.vary_alike((cleared(q, within.get("q")), k, v, made, within.get("q")))
-    return ring.attention(ring.Ring(call, spread, facts.runs, moving, implied, native), *args)
+    return ring.attention(ring.Ring(call, spread, facts.ways, moving, implied, native), *args)
 
 
-def _all_gather(asked, facts: Facts, call, q, k, v, operands, native: bool):
-    spread, groups = facts.spread, choosing.groups_of(asked.head_groups, facts)
+def _all_gather(head_groups: int | None, facts: Facts, call, q, k, v, operands, native: bool):
+    spread, groups = facts.spread, choosing.groups_of(head_groups, facts)
     if call.rules.tiles:
         blocks = spread.row_tokens(spread.here)[:: call.rules.tiles[0]] // call.rules.tiles[0]
         operands = block_lists.of_rows(operands, blocks)
@@ -317,7 +325,7 @@ def _all_gather(asked, facts: Facts, call, q, k, v, operands, native: bool):
     return gathering.attention(gathering.Gathering(call, spread, groups, native), *args)
 
 
-def _ulysses(asked, facts: Facts, call, q, k, v, operands, native: bool):
+def _ulysses(facts: Facts, call, q, k, v, operands, native: bool):
     choosing.check_heads(facts)
     args = axes.vary_alike((q, k, v, operands))
     return ulysses.attention(ulysses.Ulysses(call, facts.spread, native), *args)

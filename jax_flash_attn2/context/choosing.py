@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from ..base.spec import Rules
-from .hops import Run, messages, needed_hops, runs
+from .hops import Way, messages, needed_hops, ways
 from .spread import Spread
 from .ulysses import copies_of_keys
 
@@ -53,9 +53,9 @@ class Facts:
         return needed_hops(self.spread, self.rules, self.ahead) if self.implied else every
 
     @property
-    def runs(self) -> tuple[Run, ...]:
-        """The way round of a ring."""
-        return runs(self.needed)
+    def ways(self) -> tuple[Way, ...]:
+        """The ways round of a ring."""
+        return ways(self.needed)
 
     @property
     def held(self) -> int:
@@ -67,7 +67,7 @@ class Facts:
     @property
     def met(self) -> tuple[int, ...]:
         """The hops of a ring: how many devices before its own those are whose keys a device meets."""
-        return tuple((run.first + run.step * k) % self.spread.devices for run in self.runs for k in range(run.count))
+        return tuple((way.first + way.step * k) % self.spread.devices for way in self.ways for k in range(way.count))
 
     def sent(self, method: str) -> int:
         """Bytes of rows, keys, values and their gradients that a device sends in a forward and a backward pass."""
@@ -81,9 +81,9 @@ class Facts:
             return (self.spread.devices - 1) * keys * (2 * self.itemsize + sums)
         sent = [
             message
-            for run in self.runs
+            for way in self.ways
             for back in (False, True)
-            for message in messages(run, self.spread.devices, back)
+            for message in messages(way, self.spread.devices, back)
         ]
         return sum(keys * (self.itemsize * has_keys + sums * has_sums) for has_keys, has_sums in sent)
 
@@ -129,11 +129,6 @@ def groups_of(head_groups: int | None, facts: Facts) -> int:
     most = max(facts.batch * facts.heads * -(-facts.spread.rows // 128) // _BLOCKS, 1)
     fitting = [n for n in range(1, facts.kv_heads + 1) if facts.kv_heads % n == 0 and n <= most]
     return next((n for n in fitting if facts.kv_heads // n <= heads), fitting[-1])
-
-
-def pieces(spread: Spread) -> int:
-    """How many tokens that follow one another a device's rows have."""
-    return {"contiguous": spread.rows, "zigzag": spread.rows // 2, "striped": 1}[spread.order]
 
 
 def check_heads(facts: Facts) -> None:

@@ -10,27 +10,27 @@ from jax import Array, lax
 
 def all_gather(x: Array, name: str, axis: int) -> Array:
     """`lax.all_gather(x, name, axis=axis, tiled=True)`."""
-    return _joined(_by_source([_sent(x, name, by) for by in range(lax.axis_size(name))], name), axis)
+    return _joined(_by_source([sent(x, name, by) for by in range(lax.axis_size(name))], name), axis)
 
 
 def psum_scatter(x: Array, name: str, axis: int) -> Array:
     """`lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)`, always summed in the same order."""
     pieces = _pieces(x, name, axis)
-    parts = _by_source([_sent(_for(pieces, name, by), name, by) for by in range(lax.axis_size(name))], name)
+    parts = _by_source([sent(_for(pieces, name, by), name, by) for by in range(lax.axis_size(name))], name)
     return parts.sum(0)
 
 
 def all_to_all(x: Array, name: str, split: int, concat: int) -> Array:
     """`lax.all_to_all(x, name, split_axis=split, concat_axis=concat, tiled=True)`."""
     pieces = _pieces(x, name, split)
-    parts = [_sent(_for(pieces, name, by), name, by) for by in range(lax.axis_size(name))]
+    parts = [sent(_for(pieces, name, by), name, by) for by in range(lax.axis_size(name))]
     return _joined(_by_source(parts, name), concat)
 
 
-def _sent(x: Array, name: str, by: int) -> Array:
+def sent(x: Array, name: str, by: int) -> Array:
     """What the device that is `by` before has."""
     n = lax.axis_size(name)
-    return x if by == 0 else lax.ppermute(x, name, [(a, (a + by) % n) for a in range(n)])
+    return x if by % n == 0 else lax.ppermute(x, name, [(a, (a + by) % n) for a in range(n)])
 
 
 def _for(pieces: Array, name: str, by: int) -> Array:

@@ -12,7 +12,7 @@ from ..base import arguments, names
 from ..call import api
 from ..call import explain as one_device
 from . import choosing
-from .attention import Asked, checked, facts_of, mask_for
+from .attention import Asked, checked, checked_mesh, facts_of, mask_for
 from .choosing import Facts, Method
 from .orders import Order, from_order, sequence_order
 from .spread import Spread
@@ -102,8 +102,9 @@ def explain(
     if axis is None:
         return one_device.explain(q, k, v, bias, **options)
     asked = Asked(*checked(axis, method, head_groups), order)
-    if mesh is None or axis not in mesh.axis_names:
-        raise ValueError(f"mesh must be one with the axis {axis!r}, got {mesh!r}; explain takes whole arrays")
+    if mesh is None:
+        raise ValueError(f"mesh must be given with axis={axis!r}, as explain takes whole arrays, got None")
+    mesh = checked_mesh(mesh, axis)
     names.check("explain", options, api.defaults())
     every = {"q": q, "k": k, "v": v, "bias": bias, **api.defaults(), **options}
     made = functools.partial(_explained, asked, int(mesh.shape[axis]), mesh.size == mesh.shape[axis])
@@ -140,12 +141,13 @@ def _by_device(
     """What the first call of the first device runs, and the tiles of each device, by calls of one device that stand for
     its part: nothing is run."""
     spread, n = facts.spread, facts.spread.devices
+    zeros = _zeros(spread, arrays, n if method == "all_gather" else 1)
     rows, keys = (sequence_order(n * share, n, spread.order).reshape(n, -1) for share in (spread.rows, spread.keys))
     first: one_device.Explanation | None = None
     visited: list[tuple[int | None, int | None]] = []
     for i in range(n):
         met = [np.arange(n * spread.keys)] if method == "all_gather" else [keys[(i - hop) % n] for hop in facts.met]
-        made = [one_device.explained(**_part(facts, arrays, options, rows[i], own)) for own in met]
+        made = [one_device.explained(**_part(facts, arrays, options, rows[i], own) | zeros) for own in met]
         first = first or made[0]
         is_array = arrays["mask"] is None or isinstance(arrays["mask"], jax.Array | np.ndarray)
         visited.append((_visited(made, _FORWARD), _visited(made, _BACKWARD)) if is_array else (None, None))
@@ -164,18 +166,23 @@ def _visited(calls: list[one_device.Explanation], of: slice) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
+def _zeros(spread: Spread, arrays: dict[str, Any], shares: int) -> dict[str, jax.Array]:
+    """q, k and v of one device's call, which meets as many shares of keys: nothing depends on what they hold."""
+    made = {}
+    for name, length in (("q", spread.rows), ("k", shares * spread.keys), ("v", shares * spread.keys)):
+        *batch, _, heads, width = arrays[name].shape
+        made[name] = jax.device_put(np.zeros((*batch, length, heads, width), arrays[name].dtype))
+    return made
+
+
 def _part(facts: Facts, arrays: dict[str, Any], options: dict[str, Any], rows: np.ndarray, keys: np.ndarray):
-    """The call of one device that has these rows and keys. Masks that are no arrays are left out."""
+    """The call of one device that has these rows and keys, less q, k and v. Masks that are no arrays are left out."""
     taken: dict[str, Any] = {
         "causal_alignment": "top_left",
         "dropout_rate": 0.0,
         "dropout_seed": None,
         "score_mod": None,
     }
-    for name in "qkv":  # of which nothing depends on what they hold
-        *batch, _, heads, width = arrays[name].shape
-        length = len(rows) if name == "q" else len(keys)
-        taken[name] = jax.device_put(np.zeros((*batch, length, heads, width), arrays[name].dtype))
     lengths = {"q": facts.spread.rows * facts.spread.devices, "kv": facts.spread.keys * facts.spread.devices}
     for name in ("bias", "mask"):
         x = arrays[name]

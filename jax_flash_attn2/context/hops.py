@@ -5,14 +5,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ..base.spec import Rules
+from .orders import piece_length, sequence_order
 from .spread import Spread
 
 
-class Run(NamedTuple):
-    """Keys that move on by one device after each step."""
+class Way(NamedTuple):
+    """A way round: keys that move on by one device after each step."""
 
     first: int
-    """From how many devices before those come that are met first; negative: from behind."""
+    """The keys met first come from this many devices before this one; negative: after it."""
     count: int
 
     @property
@@ -26,14 +27,14 @@ class Run(NamedTuple):
         return self.first + self.step * (self.count - 1)
 
 
-def runs(needed: np.ndarray) -> tuple[Run, ...]:
-    """The way round: from the device's own keys forward, and from the next one's backward, such that the longest
+def ways(needed: np.ndarray) -> tuple[Way, ...]:
+    """The ways round: from the device's own keys forward, and from the next one's backward, such that the longest
     stretch of hops that nobody needs is left out. needed: bool `[devices]`, of each hop."""
     n = len(needed)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], ~needed[1:], [0]]).astype(np.int8))) + 1
     begin, end = max(zip(edges[::2], edges[1::2], strict=True), key=lambda gap: gap[1] - gap[0], default=(n, n))
-    behind = [Run(-1, n - int(end))] if end < n else []
-    return (Run(0, int(begin)), *behind)
+    behind = [Way(-1, n - int(end))] if end < n else []
+    return (Way(0, int(begin)), *behind)
 
 
 UNROLLED = 3
@@ -41,15 +42,15 @@ UNROLLED = 3
 same time whatever their number, and sends the last keys on in vain, and the first sums, which are zeros."""
 
 
-def messages(run: Run, devices: int, backward: bool) -> list[tuple[bool, bool]]:
+def messages(way: Way, devices: int, backward: bool) -> list[tuple[bool, bool]]:
     """What a device sends on one way round: whether each message has keys, and sums of their gradients."""
-    made = [(True, False)] if run.first else []
-    if run.count > UNROLLED:
-        made += [(True, backward)] * run.count
+    made = [(True, False)] if way.first else []
+    if way.count > UNROLLED:
+        made += [(True, backward)] * way.count
     else:
-        each = [(n + 1 < run.count, backward and n > 0) for n in range(run.count)]
+        each = [(n + 1 < way.count, backward and n > 0) for n in range(way.count)]
         made += [message for message in each if any(message)]
-    return made + ([(False, True)] if backward and run.last % devices else [])
+    return made + ([(False, True)] if backward and way.last % devices else [])
 
 
 def needed_hops(spread: Spread, rules: Rules, ahead: int) -> np.ndarray:
@@ -69,13 +70,11 @@ def needed_hops(spread: Spread, rules: Rules, ahead: int) -> np.ndarray:
 
 
 def _ends(spread: Spread, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last token of each piece that a device has: `[devices, pieces]` each."""
+    """The first and the last token of each piece that a device has, of so many: `[devices, pieces]` each."""
     n = spread.devices
-    device = np.arange(n)[:, None]
-    if spread.order == "striped":
-        return device, device + n * (length - 1)
-    if spread.order == "contiguous":
-        return device * length, (device + 1) * length - 1
-    half = length // 2
-    piece = np.concatenate([device, 2 * n - 1 - device], 1)
-    return piece * half, (piece + 1) * half - 1
+    if spread.order == "striped":  # one piece, whose tokens are n apart
+        first = np.arange(n)[:, None]
+        return first, first + n * (length - 1)
+    size = piece_length(length, spread.order)
+    pieces = sequence_order(n * length // size, n, spread.order).reshape(n, -1).astype(np.int64)
+    return pieces * size, (pieces + 1) * size - 1

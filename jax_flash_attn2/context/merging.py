@@ -27,7 +27,7 @@ def merge(o1: Array, lse1: Array, o2: Array, lse2: Array) -> tuple[Array, Array]
       o in o1's dtype, computed in lse1's, and lse.
 
     Raises:
-      TypeError: one of them is no floating array.
+      TypeError: one of them is no floating array, or lse1 has another dtype.
       ValueError: their shapes or dtypes do not fit.
 
     Examples:
@@ -56,6 +56,9 @@ def _check(o1: Any, lse1: Any, o2: Any, lse2: Any) -> None:
             raise ValueError(
                 f"{name} must have {of}'s shape and dtype, {like.shape} {like.dtype}, got {x.shape} {x.dtype}"
             )
+    dtype = jnp.float64 if o1.dtype == jnp.float64 else jnp.float32
+    if lse1.dtype != dtype:
+        raise TypeError(f"lse1 must be {dtype.__name__} beside o1 in {o1.dtype}, got {lse1.dtype}; cast it")
     wanted = (*o1.shape[:-3], o1.shape[-2], o1.shape[-3]) if o1.ndim >= 3 else None
     if lse1.shape != wanted:
         raise ValueError(

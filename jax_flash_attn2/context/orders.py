@@ -43,8 +43,7 @@ def sequence_order(length: int, devices: int, order: Order) -> np.ndarray:
       >>> sequence_order(8, 2, "striped")
       array([0, 2, 4, 6, 1, 3, 5, 7], dtype=int32)
     """
-    if order not in get_args(Order):
-        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
+    _check_order(order)
     for name, n in (("length", length), ("devices", devices)):
         if not is_integer(n) or n < 1:
             raise ValueError(f"{name} must be a positive integer, got {describe(n)}")
@@ -61,6 +60,11 @@ def sequence_order(length: int, devices: int, order: Order) -> np.ndarray:
         pieces = tokens.reshape(parts, -1)
         return np.stack([pieces[:devices], pieces[::-1][:devices]], 1).ravel()
     return tokens
+
+
+def _check_order(order: Any) -> None:
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
 
 
 def to_order(x: Any, devices: int, order: Order, axis: int | Sequence[int] = 1) -> Any:
@@ -98,10 +102,11 @@ def _reordered(x: Any, devices: int, order: Order, axis: int | Sequence[int], ba
     for one in (axis,) if isinstance(axis, int) else tuple(axis):
         if not -x.ndim <= one < x.ndim:
             raise ValueError(f"axis must be one of x, which has {x.ndim}, got {one}")
-        if x.shape[one] == 1 or order == "contiguous":
+        _check_order(order)
+        if x.shape[one] == 1:
             continue
         sequence_order(x.shape[one], devices, order)  # or what is wrong
-        x = _moved(x, devices, order, one % x.ndim, back)
+        x = x if order == "contiguous" else _moved(x, devices, order, one % x.ndim, back)
     return x
 
 
@@ -121,6 +126,11 @@ def _moved(x: Any, devices: int, order: Order, axis: int, back: bool) -> Any:
     x = pieces(x, 2, devices, -1)
     late = at(at(x, 1, axis), slice(None, None, -1), axis)
     return pieces(lib.stack([at(x, 0, axis), late], axis + 1), length)
+
+
+def piece_length(share: int, order: Order) -> int:
+    """How many tokens that follow one another a device has, of as many as its share."""
+    return {"contiguous": share, "zigzag": share // 2, "striped": 1}[order]
 
 
 def tokens_of(device: Any, share: int, devices: int, order: Order) -> Array:

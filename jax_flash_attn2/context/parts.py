@@ -47,7 +47,7 @@ def nothing(call: Call, q: Array, v: Array) -> Part:
 def of_keys(
     forward: Callable[..., list[Array]], call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
 ) -> Part:
-    """These keys. forward: `primitives.forward`, or what returns the same."""
+    """The `Part` of these keys, by one call of `forward`: `primitives.forward`, or what returns the same."""
     o, lse, *rest = forward(call, q, k, v, operands)
     largest = rest.pop() if call.rules.max_logits else None
     m, l = rest or (lse, sum_beside(lse))

@@ -22,8 +22,8 @@ from ..call import api
 from ..gpu import passes
 from ..primitives import share
 from ..primitives.call import Call
-from . import parts
-from .hops import UNROLLED, Run
+from . import collectives, parts
+from .hops import UNROLLED, Way
 from .messages import packed, unpacked
 from .spread import Spread, cleared
 
@@ -34,7 +34,7 @@ class Ring:
 
     call: Call
     spread: Spread
-    runs: tuple[Run, ...]
+    ways: tuple[Way, ...]
     moving: tuple[str, ...]
     """The operands that go round with the keys."""
     implied: tuple[str, ...]
@@ -89,7 +89,7 @@ def _forward(ring: Ring, q, k, v, operands, within) -> parts.Part:
         return parts.both(part, parts.of_keys(run, wide, q, keys.k, keys.v, own), unit), None
 
     part = parts.nothing(call, q, v)
-    for one in ring.runs:
+    for one in ring.ways:
         part, _ = _over(ring, one, _Keys.of(ring, k, v, operands), None, part, step)
     return parts.with_sinks(part, operands.get("sinks"), within, unit)
 
@@ -139,7 +139,7 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
             sums[name] = _zeros(x, x.dtype, o) if spread.has_all_keys(name, x) else zeros(x)
     nothing = {"k": zeros(k), "v": zeros(v), **{name: zeros(operands[name]) for name in of_hops if name in ring.moving}}
     of_keys: dict[str, Array] = {}
-    for one in ring.runs:
+    for one in ring.ways:
         sums, home = _over(ring, one, _Keys.of(ring, k, v, operands), nothing, sums, step)
         of_keys = jax.tree.map(jnp.add, of_keys, home) if of_keys else home
     grads = {name: x for name, x in (sums | of_keys).items() if name not in ("q", "k", "v")}
@@ -209,45 +209,45 @@ class _Load(NamedTuple):
 
 
 def _over(
-    ring: Ring, run: Run, keys: _Keys, sums: dict[str, Array] | None, state: Any, step: Callable[..., Any]
+    ring: Ring, way: Way, keys: _Keys, zeros: dict[str, Array] | None, state: Any, step: Callable[..., Any]
 ) -> tuple[Any, Any]:
-    """`state, added = step(state, keys, hop)` with the keys of each hop of a run, and the sums of what was added for
-    them, from these zeros on; None: nothing is.
+    """`state, added = step(state, keys, hop)` with the keys of each hop of a way, and the sums of what was added for
+    them. zeros: what a loop sums from; None: nothing is added.
 
     Returns:
       The last state, and the sums for this device's own keys.
     """
-    here: Any = _sent(ring, _Load(keys, None), run.first).keys
-    if run.count > UNROLLED:
-        state, sums = _in_a_loop(ring, run, here, sums, state, step)
+    here: Any = _sent(ring, _Load(keys, None), way.first).keys
+    sums: Any = None
+    if way.count > UNROLLED:
+        state, sums = _in_a_loop(ring, way, here, zeros, state, step)
     else:
-        sums = None
-        for n in range(run.count):
-            last = n + 1 == run.count
-            arrived = _sent(ring, _Load(None if last else here, sums), run.step)
-            state, added = step(state, here, run.first + run.step * n)
+        for n in range(way.count):
+            last = n + 1 == way.count
+            arrived = _sent(ring, _Load(None if last else here, sums), way.step)
+            state, added = step(state, here, way.first + way.step * n)
             here, sums = arrived.keys, _added(arrived.sums, added)
-    return state, _sent(ring, _Load(None, sums), -run.last).sums
+    return state, _sent(ring, _Load(None, sums), -way.last).sums
 
 
-def _in_a_loop(ring: Ring, run: Run, keys: _Keys, sums: Any, state: Any, step: Callable[..., Any]) -> tuple[Any, Any]:
+def _in_a_loop(ring: Ring, way: Way, keys: _Keys, zeros: Any, state: Any, step: Callable[..., Any]) -> tuple[Any, Any]:
     """Each step sends what the one before has packed: it need not be packed again, nor held twice."""
     pack, unpack = (lambda rows: rows, lambda message, _: message) if ring.native else (packed, unpacked)
-    like = _Load(keys, sums).rows
+    load = _Load(keys, zeros)
+    like = load.rows
 
     def body(carry: Any, n: Array) -> tuple[Any, None]:
         state, message, others = carry
         here = _Load.of(unpack(message, like), others)
-        message, others = _turned(ring, (message, others), run.step)  # waits for no result of this step
-        state, added = step(state, here.keys, run.first + run.step * n)
+        message, others = _turned(ring, (message, others), way.step)  # waits for no result of this step
+        state, added = step(state, here.keys, way.first + way.step * n)
         if added is not None:
             there = _Load.of(unpack(message, like), others)
             there = _Load(there.keys, _added(there.sums, added))
             message, others = pack(there.rows), there.others
         return (state, message, others), None
 
-    load = _Load(keys, sums)
-    numbers = jnp.arange(run.count, dtype=jnp.int32)
+    numbers = jnp.arange(way.count, dtype=jnp.int32)
     (state, message, others), _ = lax.scan(body, (state, pack(load.rows), load.others), numbers)
     return state, _Load.of(unpack(message, like), others).sums
 
@@ -267,6 +267,4 @@ def _sent(ring: Ring, load: _Load, by: int) -> _Load:
 
 
 def _turned(ring: Ring, x: Any, by: int) -> Any:
-    n = ring.spread.devices
-    to = [(a, (a + by) % n) for a in range(n)]
-    return jax.tree.map(lambda x: lax.ppermute(x, ring.spread.axis, to), x)
+    return jax.tree.map(lambda x: collectives.sent(x, ring.spread.axis, by), x)

@@ -84,7 +84,7 @@ class Spread:
         return name in ("bias", "mask") and operand.shape[2] == 1 and operand.shape[3] == self.keys
 
     def has_all_keys(self, name: str, operand: Any) -> bool:
-        """Whether it is that of all keys."""
+        """Whether the last axis of a bias or mask is that of all keys."""
         whole = name in ("bias", "mask") and operand.shape[3] == self.devices * self.keys
         return whole and not self.has_own_keys(name, operand)
 

@@ -1,19 +1,24 @@
 """What is kept of a compiled kernel (`store.py` says where and how), and what it is known by.
 
-Knows Triton's words, but imports nothing of it: `launch` hands over what a compiler would be given.
+Knows Triton's words: `launch` hands over what a compiler would be given.
 """
 
 import dataclasses
 import hashlib
 import os
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import base, kernels
 from ..base.version import VERSION
 from . import store
 
-_HARMLESS = ("TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_HOME")
+_HARMLESS = ("TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_HOME", "TRITON_DISABLE_LINE_INFO")
+"""The last is said otherwise (`launch._LINES`), and is set while a kernel is compiled."""
+_ASKED = ("spec", "layout", "operands", "config")
+"""The files of `base` that work out what kernels ask of a spec and a config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +39,27 @@ class Compiled:
     """PTX, or an AMD code object."""
 
 
-def sources(folder: str | Path) -> str | None:
-    """A hash of all Python files in a folder, by name and content; None if there are none to be seen."""
-    files = sorted(Path(folder).glob("*.py"))
-    text = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
-    return hashlib.sha256("\n".join(text).encode()).hexdigest() if text else None
+def made_of() -> tuple[str, str, int] | None:
+    """What makes code of a kernel and what it is given: our sources, and Triton. None: the sources cannot be read.
+
+    The library's size stands for builds that share a version: to hash it, as Triton does, takes a second.
+    """
+    import triton
+    from triton._C import libtriton
+
+    files = sorted(Path(kernels.__path__[0]).glob("*.py"))
+    files += [Path(base.__path__[0], f"{name}.py") for name in _ASKED]
+    try:
+        text = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    except OSError:
+        return None
+    return hashlib.sha256("\n".join(text).encode()).hexdigest(), triton.__version__, os.path.getsize(libtriton.__file__)
 
 
-def environment() -> dict[str, str]:
-    """The variables that may change what Triton makes of a kernel."""
-    return {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_") and k not in _HARMLESS}
+def environment(named: Mapping[str, str] = types.MappingProxyType({})) -> dict[str, str]:
+    """The variables that may change what Triton makes of a kernel. named: those that Triton says do."""
+    ours = {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")}
+    return {k: v for k, v in (ours | {**named}).items() if k not in _HARMLESS}
 
 
 def key(**given: Any) -> str | None:

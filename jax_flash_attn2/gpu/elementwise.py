@@ -13,7 +13,7 @@ TYPES = {"float32": "tl.float32", "int32": "tl.int32", "uint32": "tl.uint32", "b
 """What a kernel computes in."""
 HELPERS = (
     *("int_div", "int_rem", "float_rem", "sign", "float_sign", "round_to_even", "round_from_zero", "exp_minus_1"),
-    *("log_of_1_plus", "power"),
+    *("log_of_1_plus", "power", "uint_div", "uint_rem", "erfc"),
 )
 """The functions of `kernels.scalar` that a text may name, besides tanh and tl."""
 
@@ -21,7 +21,7 @@ _LARGER, _SMALLER = (f"tl.{x}imum({{}}, {{}}, propagate_nan=tl.PropagateNan.ALL)
 _FLOAT = {
     **{"exp": "tl.exp({})", "exp2": "tl.exp2({})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})"},
     **{"sin": "tl.sin({})", "cos": "tl.cos({})", "tan": "(tl.sin({0}) / tl.cos({0}))", "tanh": "tanh({})"},
-    **{"erf": "tl.erf({})", "erfc": "(1.0 - tl.erf({}))", "logistic": "(1.0 / (1.0 + tl.exp(-({}))))"},
+    **{"erf": "tl.erf({})", "erfc": "erfc({})", "logistic": "(1.0 / (1.0 + tl.exp(-({}))))"},
     **{"floor": "tl.floor({})", "ceil": "tl.ceil({})", "expm1": "exp_minus_1({})", "log1p": "log_of_1_plus({})"},
     **{"pow": "power({}, {})", "div": "({} / {})", "rem": "float_rem({}, {})", "sign": "float_sign({})"},
     **{
@@ -36,14 +36,18 @@ _INTEGER = {
     **{"max": "tl.maximum({}, {})", "min": "tl.minimum({}, {})"},
     **{"shift_left": "({} << {})", "shift_right_arithmetic": "({} >> {})"},
 }
+_UNSIGNED = {name: text for name, text in _INTEGER.items() if name != "shift_right_arithmetic"} | {
+    **{"div": "uint_div({}, {})", "rem": "uint_rem({}, {})", "shift_right_logical": "({} >> {})"},
+}
 _BOOLEAN = {"not": "({} == 0)", "max": "({} | {})", "min": "({} & {})"}
 _ANY = {
     **{"add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "neg": "(-({}))", "abs": "tl.abs({})"},
     **{"square": "({0} * {0})", "one_minus_square": "(1 - {0} * {0})", "add_any": "({} + {})"},
-    **{"and": "({} & {})", "or": "({} | {})", "xor": "({} ^ {})", "stop_gradient": "{}", "copy": "{}", "copy_p": "{}"},
+    **{"and": "({} & {})", "or": "({} | {})", "xor": "({} ^ {})", "stop_gradient": "{}", "copy": "{}"},
     **{"lt": "({} < {})", "le": "({} <= {})", "gt": "({} > {})", "ge": "({} >= {})"},
     **{"eq": "({} == {})", "ne": "({} != {})"},
 }
+_OWN = {"float32": _FLOAT, "int32": _INTEGER, "uint32": _UNSIGNED, "bool": _BOOLEAN}
 REDUCTIONS = {
     **{"reduce_sum": "({} + {})", "reduce_prod": "({} * {})", "reduce_and": "({} & {})", "reduce_or": "({} | {})"},
     **{"reduce_max": _LARGER, "reduce_min": _SMALLER},
@@ -84,11 +88,13 @@ def chosen(which: Scalar, cases: Sequence[Scalar]) -> str:
 
 
 def place_of_largest(items: Sequence[Scalar], sign: str) -> str:
-    """The place of the first of the largest (">") or least ("<") of a few elements."""
+    """The place of the first of the largest (">") or least ("<") of a few elements; of the first NaN, if any is."""
     texts = [f"{x.text}.to(tl.int32)" if x.dtype.name == "bool" and x.number is None else x.text for x in items]
     best, place = texts[0], "0"
     for n, other in enumerate(texts[1:], 1):
         better = f"{other} {sign} {best}"
+        if items[0].dtype == np.float32:
+            better = f"({better}) | (({other} != {other}) & ({best} == {best}))"
         best, place = f"tl.where({better}, {other}, {best})", f"tl.where({better}, {n}, {place})"
     return place
 
@@ -104,7 +110,7 @@ def expression(name: str, params: Mapping[str, Any], inputs: Sequence[Scalar]) -
             inverse = np.float32(1) / np.float32(inputs[1].number)
         if np.isfinite(inverse):
             return f"({inputs[0].text} * {number(inverse).text})"
-    own = _FLOAT if dtype == "float32" else _BOOLEAN if dtype == "bool" else _INTEGER if dtype in TYPES else None
+    own = _OWN.get(dtype)
     template = None if own is None else own.get(name) or _ANY.get(name)
     if template is None:
         return None

@@ -46,8 +46,9 @@ def _arrays(function: Function | None, names: Callable[[int], Any], operands: Ma
 
 
 def for_kernels(
-    spec: Spec, operands: Mapping[str, Array], batch: int, *, backward: bool = False, read: int | None = None
-) -> Spec:
+    spec: Spec, operands: Mapping[str, Array], batch: int, *, backward: bool = False, read: int | None = None,
+    places: bool = False,
+) -> Spec:  # fmt: skip
     """The same spec with the functions of its rules as Triton source.
 
     Args:
@@ -56,6 +57,7 @@ def for_kernels(
       batch: B.
       backward: whether derivatives are wanted.
       read: of which of the score function's reads a derivative is wanted besides; None: of none.
+      places: as in `translate`. Not for what is compiled: a line above a function would have it compiled anew.
     """
     score, mask = spec.rules.score, spec.rules.mask
     if score is None and mask is None:
@@ -64,13 +66,15 @@ def for_kernels(
     of_score = of_mask = None
     if score is not None:
         arrays = _types(_arrays(score, score_arrays, operands))
-        source = functools.partial(_source, score, "score_mod", arrays, several)
+        source = functools.partial(_source, score, "score_mod", arrays, several, places)
         slope = source("slope") if backward else None
         slope = None if slope is None or translate.is_one(slope) else slope
         of_score = Source(source("value"), slope, None if read is None else source("slopes", read), at)
     if mask is not None:
         arrays = _types(_arrays(mask, mask_arrays, operands))
-        of_mask = Source(_source(mask, "mask", arrays, several, "value"), at=at + (score.arrays if score else 0))
+        of_mask = Source(
+            _source(mask, "mask", arrays, several, places, "value"), at=at + (score.arrays if score else 0)
+        )
     rules = dataclasses.replace(spec.rules, score=None, mask=None)
     return dataclasses.replace(spec, rules=rules, score=of_score, mask_function=of_mask)
 
@@ -86,7 +90,7 @@ def cheaper_than_bits(function: Function, arrays: Sequence[Any]) -> bool:
     if function.per_element > CHEAP or any({"i", "j"} <= read.varies for read in function.every_read):
         return False
     try:
-        _source(function, "mask", _types(arrays), False, "value")
+        _source(function, "mask", _types(arrays), False, False, "value")
     except TypeError:
         return False
     return True
@@ -98,8 +102,9 @@ def _types(arrays: Sequence[Any]) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _source(
-    function: Function, name: str, arrays: tuple[Any, ...], several: bool, what: str, place: int | None = None
-) -> str:
+    function: Function, name: str, arrays: tuple[Any, ...], several: bool, places: bool, what: str,
+    place: int | None = None,
+) -> str:  # fmt: skip
     """The source of one of what a `Function` is `bound` to, or of one result of that. name: of the argument that it
     is."""
 
@@ -109,11 +114,11 @@ def _source(
 
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
     own = {"value": name, "slope": f"slope_of_{name}", "slopes": f"slope_{place}_of_{name}"}[what]
-    return translate.translate(scalars_and_arrays, shapes, own, argument=name)
+    return translate.translate(scalars_and_arrays, shapes, own, argument=name, places=places)
 
 
 _AT_ONCE = 2**24
-"""How many elements of what an array's gradient is summed from there are at a time."""
+"""Elements of ds that are in memory at a time while an array's gradient is summed."""
 
 
 def gradients(

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,10 @@ from jax.interpreters import partial_eval
 from jax_triton import triton_lib
 from triton._C import libtriton
 
-from .. import kernels
 from ..base.config import Tuned
 from ..base.errors import shared_memory_error
 from ..base.spec import Spec
-from ..kernels import bwd, fwd  # noqa: F401  loaded now, so that what is hashed is what is compiled
+from ..kernels import bwd, combine, fwd, scalar  # noqa: F401  all of them now: what is hashed is what is compiled
 from . import cache, tuning
 from .passes import Rows
 from .target import Target
@@ -42,12 +42,13 @@ def run(
     """Binds one custom call. An output of None is not computed; the kernel is passed None in its place."""
     if programs >= 2**31:
         raise ValueError(
-            f"the arrays are too large: {kernel.__name__} would need {programs} programs, at most 2**31 - 1"
+            f"the arrays are too large: {kernel.__name__} would need {programs} programs, at most 2**31 - 1; split the "
+            "batch over several calls"
         )
     if config.warp_specialize and _COMPILER is None:  # it would be started with too few threads
         raise ValueError(
-            f"config.warp_specialize=True needs a jax-triton that is known here (0.4.1), got {jt.__version__}; "
-            "leave it None"
+            "config.warp_specialize=True needs a jax-triton that is known here (0.4.1), and whose source can be read, "
+            f"got {jt.__version__}; leave it None"
         )
     absent = {name: None for name, x in zip(_output_names(kernel, outputs), outputs, strict=True) if x is None}
     results = jt.triton_call(
@@ -68,10 +69,14 @@ def run(
     return tuple(None if x is None else next(waiting) for x in outputs)
 
 
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _lines(wanted: bool) -> Iterator[None]:
-    """Compiles with or without the lines of the source in the code."""
-    with triton.knobs.compilation.scope():
+    """Compiles with or without the lines of the source in the code: one thread at a time, as Triton's knob is a
+    variable of the environment too."""
+    with _lock, triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = not wanted
         yield
 
@@ -103,20 +108,16 @@ def _mend_dce() -> None:
 
 
 def _compiler() -> dict[str, Any] | None:
-    """What compiles kernels, beside its arguments; None if that is not known well enough to keep what it makes.
-
-    The library's size stands for builds that share a version: to hash it, as Triton does, takes a second.
-    """
+    """What compiles kernels, beside its arguments; None if that is not known well enough to keep what it makes."""
     try:
         known = inspect.getsource(triton_lib.TritonFunction._compile_kernel).encode()
-    except OSError:
+    except (AttributeError, OSError):
         return None
-    source = cache.sources(kernels.__path__[0])
-    if source is None or hashlib.sha256(known).hexdigest() not in _KNOWN:
+    made_of = cache.made_of()
+    if made_of is None or hashlib.sha256(known).hexdigest() not in _KNOWN:
         return None
     return {
-        "source": source,
-        "triton": (triton.__version__, os.path.getsize(libtriton.__file__)),
+        "made_of": made_of,
         "jax_triton": jt.__version__,
         "lines": _LINES,
         "scratch": triton_lib.jaxlib_version > (0, 11, 0),  # else jaxlib takes no kernel that needs any
@@ -134,7 +135,7 @@ def _key(fn: Any, spec: Any, gpu_target: Any, backend_options: Any) -> str | Non
         attrs=spec.attrs,
         constants=spec.constants,
         options=dict(sorted(backend_options.items())),
-        environment=cache.environment() | getattr(libtriton, "get_cache_invalidating_env_vars", dict)(),
+        environment=cache.environment(getattr(libtriton, "get_cache_invalidating_env_vars", dict)()),
         **_COMPILER,
     )
 
@@ -212,7 +213,6 @@ def _wrap_compiler() -> None:
 
 
 _mend_dce()
-_COMPILER = None
-if hasattr(triton_lib.TritonFunction, "_compile_kernel"):  # else jaxlib still refuses what does not fit, at launch
-    _COMPILER = _compiler()
+_COMPILER = _compiler()
+if _COMPILER is not None:  # else jaxlib still refuses what does not fit, at launch
     _wrap_compiler()

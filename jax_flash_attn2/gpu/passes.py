@@ -53,8 +53,8 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str, Array]) -> tuple[Array | None, ...]:
-    """One launch: o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, what `backward` needs of each row (`define.forward`), and, if
-    wanted, each row's largest logit."""
+    """One launch, or two where programs share keys (`num_splits`): o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, what
+    `backward` needs of each row (`define.forward`), and, if wanted, each row's largest logit."""
     from ..kernels import combine, fwd
 
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
@@ -99,7 +99,7 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
 
 
 def combined(spec: Spec) -> Spec:
-    """The spec of the kernel that makes one result of what splits made: as much as it asks about."""
+    """The spec for the kernel that merges splits, without the fields that it does not read: fewer are compiled."""
     rules = dataclasses.replace(spec.rules, left=None, right=None, tiles=None)
     return dataclasses.replace(
         spec, rules=rules, score=None, mask_function=None, multiple_q=1, multiple_k=1, packed=1, page_size=0

@@ -55,7 +55,7 @@ def choose(
       wanted: what the caller fixed.
 
     Raises:
-      ValueError: it is wanted of a chip that cannot, or of keys in pages.
+      ValueError: see `tuning.fixed`.
     """
     few = q.shape[1] <= ROWS or bool(spec.page_size)
     if not few:
@@ -78,12 +78,9 @@ def _row(spec: Spec, q: Any, k: Any, target: Target, wanted: Config) -> Tuned:
     width = max(spec.block_d, spec.block_dv, 64)
     row = (_OF_FP32 if q.dtype.itemsize == 4 else _TILES)[width]
     block_ptr = target.has_tma and not spec.latent and q.dtype.itemsize == 2  # the others would spill
+    one_page = not spec.page_size or spec.page_size >= row.block_n  # has a descriptor's tile
+    block_ptr = block_ptr and one_page and tuning.suit_descriptors(spec, k.dtype.itemsize)
     block_ptr = block_ptr if wanted.block_ptr is None else wanted.block_ptr
-    widths = (spec.k_rows.width, spec.v_rows.width)
-    if wanted.block_ptr is None and any(n * k.dtype.itemsize % 16 for n in widths):
-        block_ptr = False  # a descriptor's rows are multiples of 16 bytes
-    if wanted.block_ptr is None and spec.page_size and spec.page_size < row.block_n:
-        block_ptr = False  # a descriptor's tile is of one page
     if target.shared_memory < _AMPLE:
         row = dataclasses.replace(row, num_stages=2)
     elif spec.page_size and not block_ptr and width <= 256:
@@ -91,10 +88,7 @@ def _row(spec: Spec, q: Any, k: Any, target: Target, wanted: Config) -> Tuned:
     row = dataclasses.replace(row, block_ptr=block_ptr)
     if spec.page_size and block_ptr:
         row = dataclasses.replace(row, block_n=min(row.block_n, spec.page_size))
-    if spec.listed:
-        row = dataclasses.replace(
-            row, block_m=min(row.block_m, spec.tile_rows), block_n=min(row.block_n, spec.tile_keys)
-        )
+    row = tuning.within_mask(spec, row)
     return dataclasses.replace(row, block_m=wanted.block_m or row.block_m)
 
 
@@ -113,8 +107,11 @@ def _packed(spec: Spec, block_m: int) -> int:
 def _splits(spec: Spec, config: Tuned, q: Any, k: Any, operands: Mapping[str, Any], target: Target) -> int:
     """As many as give each multiprocessor two programs, but none too few tiles."""
     keys = length_of_keys(k, operands)
-    if spec.rules.left is not None and spec.q_positions is None:
-        keys = min(keys, spec.rules.left + (spec.rules.right or 0) + config.block_m)
+    left, right = spec.rules.left, spec.rules.right
+    if spec.page_size and right is None:  # rows are a sequence's last ones
+        right = 0
+    if left is not None and right is not None and spec.q_positions is None:
+        keys = min(keys, left + right + config.block_m)
     tiles = -(-keys // config.block_n)
     wanted = -(-tuning.PROGRAMS_EACH * target.multiprocessors // programs(spec, config, q, operands))
     return max(min(wanted, tiles // _TILES_EACH, _LARGEST_SPLITS), 1)

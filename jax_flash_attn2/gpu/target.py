@@ -50,7 +50,7 @@ class Target:
 
     @property
     def multiprocessors(self) -> int:
-        """How many programs run at the same time, at the least."""
+        """Multiprocessors of the best-known chip of this capability: a guess, for heuristics."""
         return _MULTIPROCESSORS[max(c for c in _MULTIPROCESSORS if c <= self.capability)]
 
     @property

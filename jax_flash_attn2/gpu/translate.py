@@ -7,6 +7,7 @@ the caller's source, and of the names of arguments: nothing that is in an array 
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -28,12 +29,12 @@ _STORED = ("float16", "bfloat16")
 """What an array may hold besides `TYPES`: it is read, and made fp32."""
 _WHOLE = ("exp_neg_sq",)
 """Functions of JAX's own that are made of bits (jax 0.12's derivative of erf), by name."""
-_SHAPES = ("squeeze", "reshape", "broadcast_in_dim", "expand_dims")
+_SHAPES = ("squeeze", "reshape", "broadcast_in_dim")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vector:
-    """A few of them, in an array of this shape: the indices of an element, mostly."""
+    """A small array, element by element."""
 
     items: tuple[Scalar, ...]
     shape: tuple[int, ...]
@@ -49,8 +50,9 @@ class _Given:
 
 
 def translate(
-    function: Callable[..., Any], arrays: Sequence[Any], name: str = "score_mod", *, argument: str = "score_mod"
-) -> str:
+    function: Callable[..., Any], arrays: Sequence[Any], name: str = "score_mod", *, argument: str = "score_mod",
+    places: bool = True,
+) -> str:  # fmt: skip
     """The Triton source of a function: `def NAME(score, b, h, i, j, x)`, x being pointers to row-major arrays.
 
     Args:
@@ -58,6 +60,7 @@ def translate(
       arrays: their shapes and dtypes.
       name: of the Triton function.
       argument: what the caller calls it, for messages.
+      places: whether the file and line of the caller's code stand behind each line.
 
     Raises:
       TypeError: it uses something that has no translation; the message says what, where in the caller's code, and what
@@ -68,7 +71,7 @@ def translate(
     closed = jax.make_jaxpr(function)(*scalars, *arrays)
     given = [Scalar(n, np.dtype(x.dtype)) for n, x in zip(SCALARS, scalars, strict=True)]
     given += [_Given(n, x.shape, np.dtype(x.dtype)) for n, x in enumerate(arrays)]
-    writer = _Writer(argument)
+    writer = _Writer(argument, places)
     (result,) = writer.walk(closed.jaxpr, closed.consts, given)
     result = writer.scalar(result)
     lines = _needed(writer.lines, result.text)
@@ -95,8 +98,8 @@ def _needed(lines: Sequence[str], result: str) -> list[str]:
 class _Writer:
     """Lines, and their names."""
 
-    def __init__(self, argument: str):
-        self.argument = argument
+    def __init__(self, argument: str, places: bool):
+        self.argument, self.places = argument, places
         self.lines: list[str] = []
         self._names: Iterator[str] = (f"t{n}" for n in itertools.count())
 
@@ -145,13 +148,13 @@ class _Writer:
             return [self.each(eqn, inputs)]
         return [self.line(eqn, self.expression(eqn, [*map(self.scalar, inputs)]))]
 
-    def line(self, eqn: Any, text: str) -> Scalar:
-        """A name for an expression, with the caller's line beside it."""
-        dtype = np.dtype(eqn.outvars[0].aval.dtype)
+    def line(self, eqn: Any, text: str, out: int = 0) -> Scalar:
+        """A name for an expression, one of an equation's results."""
+        dtype = np.dtype(eqn.outvars[out].aval.dtype)
         if dtype.name not in TYPES and not (eqn.primitive.name == "gather" and dtype.name in _STORED):
             raise self.refusal(eqn, f"makes {dtype.name}, where a kernel has {', '.join(TYPES)}")
         name = next(self._names)
-        self.lines.append(f"{name} = {text}{_comment(eqn)}")
+        self.lines.append(f"{name} = {text}{_comment(eqn) if self.places else ''}")
         return Scalar(name, dtype)
 
     def expression(self, eqn: Any, inputs: Sequence[Scalar]) -> str:
@@ -168,14 +171,8 @@ class _Writer:
         which, *operands = inputs
         index = self.scalar(which)
         results = [self.walk(branch.jaxpr, branch.consts, operands) for branch in eqn.params["branches"]]
-        made = []
-        for n, outcomes in enumerate(zip(*results, strict=True)):
-            text = chosen(index, [*map(self.scalar, outcomes)])
-            dtype = np.dtype(eqn.outvars[n].aval.dtype)
-            name = next(self._names)
-            self.lines.append(f"{name} = {text}{_comment(eqn)}")
-            made.append(Scalar(name, dtype))
-        return made
+        outcomes = [[*map(self.scalar, x)] for x in zip(*results, strict=True)]
+        return [self.line(eqn, chosen(index, x), n) for n, x in enumerate(outcomes)]
 
     def reshaped(self, eqn: Any, x: Any) -> Any:
         """The same elements in another shape."""
@@ -220,7 +217,9 @@ class _Writer:
         if not isinstance(array, _Given) or eqn.outvars[0].aval.shape != ():
             raise self.refusal(eqn, "takes more than one element at a time; index every axis: table[h, i - j]")
         if array.dtype.name not in (*TYPES, *_STORED):
-            raise self.refusal(eqn, f"reads an array of {array.dtype}, where a kernel has {', '.join(TYPES)}")
+            raise self.refusal(
+                eqn, f"reads an array of {array.dtype}, where a kernel reads {', '.join((*TYPES, *_STORED))}"
+            )
         wide = ".to(tl.int64)" if math.prod(array.shape) >= 2**31 else ""
         strides = [math.prod(array.shape[k + 1 :]) for k in range(len(array.shape))]
         places = [x for x in zip(self.vector(at).items, strides, strict=True) if not _is_zero(x[0])]
@@ -277,9 +276,6 @@ def _function(jaxpr: Any) -> str:
     return getattr(info, "func_name", "") if file.startswith(os.path.dirname(jax.__file__)) else ""
 
 
-_numbers = itertools.count()
-
-
 @functools.lru_cache(maxsize=256)
 def jitted(source: str) -> Any:
     """The `triton.JITFunction` of a translation's source: the same text, the same function."""
@@ -287,7 +283,7 @@ def jitted(source: str) -> Any:
 
     import triton
 
-    filename = f"<translated {next(_numbers)}>"
+    filename = f"<translated {hashlib.sha256(source.encode()).hexdigest()}>"  # equal sources are kept as one
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     namespace: dict[str, Any] = {**elementwise.names(), "__name__": __name__}
     exec(compile(source, filename, "exec"), namespace)

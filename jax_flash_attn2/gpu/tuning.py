@@ -17,7 +17,7 @@ from .target import Target
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: 16-bit operands unless `bits` says 32."""
+    """One line of the table. Of 16-bit operands; fp32 goes by `_modest`."""
 
     arch: int
     name: str
@@ -48,30 +48,24 @@ ROWS = (
     _row(80, "dbias", 64, 64, 32, 4, 2),
     _row(80, "dbias", 128, 64, 32, 4, 2),
     _row(80, "dbias", 256, 64, 32, 4, 2),
-    _row(86, "fwd", 64, 128, 64, 4, 2),
-    _row(89, "fwd", 64, 128, 64, 4, 2),
-    _row(86, "fwd", 128, 128, 64, 8, 2),
-    _row(89, "fwd", 128, 128, 64, 8, 2),
-    _row(86, "fwd", 256, 32, 64, 4, 2),
-    _row(89, "fwd", 256, 32, 64, 4, 2),
-    _row(86, "dq", 64, 128, 32, 4, 2),
-    _row(89, "dq", 64, 128, 32, 4, 2),
-    _row(86, "dq", 128, 128, 32, 8, 2),
-    _row(89, "dq", 128, 128, 32, 8, 2),
-    _row(86, "dq", 256, 32, 32, 4, 2),
-    _row(89, "dq", 256, 32, 32, 4, 2),
-    _row(86, "dkdv", 64, 64, 64, 4, 2),
-    _row(89, "dkdv", 64, 64, 64, 4, 2),
-    _row(86, "dkdv", 128, 64, 64, 8, 2),
-    _row(89, "dkdv", 128, 64, 64, 8, 2),
-    _row(86, "dkdv", 256, 32, 32, 4, 2),
-    _row(89, "dkdv", 256, 32, 32, 4, 2),
-    _row(86, "dbias", 64, 64, 32, 4, 2),
-    _row(89, "dbias", 64, 64, 32, 4, 2),
-    _row(86, "dbias", 128, 64, 32, 4, 2),
-    _row(89, "dbias", 128, 64, 32, 4, 2),
-    _row(86, "dbias", 256, 32, 32, 4, 2),
-    _row(89, "dbias", 256, 32, 32, 4, 2),
+    *(
+        _row(arch, *row)
+        for row in (
+            ("fwd", 64, 128, 64, 4, 2),
+            ("fwd", 128, 128, 64, 8, 2),
+            ("fwd", 256, 32, 64, 4, 2),
+            ("dq", 64, 128, 32, 4, 2),
+            ("dq", 128, 128, 32, 8, 2),
+            ("dq", 256, 32, 32, 4, 2),
+            ("dkdv", 64, 64, 64, 4, 2),
+            ("dkdv", 128, 64, 64, 8, 2),
+            ("dkdv", 256, 32, 32, 4, 2),
+            ("dbias", 64, 64, 32, 4, 2),
+            ("dbias", 128, 64, 32, 4, 2),
+            ("dbias", 256, 32, 32, 4, 2),
+        )
+        for arch in (86, 89)
+    ),
     _row(90, "fwd", 64, 128, 64, 4, 3, block_ptr=True, overlaps=True),
     _row(90, "fwd", 64, 128, 64, 4, 3),
     _row(90, "fwd", 128, 128, 128, 8, 2, block_ptr=True, overlaps=True),
@@ -143,12 +137,12 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
       wanted: what the caller fixed.
 
     Raises:
-      ValueError: it is wanted of a chip that cannot.
+      ValueError: see `fixed`.
     """
-    bits = max(np.dtype(dtype).itemsize * 8, 16)
-    row = _find(name, architecture(target), spec, bits, wanted.block_ptr)
-    if wanted.block_ptr is None and row.block_ptr and any(n * bits // 8 % 16 for n in (spec.head_dim, spec.v_dim)):
-        row = dataclasses.replace(row, block_ptr=False)  # a descriptor's rows are multiples of 16 bytes
+    itemsize = np.dtype(dtype).itemsize
+    row = _find(name, architecture(target), spec, itemsize, wanted.block_ptr)
+    if wanted.block_ptr is None and not suit_descriptors(spec, itemsize):
+        row = dataclasses.replace(row, block_ptr=False)
     heavy = spec.rules.score is not None and spec.rules.score.heavy
     if name == "dbias" and heavy:
         row = dataclasses.replace(row, block_n=min(row.block_n, 32))
@@ -158,26 +152,34 @@ def choose(name: str, spec: Spec, dtype: Any, target: Target, wanted: Config) ->
             row = dataclasses.replace(row, block_n=min(row.block_n, 32))
         if name == "dq" and spec.bias is not None and max(spec.block_d, spec.block_dv) > 128:  # else it spills
             row = dataclasses.replace(row, block_n=min(row.block_n, 16))
-    if spec.listed:  # a kernel's tile is a part of a block mask's
-        row = dataclasses.replace(
-            row, block_m=min(row.block_m, spec.tile_rows), block_n=min(row.block_n, spec.tile_keys)
-        )
-    return fixed(name, spec, dtype, target, row, wanted)
+    return fixed(name, spec, dtype, target, within_mask(spec, row), wanted)
+
+
+def suit_descriptors(spec: Spec, itemsize: int) -> bool:
+    """Whether descriptors can read the rows of k and v, whose elements have so many bytes: multiples of 16 bytes."""
+    return not any(rows.width * itemsize % 16 for rows in (spec.k_rows, spec.v_rows))
+
+
+def within_mask(spec: Spec, row: Tuned) -> Tuned:
+    """With a tile that is a part of a block mask's, or all of it, if there is one."""
+    if not spec.listed:
+        return row
+    return dataclasses.replace(row, block_m=min(row.block_m, spec.tile_rows), block_n=min(row.block_n, spec.tile_keys))
 
 
 def fixed(name: str, spec: Spec, dtype: Any, target: Target, row: Tuned, wanted: Config) -> Tuned:
     """A row of the table, with what the caller fixed, and what follows from that.
 
     Raises:
-      ValueError: it is wanted of a chip that cannot, or of keys in pages.
+      ValueError: `wanted` asks for warp specialization or overlapping that this chip or call cannot have, or for tiles
+        larger than a page.
     """
-    bits = max(np.dtype(dtype).itemsize * 8, 16)
     starts, overlaps = _starts(name, spec, architecture(target)), row.overlaps and _can_overlap(name, spec, row)
     row = dataclasses.replace(row, starts=starts, overlaps=overlaps)
     fixed = {f.name: value for f in dataclasses.fields(wanted) if (value := getattr(wanted, f.name)) is not None}
     config = dataclasses.replace(row, **fixed)
     if (config.block_m, config.block_n) != (row.block_m, row.block_n):
-        config = _suit(config, name, spec, bits // 8, target, wanted)
+        config = _suit(config, name, spec, np.dtype(dtype).itemsize, target, wanted)
     if config.warp_specialize and not target.has_tensor_memory:
         raise warp_specialize_error(target)
     if name == "fwd" and config.overlaps and (spec.listed or not config.block_ptr):
@@ -226,10 +228,10 @@ def _can_overlap(name: str, spec: Spec, row: Tuned) -> bool:
     return not (spec.summed > 1 and spec.masks)
 
 
-def _find(name: str, arch: int, spec: Spec, bits: int, block_ptr: bool | None) -> Tuned:
+def _find(name: str, arch: int, spec: Spec, itemsize: int, block_ptr: bool | None) -> Tuned:
     width, widths = max(spec.block_d, spec.block_dv, 64), (spec.block_d, spec.block_dv)
-    if bits == 32 or not arch:
-        return _modest(width, bits, bool(block_ptr))
+    if itemsize == 4 or not arch:
+        return _modest(width, itemsize, bool(block_ptr))
     found = [row for row in ROWS if (row.arch, row.name, row.width) == (arch, name, width)]
     rows = [r.config for r in found if (r.width, r.v_width) == widths] or [r.config for r in found if not r.v_width]
     config = next((c for c in rows if block_ptr in (None, c.block_ptr)), rows[0])
@@ -245,9 +247,9 @@ def _halved(name: str, row: Tuned) -> Tuned:
     return dataclasses.replace(row, block_m=half) if side == "block_m" else dataclasses.replace(row, block_n=half)
 
 
-def _modest(width: int, bits: int, block_ptr: bool) -> Tuned:
+def _modest(width: int, itemsize: int, block_ptr: bool) -> Tuned:
     """Small tiles that fit every chip: for fp32, whose IEEE products fill registers, and for AMD."""
-    if bits == 32:
+    if itemsize == 4:
         return Tuned(32, 32, 8, 1, None, block_ptr) if width <= 128 else Tuned(16, 16, 4, 1, None, block_ptr)
     size = 64 if width <= 64 else 32
     return Tuned(size, size, 4, 2, None, block_ptr)

@@ -1,4 +1,5 @@
-"""The arguments of a paged call: checked, and brought into the form that the primitives take. The messages are here."""
+"""The arguments of paged and ragged calls and of `write_pages`: checked, and brought into the form that the primitives
+take. The messages are here."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +15,7 @@ from ..base.known import full, is_known
 from ..tiles.ragged import sequence_of_rows
 
 NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
-"""The dtypes of a cache whose numbers count what a scale says."""
+"""The dtypes of a cache whose numbers may have a dequantization scale of each page: keys are k_pages * k_scale."""
 
 _LEAST_PAGE, _LARGEST_PAGE = 16, 256
 
@@ -112,9 +113,12 @@ def check_starts(starts: Any, rows: int, name: str = "cu_q_lens", of: str = "q")
     """Raises if starts are known, and do not fit the rows that there are."""
     if starts is not None and is_known(starts):
         values = np.asarray(starts)
-        if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > rows:
+        wrong = np.flatnonzero(np.append(values[:1] != 0, np.diff(values) < 0) | (values > rows))
+        if wrong.size:
+            begin, end = max(int(wrong[0]) - 1, 0), min(int(wrong[0]) + 2, values.size)
             raise ValueError(
-                f"{name} must rise from 0 to at most the {rows} {_ROWS[name]} of {of}, got {values.tolist()}"
+                f"{name} must rise from 0 to at most the {rows} {_ROWS[name]} of {of}, got {name}[{begin}:{end}] = "
+                f"{values[begin:end].tolist()}"
             )
 
 
@@ -129,14 +133,14 @@ def _check_int32(name: str, x: Any, wanted: str) -> None:
         raise TypeError(f"{name} must be an array {wanted} of int32, got {describe(x)}; cast it: x.astype(jnp.int32)")
 
 
-def scale_of(name: str, scale: Any, pages: Array) -> Array | None:
+def page_scale(name: str, scale: Any, pages: Array) -> Array | None:
     """k_scale or v_scale as `[1|pages, 1|Hkv, 1, 1]` in fp32."""
     own = name[0] + "_pages"
     if scale is None:
         if pages.dtype == jnp.int8:
             raise ValueError(
-                f"{own} of int8 need {name}: what 1 counts, a number or an array [num_pages, Hkv] (`write_pages` "
-                "makes it)"
+                f"{own} of int8 need {name}, by which their numbers are multiplied: a number or an array [num_pages, "
+                "Hkv] (`write_pages` makes it)"
             )
         return None
     if arguments.is_integer(scale) or isinstance(scale, float | np.floating):
@@ -158,7 +162,7 @@ def page_scales(scales: dict[str, Any], held: dict[str, Array]) -> dict[str, Any
             if scale is not None:
                 raise ValueError(f"{name} is of {name[0]}_pages, which is None; leave it out")
             continue
-        one = scale_of(name, scale, pages)
+        one = page_scale(name, scale, pages)
         if scale is None or getattr(scale, "ndim", 0) == 0:
             made |= {} if one is None else {name: one}
             continue
@@ -206,7 +210,7 @@ def check_values(table: Any, lengths: Any, starts: Any, rows: int, left: int | N
     check_starts(starts, rows)
     if not (is_known(table) and is_known(lengths) and is_known(starts)):
         return
-    first, end = (np.asarray(x) for x in live_pages(np, table, lengths, starts, rows, left, pages[1]))
+    first, end = (np.asarray(x) for x in live_pages(np, lengths, starts, rows, left, pages[1]))
     at = np.arange(width)
     numbers = np.asarray(table)
     wrong = np.argwhere((at >= first[:, None]) & (at < end[:, None]) & ((numbers < 0) | (numbers >= pages[0])))
@@ -257,7 +261,7 @@ def _check_lengths(lengths: Any, width: int, size: int) -> None:
     if is_known(lengths) and (wrong := _outside(lengths, 0, capacity)) is not None:
         raise ValueError(
             f"lengths must be from 0 to {capacity}, the keys of {width} pages of {size}, got {wrong[1]} of sequence "
-            f"{wrong[0]}; widen page_table"
+            f"{wrong[0]}{'; widen page_table' if wrong[1] > 0 else ''}"
         )
 
 
@@ -268,7 +272,7 @@ def _outside(x: Any, least: int, largest: int) -> tuple[int, int] | None:
     return (int(wrong[0]), int(values[wrong[0]])) if wrong.size else None
 
 
-def live_pages(np_or_jnp: Any, table, lengths, starts, rows: int, left: int | None, size: int) -> tuple[Any, Any]:
+def live_pages(np_or_jnp: Any, lengths, starts, rows: int, left: int | None, size: int) -> tuple[Any, Any]:
     """The first page that some row of each sequence sees, and the one behind the last."""
     lengths = np_or_jnp.asarray(lengths)
     own = rows if starts is None else np_or_jnp.diff(np_or_jnp.asarray(starts))
@@ -280,7 +284,7 @@ def bad_sequences(table, lengths, starts, rows: int, left: int | None, pages: tu
     """`[B]`: which sequences have what `check_values` refuses; None where that has looked at all of them."""
     if is_known(table) and is_known(lengths) and is_known(starts):
         return None
-    first, end = live_pages(jnp, table, lengths, starts, rows, left, pages[1])
+    first, end = live_pages(jnp, lengths, starts, rows, left, pages[1])
     at = jnp.arange(table.shape[1], dtype=jnp.int32)
     wrong = (at >= first[:, None]) & (at < end[:, None]) & ((table < 0) | (table >= pages[0]))
     bad = wrong.any(1) | (lengths < 0) | (lengths > table.shape[1] * pages[1])

@@ -105,7 +105,7 @@ def paged_attention(
       logits_soft_cap: c > 0: products become c * tanh(x / c).
       sinks: floating `[H]`: one more logit of each row, which adds nothing to o.
       alibi_slopes: floating `[H]`: logits get -slope * distance.
-      k_scale: what 1 of k_pages counts: a number, or floating `[num_pages, Hkv]`.
+      k_scale: the dequantization scale: keys are k_pages * k_scale. A number, or floating `[num_pages, Hkv]`.
       v_scale: the same of v_pages (and, without them, of k_pages as values; k_scale by default).
       softmax_scale: a number or a 0-d array; D**-0.5 by default, which in latent attention is not what the model was
         trained with.
@@ -153,8 +153,8 @@ def paged_attention(
     check_descriptors(made, {"k_pages": k, "v_pages": v})
     call = Call(rules, made, implementation, target.named())
     arguments.boolean("return_lse", return_lse)
-    k_scale = inputs.scale_of("k_scale", k_scale, k)
-    v_scale = k_scale if latent and v_scale is None else inputs.scale_of("v_scale", v_scale, v)
+    k_scale = inputs.page_scale("k_scale", k_scale, k)
+    v_scale = k_scale if latent and v_scale is None else inputs.page_scale("v_scale", v_scale, v)
 
     arrays: dict[str, Any] = {"q": q, "k": k, "v": v, "page_table": page_table, "lengths": lengths}
     arrays |= {"cu_q_lens": cu_q_lens, "k_scale": k_scale, "v_scale": v_scale}

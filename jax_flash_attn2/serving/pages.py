@@ -53,7 +53,8 @@ def write_pages(
     token is written starts afresh. Where a token needs a larger scale than its page has, that grows, and what the page
     holds is written anew. In float8 scales are powers of two, so nothing is lost by that; in int8 each time adds an
     error of up to half a step. Pages that no token goes to are neither read nor written. A scale that is a number is
-    taken as it is, and what it cannot hold is clipped.
+    taken as it is, and what it cannot hold is clipped. int8 has no NaN: under a number it is written as 0; a scale of
+    the page's own becomes NaN.
 
     A page that is written must be one sequence's alone. Where two hold it (a common prefix), copy it first: else what
     one writes, the other reads; and of two tokens for one place, either may stay.
@@ -69,7 +70,8 @@ def write_pages(
       lengths: int32 `[B]`: tokens of each sequence, the new ones included. 0: no sequence is there, nothing is written.
       cu_q_lens: int32 `[B + 1]`: new tokens `cu_q_lens[b]` to `cu_q_lens[b + 1]` are sequence b's; what is behind the
         last is written nowhere.
-      k_scale: what 1 of k_pages counts: a number, or (int8, float8) float32 `[num_pages, Hkv]`.
+      k_scale: the dequantization scale: keys are k_pages * k_scale. A number, or (int8, float8) float32 `[num_pages,
+        Hkv]`.
       v_scale: the same of v_pages.
 
     Returns:

@@ -107,7 +107,11 @@ def union_by_head(status: Array, heads: int) -> Array:
 def for_kernels(
     spec: Spec, operands: Mapping[str, Array], q: Array, k: Array, v: Array
 ) -> tuple[Spec, dict[str, Array]]:
-    """Operands as kernels take them: what else bounds the logits shortens the lists, and numbers count all planes."""
+    """Operands as kernels take them: what else bounds the logits shortens the lists, and numbers count all planes.
+
+    Raises:
+      ValueError: int32 cannot count the places in all lists.
+    """
     operands = dict(operands)
     if not spec.listed:
         return spec, operands
@@ -120,6 +124,14 @@ def for_kernels(
         operands["col_ends"], operands["col_tiles"] = lists(known.swapaxes(2, 3), part.swapaxes(2, 3), size)
     bits = operands.get("tile_bits", jnp.zeros((1, 1, 0, 0), jnp.int32))
     planes = [max(operands[name].shape[axis] for name in BLOCK_LISTS if name in operands) for axis in (0, 1)]
+    size = max(operands[f"{side}_tiles"].shape[2] for side in ("row", "col"))
+    places = planes[0] * planes[1] * size * (max(spec.tile_rows, spec.tile_keys) // 16)  # of a kernel's smallest tiles
+    if places >= 2**31:
+        raise ValueError(
+            f"mask has too many tiles for the kernels, which count fewer than 2**31 of 16 rows or keys, got {places}: "
+            f"{planes[0]} * {planes[1]} planes of batches and heads, with lists of up to {size} tiles; make its tiles "
+            'larger, give fewer heads or batches a mask of their own, or use implementation="xla"'
+        )
     number = jnp.arange(planes[0] * planes[1], dtype=jnp.int32).reshape(*planes, 1, 1)
     own = jnp.arange(bits.shape[0] * bits.shape[1], dtype=jnp.int32).reshape(*bits.shape[:2], 1, 1)
     for side in ("row", "col"):
