@@ -118,7 +118,7 @@ def _add_mask(
     """Whatever kind of mask, as operands. axes: of an array."""
     every = axes if share is None else (axes[0], share.rows, share.keys)
     if isinstance(mask, Mask | BlockMask) and mask.overflow is not None:
-        q = entries.poisoned(q, mask.overflow)  # what was found under jit, NaN everywhere tells
+        q = entries.poisoned(q, mask.overflow)  # NaN, for the gradients; of results see `poisoned`
     if isinstance(mask, Mask):
         mask = _of_weights(mask, batch, every, operands, share)
     elif callable(mask) and 0 not in (*batch, *every):
@@ -140,6 +140,16 @@ def _add_mask(
     operands |= {name: x for name, x in mask.operands().items() if call.rules.mask is None or name != "tile_bits"}
     tiles = mask.block_m, mask.block_n
     return dataclasses.replace(call, rules=dataclasses.replace(call.rules, tiles=tiles)), q
+
+
+def poisoned(results: tuple[Array, Array, Array | None], mask: Any) -> tuple[Array, Array, Array | None]:
+    """o, lse and the largest logits, NaN where the mask is not all there: rows whose tiles are missing meet no NaN of
+    q's."""
+    if not isinstance(mask, Mask | BlockMask):
+        return results
+    o, lse, largest = results
+    o, lse = (entries.poisoned(x, mask.overflow) for x in (o, lse))
+    return o, lse, None if largest is None else entries.poisoned(largest, mask.overflow)
 
 
 def _within(mask: BlockMask, config: Config, of_pass: str) -> Config:

@@ -15,6 +15,7 @@ from ..base.arguments import AnyArray, describe, is_integer
 from ..base.spec import Rules
 from ..call import api, inputs
 from ..call.options import Options
+from ..masks import reading
 from ..masks.block import BlockMask
 from ..masks.mask import Mask
 from ..tiles import block_lists
@@ -225,7 +226,7 @@ def _on_share(asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> 
     call, operands, batch = inputs.prepare(**arrays | {"mask": mask, "bias": bias}, **options, share=share)
     native = options["higher_order"]
     run = {"ring": _ring, "all_gather": _all_gather, "ulysses": _ulysses}[method]
-    o, lse, largest = run(asked, facts, call, *operands, native)
+    o, lse, largest = inputs.poisoned(run(asked, facts, call, *operands, native), mask)
     results = api.returned((o, lse, largest), batch, options["return_lse"])
     return results if largest is None else (*results[:-1], lax.pmax(results[-1], spread.axis))
 
@@ -277,7 +278,7 @@ def mask_for(method: str, spread: Spread, mask: Any) -> tuple[Any, bool]:
             "function that it was made of"
         )
     fits = choosing.pieces(spread) % mask.block_m == 0
-    return (mask, True) if fits else (Mask.from_dense(mask.to_dense()), False)
+    return (mask, True) if fits else (reading.as_mask(mask), False)
 
 
 def _check_arrays(spread: Spread, bias: Any, mask: Any) -> None:

@@ -253,22 +253,47 @@ class BlockMask:
         return BlockMask(*rows.build(self, start, count))
 
     def tiles(self) -> Array:
-        """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial."""
-        return reading.tiles(self)
+        """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial.
 
-    def to_dense(self) -> Array:
-        """`[B, H, Sq, Sk]`: booleans, or fp32 weights if it has any."""
-        return reading.to_dense(self)
+        Raises:
+          TypeError: under jit it is not known whether the mask is all there, which integers cannot say.
+        """
+        mask = self._usable()
+        if mask.overflow is not None:
+            raise TypeError(
+                "tiles must say under jit whether the mask is all there (overflow), which integers cannot, got a mask "
+                "that was made there; look at tiles outside of jit"
+            )
+        return reading.tiles(mask)
+
+    def to_dense(self, dtype: Any = None) -> Array:
+        """`[B, H, Sq, Sk]`: booleans, or fp32 weights if it has any; `dtype` as of `Mask.to_dense`.
+
+        Raises:
+          TypeError: the result would be bool and the mask may not be all there under jit: a bool cannot be NaN.
+        """
+        return reading.as_mask(self._usable()).to_dense(dtype)
 
     def density(self) -> float | Array:
-        """The share of elements that are seen."""
-        share = reading.density(self)
+        """The share of elements that are seen: a float, or under jit fp32 `[]`."""
+        share = reading.density(self._usable())
         return share if isinstance(share, jax.core.Tracer) else float(share)
 
     def sparsity(self) -> float | Array:
-        """How many of 100 tiles are not visited."""
-        percent = reading.sparsity(self)
+        """How many of 100 tiles are not visited, likewise."""
+        percent = reading.sparsity(self._usable())
         return percent if isinstance(percent, jax.core.Tracer) else float(percent)
+
+    def _usable(self) -> "BlockMask":
+        """This mask, if it is known to be all there, or not known."""
+        if self.overflow is None or not known.is_known(self.overflow):
+            return self
+        if bool(self.overflow):
+            raise ValueError(
+                "the block mask must be all there, got overflow=True: under jit it had more tiles than max_tiles or "
+                "max_parts allow, or `rows` took some that do not exist; make it with larger sizes"
+            )
+        return dataclasses.replace(self, overflow=None)
 
     def operands(self) -> dict[str, Array]:
         """What `base.operands.BLOCK_LISTS` calls them."""
@@ -283,7 +308,8 @@ class BlockMask:
 
     def __str__(self) -> str:
         drawn = known.is_known(self) and all(isinstance(x, Array) for x in jax.tree.leaves(self))
-        return self.show(width=_WIDTH) if drawn and self.row_ends.ndim == 4 else repr(self)
+        drawn = drawn and self.row_ends.ndim == 4 and not (self.overflow is not None and self.overflow)
+        return self.show(width=_WIDTH) if drawn else repr(self)
 
     def __repr__(self) -> str:
         return f"BlockMask(shape={self.shape}, block_m={self.block_m}, block_n={self.block_n})"

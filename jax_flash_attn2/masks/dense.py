@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments, known
-from . import evaluation, predicates
+from . import evaluation, predicates, weighing
 from .cache import MaskCache, build_window, causal_mask_cache
 
 
@@ -108,7 +108,7 @@ def _attend(q, k, v, bias, scale, mask, seen, reach: tuple[int | None, int | Non
     if mask is not None:
         shown = mask.astype(jnp.bool_)
         if mask.dtype != jnp.bool_:
-            s = s - jnp.log(jnp.where(shown, mask.astype(s.dtype), 1))
+            s = s + weighing.correction_of(mask, s.dtype)
         s = jnp.where(shown, s, -jnp.inf)
     p = _softmax(s)
     o = jnp.einsum(
@@ -132,7 +132,8 @@ def _softmax(s: Array) -> Array:
 def _of_any(mask: Any, shape: tuple[int, int, int, int]) -> Array:
     """Booleans or weights of a mask that is no array: a `Mask`, or a predicate."""
     if hasattr(mask, "to_dense"):
-        weights = mask.to_dense()
+        all_there = getattr(mask, "overflow", None) is None  # else a NaN has to tell, which no bool is
+        weights = mask.to_dense() if all_there else mask.to_dense(jnp.float32)
         if weights.ndim != 4 or any(n not in (1, m) for n, m in zip(weights.shape, shape, strict=True)):
             raise ValueError(
                 f"mask must have the axes [B, H, Sq, Sk] = {shape} (each 1 or full), got shape {weights.shape}"
