@@ -224,6 +224,7 @@ WRONG = {
     "falls": (lambda x, c: varlen_attention(x, x, x, c, c[[0, 2, 1]]), ValueError, "cu_k_lens must rise from 0 to at most the 40 keys of k, got [0, 40, 5]"),
     "keys": (lambda x, c: varlen_attention(x, x[:9], x[:9], c), ValueError, "k must have as many rows as q where there is no cu_k_lens, got 9 and 40"),
     "option": (lambda x, c: varlen_attention(x, x, x, c, logits_soft_cap=0), ValueError, "logits_soft_cap must be positive"),
+    "sum": (lambda x, c: masks.cu_lens(np.int32([2**30] * 3)), ValueError, "lengths must sum to at most 2147483647 (int32), got 3221225472"),
     "lengths": (lambda x, c: masks.cu_lens(np.int32([3, -1])), ValueError, "lengths must be at least 0, got [3, -1]"),
     "lengths_type": (lambda x, c: masks.positions([3], 4), TypeError, "lengths must be an array of integers [B], got [3]"),
     "total": (lambda x, c: masks.segment_ids(np.int32([3, 4]), 6), ValueError, "lengths must sum to at most the 6 tokens of the row, got 7"),

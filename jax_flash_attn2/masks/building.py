@@ -12,7 +12,7 @@ import numpy as np
 from ..base import arguments, known
 from ..base.layout import next_power_of_two
 from ..tiles.block_lists import EMPTY, FULL, PARTIAL
-from . import building_under_jit
+from . import building_under_jit, checks
 from .sources import packed_here
 
 DEFAULT_BLOCK = 128
@@ -89,8 +89,8 @@ def _classified(
         at = found == PARTIAL
         bits.append(tiles(words, 0)[at].reshape(-1, block_m * block_n // 32))
         if x.dtype != np.uint32:
-            logs = np.log(np.where(x == 0, 1, x).astype(np.float32))
-            weights.append(tiles(logs, 0)[at].reshape(-1, block_m * block_n))
+            logs = np.log(np.where(x == 0, 1, x).astype(checks.wider(x.dtype, np.float32)))
+            weights.append(tiles(logs.astype(np.float32), 0)[at].reshape(-1, block_m * block_n))
     return status, np.concatenate(bits).view(np.int32), np.concatenate(weights) if weights else None
 
 

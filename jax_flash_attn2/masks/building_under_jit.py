@@ -11,6 +11,7 @@ from jax import Array, lax
 from ..base import errors
 from ..tiles import block_lists
 from ..tiles.block_lists import EMPTY, FULL, PARTIAL
+from . import weighing
 from .sources import packed
 
 _AT_ONCE = 2**20
@@ -82,7 +83,8 @@ def elements(
         x = source(b, h, rows, cols)
         inside = (rows < shape[2])[:, None] & (cols < shape[3])
         seen = inside & (x if x.dtype == jnp.bool_ else x != 0)
-        weights = None if x.dtype == jnp.bool_ else jnp.log(jnp.where(seen, x, 1).astype(jnp.float32)).ravel()
-        return packed(seen), weights
+        if x.dtype == jnp.bool_:
+            return packed(seen), None
+        return packed(seen), -weighing.correction_of(jnp.where(inside, x, 0), jnp.dtype(jnp.float32)).ravel()
 
     return lax.map(tile, at, batch_size=min(max(_AT_ONCE // (block_m * block_n), 1), at.shape[0]))

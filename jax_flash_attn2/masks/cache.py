@@ -144,10 +144,10 @@ def _length(name: str, n: Any) -> int:
 
 def _dtype(dtype: Any) -> str:
     dtype = jnp.dtype(dtype)
-    if dtype != jnp.bool_ and not jnp.issubdtype(dtype, jnp.floating):
+    if dtype != jnp.bool_ and dtype.name not in arguments.DTYPES:
         raise TypeError(
-            f"dtype must be bool (True: seen) or floating (added to logits: 0 or -inf), got {dtype.name}; for numbers "
-            f"1 and 0 cast the bool"
+            f"dtype must be bool (True: seen) or, added to logits as 0 or -inf, one of {', '.join(arguments.DTYPES)}, "
+            f"got {dtype.name}; for numbers 1 and 0 cast the bool"
         )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(f"dtype {dtype.name} needs jax_enable_x64; switch it on, or ask for float32")

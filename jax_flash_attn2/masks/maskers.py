@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from ..base import axes, known
+from . import weighing
 from .mask import Mask
 from .shown import Range, scatter_keys, top_keys
 
@@ -190,7 +191,7 @@ class TopKMasker(Masker):
           k: floating `[B, Sk, Hkv, D]`, Hkv dividing H: query head h reads `h // (H // Hkv)`.
           scale: what `q kᵀ` is multiplied by. Default: `D**-0.5`. Logits are computed in fp32 (fp64 for fp64).
           allowed: the keys that a row may see, besides `causal`: a bool array that broadcasts to `[B, H, Sq, Sk]`, or
-            a Mask, of which these are the keys with weights above 0.
+            a Mask, of which these are the keys with weights that are not 0.
           implementation: "sparse" lists the keys found and merges them as entries; "dense" scatters them and merges
             densely. None: "dense".
 
@@ -273,7 +274,7 @@ def _allowed(allowed: Any, shape: tuple[int, ...]) -> Array | None:
     if allowed is None:
         return None
     if isinstance(allowed, Mask):
-        allowed = _positive(allowed.to_dense(jnp.float32) if allowed.dtype == bool else allowed.to_dense())
+        allowed = weighing.seen_of(allowed.to_dense(jnp.float32) if allowed.dtype == bool else allowed.to_dense())
     if not isinstance(allowed, Array | np.ndarray) or allowed.dtype != bool:
         raise TypeError(
             f"allowed must be a Mask or a bool array, got {getattr(allowed, 'dtype', type(allowed).__name__)}; "
@@ -286,6 +287,3 @@ def _allowed(allowed: Any, shape: tuple[int, ...]) -> Array | None:
     if not fits:
         raise ValueError(f"allowed must broadcast to [B, H, Sq, Sk] = {shape}, got shape {allowed.shape}")
     return jnp.asarray(allowed).reshape((1,) * (4 - allowed.ndim) + allowed.shape)
-
-
-_positive = jax.jit(lambda weights: weights > 0, inline=True)

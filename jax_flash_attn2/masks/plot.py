@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base import arguments
 from .pictures import Picture, check_count, picture_of, resampled
 
 _GRID = 40  # up to so many cells a side there are lines between them
@@ -203,7 +204,7 @@ def _chosen(picture: Picture, batch: Any, head: Any) -> tuple[int, ...] | None:
     index = []
     for name, at, own, n in zip(("batch", "head"), (batch, head), picture.leading, picture.shape[:2], strict=True):
         at = 0 if at is None else at
-        if not isinstance(at, int | np.integer) or not 0 <= at < n:
+        if not arguments.is_integer(at) or not 0 <= at < n:
             raise ValueError(f"{name} must be an integer from 0 to {n - 1}, got {at!r}")
         index.append(int(at) if own > 1 else 0)
     return tuple(index)

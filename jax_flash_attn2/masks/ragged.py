@@ -30,13 +30,17 @@ def cu_lens(lengths: Array | np.ndarray) -> Array:
       int32 `[B + 1]`, the first 0: `cu_q_lens` of `varlen_attention` and `paged_attention` (`cu_seqlens` elsewhere).
 
     Raises:
-      TypeError, ValueError: lengths are no integers `[B]`, or one that is known is negative.
+      TypeError, ValueError: lengths are no integers `[B]`; of those that are known one is negative, or int32 does not
+        hold their sum.
 
     Examples:
       >>> cu_lens(jnp.array([3, 0, 2]))
       Array([0, 3, 3, 5], dtype=int32)
     """
-    return _cu_lens(_lengths(lengths))
+    lengths = _lengths(lengths)
+    if is_known(lengths) and (total := int(np.sum(np.asarray(lengths), dtype=np.int64))) > arguments.INT32.max:
+        raise ValueError(f"lengths must sum to at most {arguments.INT32.max} (int32), got {total}; split the batch")
+    return _cu_lens(lengths)
 
 
 def segment_ids(lengths: Array | np.ndarray, total: int) -> Array:
