@@ -118,7 +118,7 @@ def _add_mask(
     """Whatever kind of mask, as operands. axes: of an array."""
     every = axes if share is None else (axes[0], share.rows, share.keys)
     if isinstance(mask, Mask | BlockMask) and mask.overflow is not None:
-        q = entries.poisoned(q, mask.overflow)  # NaN, for the gradients; of results see `poisoned`
+        q = _spoiled(q, mask.overflow)  # for the gradients; of results see `poisoned`
     if isinstance(mask, Mask):
         mask = _of_weights(mask, batch, every, operands, share)
     elif callable(mask) and 0 not in (*batch, *every):
@@ -145,11 +145,17 @@ def _add_mask(
 def poisoned(results: tuple[Array, Array, Array | None], mask: Any) -> tuple[Array, Array, Array | None]:
     """o, lse and the largest logits, NaN where the mask is not all there: rows whose tiles are missing meet no NaN of
     q's."""
-    if not isinstance(mask, Mask | BlockMask):
+    if not isinstance(mask, Mask | BlockMask) or mask.overflow is None:
         return results
     o, lse, largest = results
-    o, lse = (entries.poisoned(x, mask.overflow) for x in (o, lse))
+    o, lse = (_spoiled(x, mask.overflow) for x in (o, lse))
     return o, lse, None if largest is None else entries.poisoned(largest, mask.overflow)
+
+
+@functools.partial(jax.jit, inline=True)
+def _spoiled(x: Array, overflow: Array) -> Array:
+    """By a product, so that gradients are NaN too."""
+    return x * jnp.where(overflow, jnp.nan, 1).astype(x.dtype)
 
 
 def _within(mask: BlockMask, config: Config, of_pass: str) -> Config:

@@ -140,14 +140,11 @@ def either(a: Array | None, b: Array | None) -> Array | None:
 
 
 def poisoned(x: Array, overflow: Array | None) -> Array:
-    """x, or NaN where entries were lost. Bools cannot be, and wait until they meet something that can.
-
-    A product, so that gradients are NaN too.
-    """
+    """x, or NaN where entries were lost. Bools cannot be, and wait until they meet something that can."""
     return x if overflow is None or x.dtype == bool else _poisoned(x, overflow)
 
 
-_poisoned = jax.jit(lambda x, overflow: x * jnp.where(overflow, jnp.nan, 1).astype(x.dtype), inline=True)
+_poisoned = jax.jit(lambda x, overflow: jnp.where(overflow, jnp.nan, x), inline=True)
 
 
 def fit(
