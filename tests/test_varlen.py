@@ -233,7 +233,7 @@ WRONG = {
     "which": (lambda x, c: masks.lengths_from(), ValueError, "lengths_from takes a padding_mask or segment_ids; give one of them"),
     "float": (lambda x, c: masks.lengths_from(padding_mask=x), TypeError, "padding_mask must be an array of booleans or integers [*batch, S], got"),
     "count": (lambda x, c: masks.lengths_from(padding_mask=c, num_segments=2), ValueError, "num_segments says how many lengths come of segment_ids"),
-    "order": (lambda x, c: masks.lengths_from(segment_ids=np.int32([0, -1, 1])), ValueError, "segment_ids must rise, with padding (negative ids) at the end only"),
+    "order": (lambda x, c: masks.lengths_from(segment_ids=np.int32([0, -1, 1])), ValueError, "segment_ids must rise, with padding (negative ids) at the end only, got 1 at token 2 behind -1"),
     "more": (lambda x, c: masks.lengths_from(segment_ids=np.int32([0, 1]), num_segments=1), ValueError, "segment_ids must be below num_segments, 1, got 1"),
     "traced": (lambda x, c: jax.jit(lambda n: masks.pack(x[None], n))(c[:1]), ValueError, "total must be given under jit, where it cannot follow from lengths"),
     "pack": (lambda x, c: masks.pack(x, c), ValueError, "lengths must have shape [40], as x has sequences, got (3,)"),

@@ -128,7 +128,7 @@ def block_size(name: str, block: Any, seqlen: int, least: int) -> int:
     """`block_m` or `block_n`: a power of two; None: what suits the sequence."""
     if block is None:
         return min(max(next_power_of_two(seqlen), least), DEFAULT_BLOCK)
-    if not isinstance(block, int | np.integer) or not least <= block <= 512 or block & (block - 1):
+    if not arguments.is_integer(block) or not least <= block <= 512 or block & (block - 1):
         raise ValueError(f"{name} must be a power of two from {least} to 512, or None, got {block!r}")
     return int(block)
 

@@ -15,7 +15,7 @@ from jax import Array
 from ..base import known
 from ..base.layout import next_power_of_two
 from ..tiles import block_lists
-from . import building, building_under_jit, evaluation, sources
+from . import building, building_under_jit, checks, evaluation, sources
 from .programs import Program
 
 _AT_ONCE = 2**24
@@ -145,20 +145,24 @@ def blocks(shape: tuple[int, int, int, int], block_m: int, block_n: int) -> tupl
     return *shape[:2], -(-shape[2] // block_m), -(-shape[3] // block_n)
 
 
-def table(name: str, tiles: Any, blocks: tuple[int, int, int, int]) -> Any:
-    """Booleans `[1|B, 1|H, row blocks, key blocks]`, if a mask of so many batches, heads and blocks can have them."""
+def table(tiles: Any, blocks: tuple[int, int, int, int]) -> Any:
+    """`tiles` as booleans `[1|B, 1|H, row blocks, key blocks]`, if a mask of so many batches, heads and blocks can have
+    them."""
     if not isinstance(tiles, Array | np.ndarray) or tiles.dtype != bool:
         raise TypeError(
-            f"{name} must be an array of booleans (True: visited), got "
+            f"tiles must be an array of booleans (True: visited), got "
             f"{getattr(tiles, 'dtype', type(tiles).__name__)}; compare scores with a threshold"
         )
-    tiles = evaluation.with_axes(name, tiles, ("B", "H", "row blocks", "key blocks"), 2)
-    _check_blocks(name, tiles.shape, blocks)
+    tiles = evaluation.with_axes("tiles", tiles, ("B", "H", "row blocks", "key blocks"), 2)
+    _check_blocks("tiles", tiles.shape, blocks)
     return tiles
 
 
-def table_of_lists(prefix: str, counts: Any, indices: Any, blocks: tuple[int, int, int, int]) -> Any:
-    """The same of the first counts `[1|B, 1|H, row blocks]` of indices `[1|B, 1|H, row blocks, n]`."""
+def table_of_lists(
+    prefix: str, counts: Any, indices: Any, blocks: tuple[int, int, int, int]
+) -> tuple[Any, Array | None]:
+    """The same of the first counts `[1|B, 1|H, row blocks]` of indices `[1|B, 1|H, row blocks, n]`; and, where they are
+    traced, whether there are some that do not exist."""
     count, index = f"{prefix}kv_num_blocks", f"{prefix}kv_indices"
     counts = evaluation.integers(count, counts, ("B", "H", "row blocks"))
     indices = evaluation.integers(index, indices, ("B", "H", "row blocks", "n"), 2)
@@ -169,7 +173,10 @@ def table_of_lists(prefix: str, counts: Any, indices: Any, blocks: tuple[int, in
         return _scattered(counts, indices, blocks[3])
     counts, indices = (np.asarray(jax.device_get(x)) for x in (counts, indices))
     if counts.min() < 0 or counts.max() > room:
-        raise ValueError(f"{count} must be from 0 to {room}, for which {index} has room, got others")
+        raise ValueError(
+            f"{count} must be from 0 to {room}, for which {index} has room, got {counts.min()} to {counts.max()}; give "
+            f"{index} more room"
+        )
     used, indices = np.broadcast_arrays(np.arange(room) < counts[..., None], indices)
     own = indices[used]
     if own.size and not 0 <= own.min() <= own.max() < blocks[3]:
@@ -179,18 +186,21 @@ def table_of_lists(prefix: str, counts: Any, indices: Any, blocks: tuple[int, in
         )
     tiles = np.zeros((*used.shape[:3], blocks[3]), bool)
     tiles[(*np.nonzero(used)[:3], own)] = True
-    return tiles
+    return tiles, None
 
 
 @functools.partial(jax.jit, static_argnums=2)
 @jax.numpy_rank_promotion("allow")
-def _scattered(counts: Array, indices: Array, blocks_k: int) -> Array:
-    used, indices = jnp.broadcast_arrays(jnp.arange(indices.shape[3], dtype=jnp.int32) < counts[..., None], indices)
-    at = jnp.where(used & (indices >= 0), indices, blocks_k).reshape(-1, used.shape[3])
+def _scattered(counts: Array, indices: Array, blocks_k: int) -> tuple[Array, Array]:
+    room = indices.shape[3]
+    bad = ((counts < 0) | (counts > room)).any()
+    used, indices = jnp.broadcast_arrays(jnp.arange(room, dtype=jnp.int32) < counts[..., None], indices)
+    there = (indices >= 0) & (indices < blocks_k)
+    at = jnp.where(used & there, indices, blocks_k).reshape(-1, room)
     tiles = jax.vmap(lambda at: jnp.zeros(blocks_k, bool).at[at].set(True, mode="drop"))(at)
-    return tiles.reshape(*used.shape[:3], blocks_k)
+    return tiles.reshape(*used.shape[:3], blocks_k), bad | (used & ~there).any()
 
 
 def _check_blocks(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if shape[2:] != wanted[2:] or any(n not in (1, m) for n, m in zip(shape[:2], wanted[:2], strict=True)):
+    if not checks.fits(shape, wanted):
         raise ValueError(f"{name} must have shape {wanted} (B and H may be 1), got {shape}")

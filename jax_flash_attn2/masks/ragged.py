@@ -251,11 +251,13 @@ def _lengths_of_ids(ids: Any, count: Any) -> Array:
         values = np.asarray(ids).astype(np.int64)
         if values.max(initial=-1) >= count:
             raise ValueError(f"segment_ids must be below num_segments, {count}, got {values.max()}; give more")
-        padding = values < 0
-        if (np.diff(np.where(padding, np.iinfo(np.int64).max // 2, values), axis=-1) < 0).any():
+        rising = np.where(values < 0, np.iinfo(np.int64).max // 2, values)
+        if (falls := np.argwhere(np.diff(rising, axis=-1) < 0)).size:
+            *row, at = map(int, falls[0])
             raise ValueError(
-                "segment_ids must rise, with padding (negative ids) at the end only, got others, which lengths cannot "
-                "say; use the ids themselves"
+                f"segment_ids must rise, with padding (negative ids) at the end only, got {values[*row, at + 1]} at "
+                f"token {at + 1}{f' of row {tuple(row)}' if row else ''} behind {values[*row, at]}, which lengths "
+                "cannot say; use the ids themselves"
             )
     return _count_ids(ids, count)
 
