@@ -85,7 +85,7 @@ class BlockMask:
         predicate, shape = predicates.as_predicate(predicate), arguments.four_lengths("shape", shape)
         predicate.check_shape(shape)
         program = evaluation.trace(predicate)
-        return cls(*building.build(_of(program, shape), shape, block_m, block_n, max_tiles, max_parts))
+        return cls(**building.build(_of(program, shape), shape, block_m, block_n, max_tiles, max_parts))
 
     @classmethod
     def from_mask(
@@ -121,7 +121,7 @@ class BlockMask:
             source = sources.OfIndices(mask.shape, *jax.device_get((listed.indices, listed.ptr, listed.data)))
         else:
             source = sources.OfArray(jax.device_get(mask.to_dense()))
-        return cls(*building.build(source, mask.shape, **sizes))
+        return cls(**building.build(source, mask.shape, **sizes))
 
     @classmethod
     def from_tiles(
@@ -236,7 +236,7 @@ class BlockMask:
                     f"block_n={block_n}, got {by!r}"
                 )
             by, overflow = by.operands(), by.overflow
-        made = cls(*chosen.build(whole, divided, by, *sizes, max_tiles, max_parts))
+        made = cls(**chosen.build(whole, divided, by, *sizes, max_tiles, max_parts))
         return dataclasses.replace(made, overflow=entries.either(made.overflow, overflow))
 
     def rows(self, start: int | Array | np.ndarray, count: int = 1) -> "BlockMask":
@@ -258,7 +258,7 @@ class BlockMask:
           TypeError: start is no integer, or array of them.
           ValueError: rows that do not exist (if start is traced, `overflow` says so, and attention is NaN).
         """
-        return BlockMask(*rows.build(self, start, count))
+        return BlockMask(**rows.build(self, start, count))
 
     def tiles(self) -> Array:
         """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial.
@@ -367,7 +367,7 @@ def cached(
         traced = program or evaluation.trace(predicate)
         uses_b, uses_h, *_ = traced.steps.reads()
         own = batch if uses_b else 1, heads if uses_h else 1, seqlen_q, seqlen_k
-        return BlockMask(*building.build(_of(traced, own), own, *tiles, None, None))
+        return BlockMask(**building.build(_of(traced, own), own, *tiles, None, None))
 
     def nbytes(mask: BlockMask) -> int:
         held = jax.tree.leaves(predicate) if program is None else program.held()

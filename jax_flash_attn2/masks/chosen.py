@@ -15,11 +15,12 @@ from jax import Array
 from ..base import known
 from ..base.layout import next_power_of_two
 from ..tiles import block_lists
+from ..tiles.kinds import NO_MASK, NO_TILE
 from . import building, building_under_jit, checks, evaluation, sources
 from .programs import Program
 
-_AT_ONCE = 2**24
-"""How many elements of a predicate are looked at together."""
+_BITS_AT_ONCE = 2**24
+"""How many elements of a predicate are looked at together: they come as bits, of which these are 2 MiB."""
 
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
@@ -27,8 +28,8 @@ _AT_ONCE = 2**24
 def build(
     whole: Any, divided: Any, by: Any, shape: tuple[int, int, int, int], block_m: int, block_n: int,
     max_tiles: int | None, max_parts: int | None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The fields of a `BlockMask`, in their order.
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of a `BlockMask`.
 
     Args:
       whole: tiles, as `table` gives them, that are seen whole; None: none.
@@ -45,30 +46,32 @@ def build(
             part, bits, weights = _combined(np, whole, divided, _found(by, divided, *sizes), *sizes)
             building.check_most("max_parts", max_parts, len(bits))
             bits, weights = (None if x is None else building.padded(x, max_parts) for x in (bits, weights))
-            arrays = *building.listed(part, max_tiles), bits, weights
-            arrays = *(None if x is None else jax.device_put(x) for x in arrays), None
+            arrays = building.listed(part, max_tiles) | {"tile_bits": bits, "tile_weights": weights}
+            arrays = jax.device_put(arrays) | {"overflow": None}
     else:
-        part, *arrays = _under_jit(whole, divided, by, *sizes, max_tiles, max_parts)
-    return *arrays, (*part.shape[:2], *shape[2:]), block_m, block_n
+        arrays = _under_jit(whole, divided, by, *sizes, max_tiles, max_parts)
+    planes = arrays["row_ends"].shape[:2]
+    return arrays | {"shape": (*planes, *shape[2:]), "block_m": block_m, "block_n": block_n}
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _under_jit(whole, divided, by, shape, block_m, block_n, max_tiles, max_parts) -> tuple[Any, ...]:
+def _under_jit(whole, divided, by, shape, block_m, block_n, max_tiles, max_parts) -> dict[str, Any]:
     sizes = shape, block_m, block_n
     part, bits, weights = _combined(jnp, whole, divided, _held(by), *sizes)
     building.check_most("max_parts", max_parts, len(bits))
     more = ((0, (max_parts or max(len(bits), 1)) - len(bits)), (0, 0))
     bits, weights = (None if x is None else jnp.pad(x, more)[None, None] for x in (bits, weights))
     every = part.shape[2] * part.shape[3]
-    *lists, overflow = building_under_jit.listed(part, max_tiles or every)
-    return part, *lists, bits, weights, None if (max_tiles or every) >= every else overflow
+    lists, more = building_under_jit.listed(part, max_tiles or every)
+    overflow = None if (max_tiles or every) >= every else more
+    return lists | {"tile_bits": bits, "tile_weights": weights, "overflow": overflow}
 
 
 def _combined(xp: Any, whole: Any, divided: Any, held: Any, shape, block_m: int, block_n: int) -> tuple[Any, ...]:
     """The number of each tile's element mask, as in `block_lists.parts`, and these, with their weights."""
     part, bits, weights = held
     if divided is not None:
-        part = xp.where(divided, part, -2)
+        part = xp.where(divided, part, NO_TILE)
     if whole is not None:
         edges, number = _edges(shape, block_m, block_n)
         if divided is not None:
@@ -84,7 +87,7 @@ def _edges(shape: tuple[int, int, int, int], block_m: int, block_n: int) -> tupl
     """The element masks of whole tiles that have one, as those past the end of the keys must; and their numbers,
     `[row blocks, key blocks]`."""
     seqlen_q, seqlen_k = shape[2:]
-    number = np.full((-(-seqlen_q // block_m), -(-seqlen_k // block_n)), -1, np.int32)
+    number = np.full((-(-seqlen_q // block_m), -(-seqlen_k // block_n)), NO_MASK, np.int32)
     if seqlen_k % block_n == 0:
         return np.zeros((0, block_m * block_n // 32), np.int32), number
     rows = np.stack([np.arange(block_m) < n for n in (block_m, seqlen_q % block_m) if n])
@@ -96,7 +99,7 @@ def _edges(shape: tuple[int, int, int, int], block_m: int, block_n: int) -> tupl
 def _held(by: Mapping[str, Array] | None) -> tuple[Any, Any, Any]:
     """What a block mask has of each tile: numbers, element masks and their weights."""
     if by is None:
-        return np.int32(-2), None, None
+        return np.int32(NO_TILE), None, None
     return block_lists.parts(by), by["tile_bits"][0, 0], by["tile_weights"][0, 0] if "tile_weights" in by else None
 
 
@@ -111,11 +114,11 @@ def _found(by: Any, tiles: np.ndarray | None, shape, block_m: int, block_n: int)
     for axis, (n, used) in enumerate(zip(shape[:2], by.steps.reads(), strict=False)):
         # What it does not depend on, it is asked for once.
         tiles = np.repeat(tiles, n // tiles.shape[axis], axis) if used else tiles.any(axis, keepdims=True)
-    part = np.full(tiles.shape, -2, np.int32)
+    part = np.full(tiles.shape, NO_TILE, np.int32)
     at = np.argwhere(tiles).astype(np.int32)
     source = sources.OfPredicate(by.on_device(), shape[3])
-    together = min(max(_AT_ONCE // (block_m * block_n), 1), next_power_of_two(max(len(at), 1)))
-    found, masks = [np.zeros(0, np.int32)], [np.zeros((0, block_m * block_n // 32), np.int32)]
+    together = min(max(_BITS_AT_ONCE // (block_m * block_n), 1), next_power_of_two(max(len(at), 1)))
+    whole, divided, masks = [np.zeros(0, bool)], [np.zeros(0, bool)], [np.zeros((0, block_m * block_n // 32), np.int32)]
     for first in range(0, len(at), together):
         some = at[first : first + together]
         asked = np.pad(some, ((0, together - len(some)), (0, 0)))
@@ -123,11 +126,13 @@ def _found(by: Any, tiles: np.ndarray | None, shape, block_m: int, block_n: int)
         beyond = some[:, 2, None] * block_m + np.arange(block_m) >= shape[2]
         full = ((bits.reshape(len(some), block_m, -1) == -1) | beyond[:, :, None]).all((1, 2))
         partial = bits.any(1) & ~full
-        found.append(np.where(partial, 0, np.where(full, -1, -2)))
+        whole.append(full)
+        divided.append(partial)
         masks.append(bits[partial])
-    found, bits = np.concatenate(found), np.concatenate(masks)
+    whole, divided, bits = (np.concatenate(x) for x in (whole, divided, masks))
+    found = np.where(whole, np.int32(NO_MASK), np.int32(NO_TILE))
     if len(bits):
-        bits, found[found == 0] = building.distinct(bits)
+        bits, found[divided] = building.distinct(bits)
     part[tuple(at.T)] = found
     return part, bits, None
 

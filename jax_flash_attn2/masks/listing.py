@@ -50,13 +50,14 @@ def of_indices(
     if known.is_known((indices, ptr)):
         with known.now():
             inside, ascend = map(bool, entries.inspect(indices, ptr, keys=keys))
+        ends = jax.device_get(ptr)
         if not inside:
-            used = jax.device_get(indices)[: counted[-1]]
+            used = jax.device_get(indices)[: ends[-1]]
             raise ValueError(
                 f"indices must be in [0, Sk) = [0, {keys}), got {used.min()} to {used.max()}; leave unused ones to ptr"
             )
         if canonical and not ascend:
-            used, row = jax.device_get(indices)[: counted[-1]], np.repeat(np.arange(rows), np.diff(counted))
+            used, row = jax.device_get(indices)[: ends[-1]], np.repeat(np.arange(rows), np.diff(ends))
             at = np.flatnonzero((row[1:] == row[:-1]) & (used[1:] <= used[:-1]))[0]
             raise ValueError(
                 f"canonical=True wants keys that ascend within each row, got {used[at]} before {used[at + 1]} in row "

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..tiles import block_lists
-from ..tiles.block_lists import EMPTY, FULL, PARTIAL
+from ..tiles import block_lists, kinds
+from ..tiles.kinds import NO_MASK, NO_TILE
 from . import entries
 from .mask import Mask
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 @jax.jit
 def tiles(mask: "BlockMask") -> Array:
     """`BlockMask.tiles`."""
-    part = block_lists.parts(mask.operands())
-    return jnp.where(part >= 0, PARTIAL, jnp.where(part == -1, FULL, EMPTY)).astype(jnp.int8)
+    return kinds.of_parts(block_lists.parts(mask.operands())).astype(jnp.int8)
 
 
 def as_mask(mask: "BlockMask") -> Mask:
@@ -43,7 +42,7 @@ def _elements(mask: "BlockMask") -> Array:
 @jax.jit
 def sparsity(mask: "BlockMask") -> Array:
     """`BlockMask.sparsity`."""
-    share = (block_lists.parts(mask.operands()) == -2).mean(dtype=jnp.float32)
+    share = (block_lists.parts(mask.operands()) == NO_TILE).mean(dtype=jnp.float32)
     return entries.poisoned(100 * share, mask.overflow)
 
 
@@ -54,7 +53,7 @@ def density(mask: "BlockMask") -> Array:
     part = block_lists.parts(mask.operands())
     full = _held(mask.shape[2], mask.block_m)[:, None] * _held(mask.shape[3], mask.block_n)
     partial = lax.population_count(mask.tile_bits).sum(-1).reshape(-1)
-    seen = jnp.where(part >= 0, partial[jnp.maximum(part, 0)], jnp.where(part == -1, full, 0))
+    seen = jnp.where(part >= 0, partial[jnp.maximum(part, 0)], jnp.where(part == NO_MASK, full, 0))
     share = seen.astype(jnp.float32).sum() / np.float32(np.prod(np.asarray(mask.shape, np.float64)))
     return entries.poisoned(share, mask.overflow)
 
