@@ -23,7 +23,7 @@ from ..base.spec import Rules
 from ..functions.trace import trace, trace_mask
 from ..gpu import target
 from ..gpu.functions import cheaper_than_bits
-from ..masks import entries, evaluation, predicates, weighing
+from ..masks import checks, entries, evaluation, predicates, weighing
 from ..masks.block import BlockMask, cached
 from ..masks.mask import Mask
 from ..primitives.call import Call
@@ -133,7 +133,7 @@ def _add_mask(
             operands["mask"] = arguments.mask_of(mask, batch, axes)
         return call, q
     whole = (math.prod(batch), *every)
-    if mask.shape[2:] != every[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+    if not checks.fits(mask.shape, whole):
         raise ValueError(f"mask must be a BlockMask of shape {whole} (B and H may be 1), got {mask.shape}")
     configs = tuple(_within(mask, config, name) for name, config in zip(PASSES, call.configs, strict=True))
     call = dataclasses.replace(call, configs=configs)
@@ -224,7 +224,7 @@ def _of_weights(
     A key that a sampler kept with probability w stands for 1 / w of its kind: its logit gets -log(w).
     """
     whole = (math.prod(batch), *axes)
-    if mask.shape[2:] != axes[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+    if not checks.fits(mask.shape, whole):
         raise ValueError(f"mask must be a Mask of shape {whole} (B and H may be 1), got {mask.shape}")
     if mask.kind == "full":
         return None

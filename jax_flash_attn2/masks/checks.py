@@ -33,7 +33,7 @@ def wider(a: Any, b: Any) -> np.dtype:
 
 def size_of(size: Any) -> int:
     """A number of entries."""
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 0 <= size <= MAX_SIZE:
+    if not arguments.is_integer(size) or not 0 <= size <= MAX_SIZE:
         raise ValueError(f"size must be an int from 0 to {MAX_SIZE}, or None, got {size!r}")
     return int(size)
 

@@ -30,7 +30,7 @@ class Predicate:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether what it does cannot change, so that to look at which predicate it is, is enough."""
+        """Whether equal predicates always do the same, so that the predicate itself can be a cache's key."""
         return False
 
     def __bool__(self) -> bool:

@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from ..base import axes, known
-from . import weighing
+from ..base import arguments, axes, known
+from . import checks, weighing
 from .mask import Mask
 from .shown import Range, scatter_keys, top_keys
 
@@ -44,8 +44,7 @@ class Masker:
         name = self._counted
         value = getattr(self, name)
         is_fraction = isinstance(value, float | np.floating)
-        is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not (0 < value <= 1 if is_fraction else is_number and value >= 0):
+        if not (0 < value <= 1 if is_fraction else arguments.is_integer(value) and value >= 0):
             raise ValueError(
                 f"{name} must be an int of at least 0 (a number of keys) or a float in (0, 1] (a fraction of them), "
                 f"got {value!r}"
@@ -61,7 +60,7 @@ class Masker:
         value = getattr(self, self._counted)
         return min(max(1, round(value * keys)) if self.is_fraction else value, keys)
 
-    def _chosen(self, implementation: Any, previous: Any) -> Implementation | None:
+    def _checked(self, implementation: Any, previous: Any) -> Implementation | None:
         """The implementation that is asked for, if it is one of them."""
         if not isinstance(previous, Mask):
             raise TypeError(f"previous must be a Mask, got {type(previous).__name__}; start from Mask.empty(shape)")
@@ -90,7 +89,7 @@ class _ByPlace(Masker):
           ValueError: an unknown implementation; under jit, "sparse" into a dense mask whose entries are not counted
             (`previous.to_indices(size)` says how many there may be).
         """
-        chosen = self._chosen(implementation, previous)
+        chosen = self._checked(implementation, previous)
         shown = self._range(*previous.shape[2:])
         if chosen is None:
             # An empty mask takes what is merged into it as it is, so that entries are all that is written. Where there
@@ -200,7 +199,7 @@ class TopKMasker(Masker):
           ValueError: shapes that do not fit, an unknown implementation, or entries that are not counted, as in the
             other maskers.
         """
-        chosen = self._chosen(implementation, previous) or self.implementations[1]
+        chosen = self._checked(implementation, previous) or self.implementations[1]
         shape = _check_queries(previous, q, k)
         q, k = jnp.asarray(q), jnp.asarray(k)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -262,9 +261,7 @@ def _check_queries(previous: Mask, q: Any, k: Any) -> tuple[int, int, int, int]:
             f"{q.shape}"
         )
     shape = (batch, heads, rows, keys)
-    if previous.shape[2:] != shape[2:] or any(
-        m not in (1, n) for m, n in zip(previous.shape[:2], shape[:2], strict=True)
-    ):
+    if not checks.fits(previous.shape, shape):
         raise ValueError(f"previous must have the shape {shape} of q and k (B and H may be 1), got {previous.shape}")
     return shape
 

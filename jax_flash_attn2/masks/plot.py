@@ -59,7 +59,7 @@ def plot_mask(
     if resolution is not None:
         check_count("resolution", resolution)
     picture = picture_of(mask)
-    chosen = _chosen(picture, batch, head)
+    chosen = _index_of(picture, batch, head)
     indices = [chosen] if chosen is not None else picture.indices(1 if ax is not None else planes)
     if ax is None:
         figure, panels = _panels(plt, picture, len(indices))
@@ -195,7 +195,7 @@ def _tile_legend(where: Any, inside: bool) -> None:
         where.legend(**options, loc="outside lower center")
 
 
-def _chosen(picture: Picture, batch: Any, head: Any) -> tuple[int, ...] | None:
+def _index_of(picture: Picture, batch: Any, head: Any) -> tuple[int, ...] | None:
     """The plane of a batch and head; None if neither is given."""
     if batch is None and head is None:
         return None

@@ -222,10 +222,7 @@ def _count_ids(ids: Array, count: int) -> Array:
 
 
 def _lengths_of_mask(mask: Any) -> Array:
-    if not _is_array(mask) or not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
-        raise TypeError(
-            f"padding_mask must be an array of booleans or integers [*batch, S], got {arguments.describe(mask)}"
-        )
+    arguments.flags("padding_mask", mask, "[*batch, S]")
     _array("padding_mask", mask, 1, "[*batch, S]")
     lengths = _count(mask)
     if is_known(mask):
@@ -299,12 +296,8 @@ def _needed(name: str, x: Any, of: str = "lengths") -> np.ndarray:
     return np.asarray(x)
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, Array | np.ndarray)
-
-
 def _array(name: str, x: Any, axes: int, wanted: str) -> Any:
-    if not _is_array(x):
+    if not arguments.is_array(x):
         raise TypeError(f"{name} must be an array {wanted}, got {arguments.describe(x)}")
     if x.ndim < axes:
         raise ValueError(f"{name} must have shape {wanted}, got {x.shape}")
