@@ -28,7 +28,8 @@ class BlockMask:
     """A mask over `[B, H, Sq, Sk]`, by tiles `[block_m, block_n)`. B and H may be 1, and hold for all then.
 
     Made by `from_predicate` and `from_mask`, or of tiles that are chosen, by `from_tiles` and `from_kv_blocks`. A
-    pytree, so it may be an argument of a jitted function. `str` draws it.
+    pytree, so it may be an argument of a jitted function. `str` draws it. Its first six fields are the arrays of
+    `base.operands.BLOCK_LISTS`; `tiles/block_lists.py` says what each holds.
 
     Examples:
       >>> block = BlockMask.from_predicate(causal() & sliding_window(127), (1, 1, 512, 512))
@@ -41,7 +42,6 @@ class BlockMask:
       (56.25, (1, 1, 1, 512))
     """
 
-    # Arrays of `base.operands.BLOCK_LISTS`; `tiles/block_lists.py` says what each holds.
     row_ends: Array
     row_tiles: Array
     col_ends: Array
