@@ -56,8 +56,8 @@ class Tiling:
         self.block_m, self.block_n = min(block_m, self.seqlen_q), min(block_n, self.seqlen_k)
         self.blocks_q, self.blocks_k = -(-self.seqlen_q // self.block_m), -(-self.seqlen_k // self.block_n)
         self.status = self.look_up_status(operands) if spec.spans and self.blocks_k > 1 else None
-        self.parts = block_lists.parts(operands) if spec.listed else None
-        self.list = self.look_up_list(operands) if spec.listed and self.blocks_k > 1 else None
+        self.parts: Any = block_lists.parts(operands) if spec.listed else None
+        self.list: Any = self.look_up_list(operands) if spec.listed and self.blocks_k > 1 else None
 
     def start_m(self, i):
         """First row of query block i."""
