@@ -26,7 +26,7 @@ from checks import QUICK
 from reference import attention
 
 from jax_flash_attn2 import Config, explain, flash_attention, gpu_target, masks
-from jax_flash_attn2.masks import BlockMask, Mask, block, evaluation, sources
+from jax_flash_attn2.masks import BlockMask, Mask, block, evaluation, reading, sources
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -92,20 +92,45 @@ def test_mask_is_data():
 def test_overflow_under_jit_is_heard():
     mask = jax.device_put(RNG.random((1, 1, 64, 64)) < 0.5)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def attend(mask, most):
-        made = BlockMask.from_mask(mask, block_m=32, block_n=32, max_tiles=4, max_parts=most)
-        x = Q[:1, :64]
-        return flash_attention(x, x, x, mask=made), made.overflow
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def attend(mask, *most):
+        made, x = BlockMask.from_mask(mask, block_m=32, block_n=32, max_tiles=most[0], max_parts=most[1]), Q[:1, :64]
+        results = functools.partial(flash_attention, return_lse=True, return_max_logits=True)
+        dq = jax.grad(lambda q: results(q, x, x, mask=made)[0].sum())(x)
+        rows = results(x[:, :1], x, x, mask=made.rows(63))  # which meet no tile if there is room for one
+        return (results(x, x, x, mask=made), dq, rows), made.overflow
 
-    out, overflow = attend(mask, 4)
+    out, overflow = attend(mask, 4, 4)
     assert not overflow
-    assert not jnp.isnan(out).any()
-    out, overflow = attend(mask, 3)
-    assert overflow
-    assert jnp.isnan(out).all()
+    assert not any(jnp.isnan(x).any() for x in jax.tree.leaves(out))
+    for most in ((4, 3), (1, 4)):
+        out, overflow = attend(mask, *most)
+        assert overflow
+        assert all(jnp.isnan(x).all() for x in jax.tree.leaves(out))
     with pytest.raises(ValueError, match=r"max_parts must be at least 4, which is what the mask has, got 3"):
         BlockMask.from_mask(mask, block_m=32, block_n=32, max_parts=3)
+
+
+def read(mask):
+    dense = mask.to_dense(jnp.float32), masks.dense_attention(Q, K, V, mask=mask)
+    return *dense, mask.density(), mask.sparsity()
+
+
+def test_overflow_is_heard_where_a_mask_is_read():
+    """Known it is an error; under jit NaN, or an error where nothing can be NaN."""
+    make = lambda mask, n: BlockMask.from_mask(mask, block_m=32, block_n=32, max_tiles=n, max_parts=n)
+    made = jax.jit(make, static_argnums=1)(dense("causal")[:1, :1], 9)
+    for use in (BlockMask.tiles, BlockMask.to_dense, BlockMask.density, BlockMask.sparsity):
+        with pytest.raises(ValueError, match="must be all there, got overflow=True"):
+            use(made)
+    assert str(made) == repr(made)
+    assert all(jnp.isnan(x).all() for x in jax.jit(read)(made))
+    assert reading.as_mask(made).overflow  # as attention on several devices reads it
+    for use in (BlockMask.tiles, BlockMask.to_dense):
+        with pytest.raises(TypeError, match="must say under jit whether"):
+            jax.jit(use)(made)
+    whole = jax.jit(make, static_argnums=1)(dense("causal")[:1, :1], 35)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), jax.jit(read)(whole), read(whole))
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "block", "block_of_sparse"])
@@ -121,6 +146,21 @@ def test_weights(kind):
         np.testing.assert_allclose(mask.to_dense(), weights, rtol=1e-6)
     want = attention(Q, K, V, mask=weights > 0, weights=weights, compute=jnp.float32)[0]
     np.testing.assert_allclose(flash_attention(Q, K, V, mask=mask), want, rtol=1e-5, atol=2e-6)
+
+
+def test_weights_below_float32():
+    """Their logarithms are not: equal ones change nothing, however small."""
+    with jax.enable_x64(True):
+        weights, sizes = jnp.full((1, 1, 64, 64), 1e-60, jnp.float64), {"max_tiles": 1, "max_parts": 1}
+        x = Q[:1, :64].astype(jnp.float32)
+        want = flash_attention(x, x, x)
+        of_traced = jax.jit(lambda w: flash_attention(x, x, x, mask=BlockMask.from_mask(w, **sizes)))
+        for got in (
+            flash_attention(x, x, x, mask=BlockMask.from_mask(weights)),
+            of_traced(weights),
+            masks.dense_attention(x, x, x, mask=Mask.from_dense(weights)),
+        ):
+            np.testing.assert_allclose(got, want, atol=5e-5)  # logits of 138 are in steps of 1.5e-5
 
 
 def test_sampled_attention_is_exact_in_expectation():

@@ -8,6 +8,7 @@ from checks import run
 from reference import attention
 
 from jax_flash_attn2.masks import (
+    BlockMask,
     Mask,
     MaskCache,
     causal_mask_cache,
@@ -152,12 +153,21 @@ def test_dense_attention_under_a_predicate():
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
+def test_dense_attention_under_a_block_mask():
+    rng = np.random.default_rng(6)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, 8)), jnp.float32) for n in (SQ, SK, SK))
+    weights = np.where(rng.random((2, 1, SQ, SK)) < 0.5, 0.5 * rng.integers(1, 3, (2, 1, SQ, SK)), 0)
+    for dense in (weights.astype(np.float32), weights > 0):
+        got = run(lambda mask: dense_attention(q, k, v, mask=mask), BlockMask.from_mask(dense))
+        np.testing.assert_allclose(got, dense_attention(q, k, v, mask=Mask.from_dense(dense)), atol=2e-6)
+
+
 def test_dense_attention_refuses():
     q = jnp.ones((2, 6, 2, 8))
     for options, error, message in [
         ({"cache": 3}, TypeError, "cache must be a MaskCache, or None"),
         ({"return_weights": 1}, TypeError, "return_weights must be True or False"),
-        ({"mask": 3}, TypeError, "mask must be an array of booleans, a Mask or a predicate, got int"),
+        ({"mask": 3}, TypeError, "array of booleans, a Mask, a BlockMask or a predicate, got int"),
         ({"mask": jnp.ones((6, 6))}, TypeError, "mask must have dtype bool"),
         ({"mask": Weights(jnp.ones((2, 2, 6, 7)))}, ValueError, r"mask must have the axes \[B, H, Sq, Sk\]"),
         ({"mask": Weights(jnp.ones((6, 6)))}, ValueError, r"mask must have the axes \[B, H, Sq, Sk\]"),

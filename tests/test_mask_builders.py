@@ -241,7 +241,8 @@ REFUSED = {
     "traced length": (lambda: jax.jit(causal_mask)(3), TypeError, r"seqlen_q must be an integer \(static under jit"),
     "length -1": (lambda: causal_mask(1, -1), ValueError, "seqlen_k must not be negative"),
     "alignment": (lambda: causal_mask(2, causal_alignment="left"), ValueError, "causal_alignment must be one of"),
-    "dtype": (lambda: causal_mask(2, dtype=int), TypeError, "dtype must be bool .* or floating"),
+    "dtype": (lambda: causal_mask(2, dtype=int), TypeError, "dtype must be bool .*float16, .* got int"),
+    "float8": (lambda: causal_mask(2, dtype=jnp.float8_e4m3fn), TypeError, "dtype must be bool .* got float8_e4m3fn"),
     "float64": (lambda: causal_mask(2, dtype=np.float64), TypeError, "needs jax_enable_x64"),
     "window x": (lambda: causal_mask(2, window="x"), TypeError, "window must be an integer, a pair"),
 }  # fmt: skip

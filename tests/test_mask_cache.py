@@ -162,7 +162,7 @@ def test_tracers_are_said():
     evaluates such a function where it masks, and keeps nothing."""
 
     def make(n, **sizes):
-        return BlockMask.from_predicate(lambda b, h, i, j: j < n, (1, 1, T, T), **sizes).to_dense()
+        return BlockMask.from_predicate(lambda b, h, i, j: j < n, (1, 1, T, T), **sizes).to_dense(jnp.float32)
 
     with pytest.raises(ValueError, match=r"depends on traced values, .* pass max_tiles and max_parts"):
         jax.jit(make)(7)

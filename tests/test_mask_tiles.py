@@ -154,6 +154,16 @@ def test_kv_blocks(mod, traced):
         assert_is(both, spread(partial | full))
 
 
+def test_blocks_that_do_not_exist():
+    """Under jit they cannot be refused: the mask is not all there."""
+    counts, indices = listed(TILES, BLOCKS[3])
+    own = jax.jit(lambda *lists: BlockMask.from_kv_blocks(*lists, shape=SHAPE, block_size=(M, N)))
+    assert not own(counts, indices).overflow
+    assert not own(counts, indices, counts, indices).overflow
+    wrong = (counts + 4, indices), (counts - 4, indices), (counts, indices - 1), (counts, indices + 1)
+    assert all(own(*lists).overflow and own(counts, indices, *lists).overflow for lists in wrong)
+
+
 def test_lists_of_one_plane():
     counts, indices = listed(TILES[:1, :1], 4)
     square = BlockMask.from_kv_blocks(counts[0, 0], indices[0, 0], shape=(1, 1, SQ, SK), block_size=(M, N))
@@ -185,7 +195,14 @@ WRONG = {
     "block_m": (lambda: make(TILES, block_m=48), ValueError, "block_m must be a power of two from 16 to 512"),
     "no keys": (lambda: make(TILES, shape=(1, 1, SQ, 0)), ValueError, "at least one batch, head, row and key"),
     "max_tiles": (lambda: make(TILES, max_tiles=0), ValueError, "max_tiles must be a positive integer or None"),
-    "within": (lambda: make(TILES, within=3), TypeError, "predicate must be a function of (b, h, i, j), got"),
+    "within": (lambda: make(TILES, within=3), TypeError, "within must be a function of (b, h, i, j), got 3"),
+    "arguments": (
+        lambda: make(TILES, within=lambda i, j: True), TypeError, "within must take four arguments, (b, h, i, j), got"
+    ),
+    "mask_mod": (
+        lambda: BlockMask.from_kv_blocks(*LISTS, mask_mod=3, shape=SHAPE, block_size=(M, N)), TypeError,
+        "mask_mod must be a function of (b, h, i, j), got 3",
+    ),
     "other tiles": (lambda: make(TILES, block_m=64), ValueError, "tiles must have shape (2, 2, 3, 4)"),
     "within tiles": (
         lambda: make(TILES, within=BlockMask.from_predicate(masks.causal(), SHAPE, block_m=64, block_n=64)), ValueError,
@@ -193,12 +210,16 @@ WRONG = {
         "BlockMask(shape=(2, 2, 150, 210), block_m=64, block_n=64)",
     ),
     "traced predicate": (
-        lambda: jax.jit(lambda n: make(TILES, within=lambda b, h, i, j: j < n).row_ends)(3), ValueError,
-        "this block mask depends on traced values",
+        lambda: jax.jit(lambda n: make(TILES, within=lambda b, h, i, j: j < n, **ALL).row_ends)(3), ValueError,
+        "within must not depend on traced values here, got",
+    ),
+    "traced tiles and predicate": (
+        lambda: jax.jit(lambda n, t: make(t, within=lambda b, h, i, j: j < n, **ALL).row_ends)(3, TILES), ValueError,
+        "pass within=BlockMask.from_predicate(predicate, shape, block_m=32, block_n=64, max_tiles=..., max_parts=...)",
     ),
     "half": (
         lambda: BlockMask.from_kv_blocks(*LISTS, LISTS[0], shape=SHAPE, block_size=(M, N)), ValueError,
-        "full_kv_indices must come with its other half, got None",
+        "full_kv_num_blocks and full_kv_indices must be given together, got only full_kv_num_blocks",
     ),
     "both": (
         lambda: BlockMask.from_kv_blocks(*LISTS, *LISTS, shape=SHAPE, block_size=(M, N)), ValueError,
@@ -206,7 +227,7 @@ WRONG = {
     ),
     "counts": (
         lambda: BlockMask.from_kv_blocks(LISTS[0] + 9, LISTS[1], shape=SHAPE, block_size=(M, N)), ValueError,
-        "kv_num_blocks must be from 0 to 4, for which kv_indices has room, got others",
+        f"from 0 to 4, for which kv_indices has room, got {LISTS[0].min() + 9} to {LISTS[0].max() + 9};",
     ),
     "indices": (
         lambda: BlockMask.from_kv_blocks(LISTS[0], LISTS[1] + 1, shape=SHAPE, block_size=(M, N)), ValueError,
@@ -218,7 +239,11 @@ WRONG = {
     ),
     "block_size": (
         lambda: BlockMask.from_kv_blocks(*LISTS, shape=SHAPE, block_size=1000), ValueError,
-        "block_m must be a power of two from 16 to 512, or None, got 1000",
+        "block_size must be a power of two from 16 to 512, or None, got 1000",
+    ),
+    "block_size of three": (
+        lambda: BlockMask.from_kv_blocks(*LISTS, shape=SHAPE, block_size=(1, 2, 3)), ValueError,
+        "block_size must be a number or a pair, of rows and of keys, got (1, 2, 3)",
     ),
 }  # fmt: skip
 

@@ -246,6 +246,20 @@ def test_top_k_of_a_mask(implementation):
     assert np.isnan(find(allowed.astype(bool), 5)).all()
 
 
+@pytest.mark.parametrize("nan", [np.nan, -np.nan], ids=["+", "-"])
+def test_top_k_of_nan(nan):
+    """It is shown, so that attention is NaN where it would be under a mask that shows all."""
+    shape = (1, 1, 4, 4)
+    q, k = queries(shape, 1)
+    bad_q, bad_k = (jnp.asarray(x).at[0, 1, 0, 0].set(nan) for x in (q, k))
+    find = functools.partial(TopKMasker(2), Mask.empty(shape))
+    shown = find(q=bad_q, k=k).to_dense()[0, 0]
+    np.testing.assert_array_equal(shown[1], [1, 1, 0, 0])
+    np.testing.assert_array_equal(find(q=q, k=bad_k).to_dense()[0, 0, 1:, 1], [1, 1, 1])
+    allowed = jax.jit(lambda w: find(q=q, k=k, allowed=Mask.from_dense(w)).to_dense())(jnp.full(shape, nan))
+    np.testing.assert_array_equal(allowed, find(q=q, k=k).to_dense())
+
+
 def test_top_k_scale():
     """The scale orders nothing unless it is negative; it may be traced."""
     shape = (1, 1, 2, 9)

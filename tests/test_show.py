@@ -214,6 +214,8 @@ def test_plot_panels(plt):
             plot_mask(mask, **choice)
     with pytest.raises(ValueError, match=r"choose from a mask \[B, H, Sq, Sk\]"):
         plot_mask(TRIANGLE, head=0)
+    with pytest.raises(ValueError, match="head must be an integer from 0 to 2, got True"):
+        plot_mask(mask, head=True)
 
 
 def test_plot_block_mask(plt):

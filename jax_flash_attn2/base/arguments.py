@@ -164,6 +164,18 @@ def int32_array(name: str, x: Any, wanted: str = "") -> Any:
     return x
 
 
+def flags(name: str, x: Any, wanted: str) -> Any:
+    """x itself, if it is an array of booleans, or of integers, of which those that are not 0 mean True."""
+    if not is_array(x) or not (x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be an array of booleans or integers {wanted}, got {describe(x)}")
+    return x
+
+
+def is_array(x: Any) -> bool:
+    """Whether x is an array of JAX's or of NumPy's."""
+    return isinstance(x, Array | np.ndarray)
+
+
 def are_integers(x: Any) -> bool:
     """Whether x is an array of integers."""
     return isinstance(x, Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.integer)

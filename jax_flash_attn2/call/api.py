@@ -217,7 +217,8 @@ def defaults() -> dict[str, Any]:
 def _flash_attention(arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """Check, run, and hand over what was asked for."""
     call, operands, batch = inputs.prepare(**arrays, **options)
-    return returned(attend(call, axes.vary_alike(operands), options["higher_order"]), batch, options["return_lse"])
+    results = attend(call, axes.vary_alike(operands), options["higher_order"])
+    return returned(inputs.poisoned(results, arrays["mask"]), batch, options["return_lse"])
 
 
 def attend(call: Call, operands: tuple[Any, ...], higher_order: bool) -> tuple[Array, Array, Array | None]:

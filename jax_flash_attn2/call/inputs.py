@@ -23,7 +23,7 @@ from ..base.spec import Rules
 from ..functions.trace import trace, trace_mask
 from ..gpu import target
 from ..gpu.functions import cheaper_than_bits
-from ..masks import entries, evaluation, predicates, weighing
+from ..masks import checks, entries, evaluation, predicates, weighing
 from ..masks.block import BlockMask, cached
 from ..masks.mask import Mask
 from ..primitives.call import Call
@@ -120,7 +120,7 @@ def _add_mask(
     """Whatever kind of mask, as operands. axes: of an array."""
     every = axes if share is None else (axes[0], share.rows, share.keys)
     if isinstance(mask, Mask | BlockMask) and mask.overflow is not None:
-        q = entries.poisoned(q, mask.overflow)  # what was found under jit, NaN everywhere tells
+        q = _spoiled(q, mask.overflow)  # for the gradients; of results see `poisoned`
     if isinstance(mask, Mask):
         mask = _of_weights(mask, batch, every, operands, share)
     elif callable(mask) and 0 not in (*batch, *every):
@@ -135,13 +135,29 @@ def _add_mask(
             operands["mask"] = arguments.mask_of(mask, batch, axes)
         return call, q
     whole = (math.prod(batch), *every)
-    if mask.shape[2:] != every[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+    if not checks.fits(mask.shape, whole):
         raise ValueError(f"mask must be a BlockMask of shape {whole} (B and H may be 1), got {mask.shape}")
     configs = tuple(_within(mask, config, name) for name, config in zip(PASSES, call.configs, strict=True))
     call = dataclasses.replace(call, configs=configs)
     operands |= {name: x for name, x in mask.operands().items() if call.rules.mask is None or name != "tile_bits"}
     tiles = mask.block_m, mask.block_n
     return dataclasses.replace(call, rules=dataclasses.replace(call.rules, tiles=tiles)), q
+
+
+def poisoned(results: tuple[Array, Array, Array | None], mask: Any) -> tuple[Array, Array, Array | None]:
+    """o, lse and the largest logits, NaN where the mask is not all there: rows whose tiles are missing meet no NaN of
+    q's."""
+    if not isinstance(mask, Mask | BlockMask) or mask.overflow is None:
+        return results
+    o, lse, largest = results
+    o, lse = (_spoiled(x, mask.overflow) for x in (o, lse))
+    return o, lse, None if largest is None else entries.poisoned(largest, mask.overflow)
+
+
+@functools.partial(jax.jit, inline=True)
+def _spoiled(x: Array, overflow: Array) -> Array:
+    """By a product, so that gradients are NaN too."""
+    return x * jnp.where(overflow, jnp.nan, 1).astype(x.dtype)
 
 
 def _within(mask: BlockMask, config: Config, of_pass: str) -> Config:
@@ -212,7 +228,7 @@ def _of_weights(
     A key that a sampler kept with probability w stands for 1 / w of its kind: its logit gets -log(w).
     """
     whole = (math.prod(batch), *axes)
-    if mask.shape[2:] != axes[1:] or any(n not in (1, full) for n, full in zip(mask.shape, whole, strict=True)):
+    if not checks.fits(mask.shape, whole):
         raise ValueError(f"mask must be a Mask of shape {whole} (B and H may be 1), got {mask.shape}")
     if mask.kind == "full":
         return None

@@ -16,6 +16,7 @@ from ..base.arguments import AnyArray, describe, is_integer
 from ..base.spec import Rules
 from ..call import api, inputs
 from ..call.options import Options
+from ..masks import reading
 from ..masks.block import BlockMask
 from ..masks.mask import Mask
 from ..tiles import block_lists
@@ -233,7 +234,7 @@ def _on_share(asked: Asked, arrays: dict[str, Any], options: dict[str, Any]) -> 
     native = options["higher_order"]
     gather = functools.partial(_all_gather, asked.head_groups)
     run = {"ring": _ring, "all_gather": gather, "ulysses": _ulysses}[method]
-    o, lse, largest = run(facts, call, *operands, native)
+    o, lse, largest = inputs.poisoned(run(facts, call, *operands, native), mask)
     results = api.returned((o, lse, largest), batch, options["return_lse"])
     return results if largest is None else (*results[:-1], lax.pmax(results[-1], spread.axis))
 
@@ -285,7 +286,7 @@ def mask_for(method: str, spread: Spread, mask: Any) -> tuple[Any, bool]:
             "function that it was made of"
         )
     fits = piece_length(spread.rows, spread.order) % mask.block_m == 0
-    return (mask, True) if fits else (Mask.from_dense(mask.to_dense()), False)
+    return (mask, True) if fits else (reading.as_mask(mask), False)
 
 
 def _check_arrays(spread: Spread, bias: Any, mask: Any) -> None:

@@ -14,7 +14,7 @@ from jax import Array
 from ..base import arguments, errors, known
 from ..base.lru import Lru
 from ..base.operands import BLOCK_LISTS
-from . import building, chosen, entries, evaluation, predicates, reading, rows, sources
+from . import building, checks, chosen, entries, evaluation, predicates, reading, rows, sources
 from .mask import Mask
 from .programs import Program
 
@@ -28,7 +28,8 @@ class BlockMask:
     """A mask over `[B, H, Sq, Sk]`, by tiles `[block_m, block_n)`. B and H may be 1, and hold for all then.
 
     Made by `from_predicate` and `from_mask`, or of tiles that are chosen, by `from_tiles` and `from_kv_blocks`. A
-    pytree, so it may be an argument of a jitted function. `str` draws it.
+    pytree, so it may be an argument of a jitted function. `str` draws it. Its first six fields are the arrays of
+    `base.operands.BLOCK_LISTS`; `tiles/block_lists.py` says what each holds.
 
     Examples:
       >>> block = BlockMask.from_predicate(causal() & sliding_window(127), (1, 1, 512, 512))
@@ -48,8 +49,8 @@ class BlockMask:
     tile_bits: Array
     tile_weights: Array | None
     overflow: Array | None
-    """Whether what was made under jit is not all there: it had more tiles than `max_tiles` or `max_parts` allow, or of
-    `rows` some do not exist. Attention is NaN then."""
+    """Whether what was made under jit is not all there: it had more tiles than `max_tiles` or `max_parts` allow, or
+    `rows` or `from_kv_blocks` were asked for some that do not exist. Attention is NaN then."""
     shape: tuple[int, int, int, int] = dataclasses.field(metadata={"static": True})
     block_m: int = dataclasses.field(metadata={"static": True})
     block_n: int = dataclasses.field(metadata={"static": True})
@@ -84,7 +85,7 @@ class BlockMask:
         predicate, shape = predicates.as_predicate(predicate), arguments.four_lengths("shape", shape)
         predicate.check_shape(shape)
         program = evaluation.trace(predicate)
-        return cls(*building.build(_of(program, shape), shape, block_m, block_n, max_tiles, max_parts))
+        return cls(**building.build(_of(program, shape), shape, block_m, block_n, max_tiles, max_parts))
 
     @classmethod
     def from_mask(
@@ -120,7 +121,7 @@ class BlockMask:
             source = sources.OfIndices(mask.shape, *jax.device_get((listed.indices, listed.ptr, listed.data)))
         else:
             source = sources.OfArray(jax.device_get(mask.to_dense()))
-        return cls(*building.build(source, mask.shape, **sizes))
+        return cls(**building.build(source, mask.shape, **sizes))
 
     @classmethod
     def from_tiles(
@@ -155,9 +156,9 @@ class BlockMask:
           ValueError: sizes that do not fit; more tiles than allowed, as in `from_predicate`.
         """
         sizes = _sizes(shape, block_m, block_n)
-        tiles = chosen.table("tiles", tiles, chosen.blocks(*sizes))
+        tiles = chosen.table(tiles, chosen.blocks(*sizes))
         whole, divided = (tiles, None) if within is None else (None, tiles)
-        return cls._chosen(whole, divided, within, sizes, max_tiles, max_parts)
+        return cls._chosen(whole, divided, "within", within, sizes, max_tiles, max_parts)
 
     @classmethod
     def from_kv_blocks(
@@ -166,7 +167,7 @@ class BlockMask:
         kv_indices: Array | np.ndarray,
         full_kv_num_blocks: Array | np.ndarray | None = None,
         full_kv_indices: Array | np.ndarray | None = None,
-        mask_mod: predicates.ElementPredicate | None = None,
+        mask_mod: "predicates.ElementPredicate | BlockMask | None" = None,
         *,
         shape: tuple[int, int, int, int],
         block_size: int | tuple[int, int] = building.DEFAULT_BLOCK,
@@ -180,55 +181,62 @@ class BlockMask:
             rows visits.
           kv_indices: integers `[1|B, 1|H, row blocks, n]`: which; what follows the first `kv_num_blocks` is not read.
           full_kv_num_blocks, full_kv_indices: likewise those that are seen whole.
-          mask_mod: a predicate `(b, h, i, j)`, evaluated as `from_tiles` does; None: these blocks are seen whole, too.
+          mask_mod: a predicate `(b, h, i, j)`, evaluated as `from_tiles` does, or a BlockMask; None: these blocks are
+            seen whole, too.
           shape: (B, H, Sq, Sk), which FlexAttention has in its `seq_lengths`.
           block_size: rows and keys of a block, or one number for both; powers of two as in `from_tiles`.
           max_tiles, max_parts: as in `from_tiles`.
 
         Raises:
           TypeError: no integers.
-          ValueError: shapes or numbers that do not fit, one of the full_ arguments without the other; if that can be
-            known, a block that is in both lists of its row.
+          ValueError: shapes that do not fit; one of the full_ arguments without the other; numbers that do not fit
+            (under jit `overflow` says so, and attention is NaN); if that can be known, a block in both lists of a row.
         """
-        block_m, block_n = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
-        sizes = _sizes(shape, block_m, block_n)
+        pair = tuple(block_size) if isinstance(block_size, tuple | list) else (block_size, block_size)
+        if len(pair) != 2:
+            raise ValueError(f"block_size must be a number or a pair, of rows and of keys, got {block_size!r}")
+        sizes = _sizes(shape, *pair, name="block_size")
         if (full_kv_num_blocks is None) != (full_kv_indices is None):
-            missing = "full_kv_num_blocks" if full_kv_num_blocks is None else "full_kv_indices"
-            raise ValueError(f"{missing} must come with its other half, got None; leave out both, or neither")
+            came = "full_kv_indices" if full_kv_num_blocks is None else "full_kv_num_blocks"
+            raise ValueError(f"full_kv_num_blocks and full_kv_indices must be given together, got only {came}")
         blocks = chosen.blocks(*sizes)
-        divided = chosen.table_of_lists("", kv_num_blocks, kv_indices, blocks)
+        divided, bad = chosen.table_of_lists("", kv_num_blocks, kv_indices, blocks)
         whole = None
         if full_kv_indices is not None:
-            whole = chosen.table_of_lists("full_", full_kv_num_blocks, full_kv_indices, blocks)
+            whole, more = chosen.table_of_lists("full_", full_kv_num_blocks, full_kv_indices, blocks)
+            bad = entries.either(bad, more)
             if known.is_known((whole, divided)) and (whole & divided).any():
                 raise ValueError(
                     "kv_indices and full_kv_indices must have no block of a row in common, got one in both"
                 )
         if mask_mod is None:
             whole, divided = divided if whole is None else whole | divided, None
-        return cls._chosen(whole, divided, mask_mod, sizes, max_tiles, max_parts)
+        made = cls._chosen(whole, divided, "mask_mod", mask_mod, sizes, max_tiles, max_parts)
+        return dataclasses.replace(made, overflow=entries.either(made.overflow, bad))
 
     @classmethod
-    def _chosen(cls, whole, divided, by, sizes, max_tiles, max_parts) -> "BlockMask":
-        """What `chosen.build` makes of tiles, and of what divides them as a caller says it."""
+    def _chosen(cls, whole, divided, name: str, by, sizes, max_tiles, max_parts) -> "BlockMask":
+        """What `chosen.build` makes of tiles, and of what divides them as a caller says it, by an argument `name`."""
         building.check_sizes(max_tiles, max_parts)
         (shape, block_m, block_n), overflow = sizes, None
         if by is not None and not isinstance(by, BlockMask):
-            by = predicates.as_predicate(by)
+            by = predicates.as_predicate(by, name)
             by.check_shape(shape)
-            program = evaluation.trace(by) if known.is_known((whole, divided)) else None
-            known_here = program is not None and known.is_known(program)
-            by = program if known_here else cached(by, *shape, tiles=(block_m, block_n))
-        if isinstance(by, BlockMask):
-            if (by.block_m, by.block_n, *by.shape[2:]) != (block_m, block_n, *shape[2:]) or any(
-                n not in (1, m) for n, m in zip(by.shape, shape, strict=True)
-            ):
+            program = evaluation.trace(by)
+            if not known.is_known(program):
                 raise ValueError(
-                    f"within must be a BlockMask of shape {shape} (B and H may be 1) with block_m={block_m} and "
+                    f"{name} must not depend on traced values here, got {by!r}; pass {name}=BlockMask.from_predicate("
+                    f"predicate, shape, block_m={block_m}, block_n={block_n}, max_tiles=..., max_parts=...)"
+                )
+            by = program if known.is_known((whole, divided)) else cached(by, *shape, tiles=(block_m, block_n))
+        if isinstance(by, BlockMask):
+            if (by.block_m, by.block_n) != (block_m, block_n) or not checks.fits(by.shape, shape):
+                raise ValueError(
+                    f"{name} must be a BlockMask of shape {shape} (B and H may be 1) with block_m={block_m} and "
                     f"block_n={block_n}, got {by!r}"
                 )
             by, overflow = by.operands(), by.overflow
-        made = cls(*chosen.build(whole, divided, by, *sizes, max_tiles, max_parts))
+        made = cls(**chosen.build(whole, divided, by, *sizes, max_tiles, max_parts))
         return dataclasses.replace(made, overflow=entries.either(made.overflow, overflow))
 
     def rows(self, start: int | Array | np.ndarray, count: int = 1) -> "BlockMask":
@@ -250,25 +258,50 @@ class BlockMask:
           TypeError: start is no integer, or array of them.
           ValueError: rows that do not exist (if start is traced, `overflow` says so, and attention is NaN).
         """
-        return BlockMask(*rows.build(self, start, count))
+        return BlockMask(**rows.build(self, start, count))
 
     def tiles(self) -> Array:
-        """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial."""
-        return reading.tiles(self)
+        """int8 `[B, H, row blocks, key blocks]`: 0 where a tile is empty, 1 full, 2 partial.
 
-    def to_dense(self) -> Array:
-        """`[B, H, Sq, Sk]`: booleans, or fp32 weights if it has any."""
-        return reading.to_dense(self)
+        Raises:
+          TypeError: under jit it is not known whether the mask is all there, which integers cannot say.
+        """
+        mask = self._usable()
+        if mask.overflow is not None:
+            raise TypeError(
+                "tiles must say under jit whether the mask is all there (overflow), which integers cannot, got a mask "
+                "that was made there; look at tiles outside of jit"
+            )
+        return reading.tiles(mask)
+
+    def to_dense(self, dtype: Any = None) -> Array:
+        """`[B, H, Sq, Sk]`: booleans, or fp32 weights if it has any; `dtype` as of `Mask.to_dense`.
+
+        Raises:
+          TypeError: the result would be bool and the mask may not be all there under jit: a bool cannot be NaN.
+        """
+        return reading.as_mask(self._usable()).to_dense(dtype)
 
     def density(self) -> float | Array:
-        """The share of elements that are seen."""
-        share = reading.density(self)
+        """The share of elements that are seen: a float, or under jit fp32 `[]`."""
+        share = reading.density(self._usable())
         return share if isinstance(share, jax.core.Tracer) else float(share)
 
     def sparsity(self) -> float | Array:
-        """How many of 100 tiles are not visited."""
-        percent = reading.sparsity(self)
+        """How many of 100 tiles are not visited, likewise."""
+        percent = reading.sparsity(self._usable())
         return percent if isinstance(percent, jax.core.Tracer) else float(percent)
+
+    def _usable(self) -> "BlockMask":
+        """This mask, if it is known to be all there, or not known."""
+        if self.overflow is None or not known.is_known(self.overflow):
+            return self
+        if bool(self.overflow):
+            raise ValueError(
+                "the block mask must be all there, got overflow=True: under jit it had more tiles than max_tiles or "
+                "max_parts allow, or rows or blocks were asked for that do not exist; give it more room"
+            )
+        return dataclasses.replace(self, overflow=None)
 
     def operands(self) -> dict[str, Array]:
         """What `base.operands.BLOCK_LISTS` calls them."""
@@ -283,18 +316,21 @@ class BlockMask:
 
     def __str__(self) -> str:
         drawn = known.is_known(self) and all(isinstance(x, Array) for x in jax.tree.leaves(self))
-        return self.show(width=_WIDTH) if drawn and self.row_ends.ndim == 4 else repr(self)
+        drawn = drawn and self.row_ends.ndim == 4 and not (self.overflow is not None and self.overflow)
+        return self.show(width=_WIDTH) if drawn else repr(self)
 
     def __repr__(self) -> str:
         return f"BlockMask(shape={self.shape}, block_m={self.block_m}, block_n={self.block_n})"
 
 
-def _sizes(shape: Any, block_m: Any, block_n: Any) -> tuple[tuple[int, int, int, int], int, int]:
-    """Lengths and sizes of tiles, checked."""
+def _sizes(
+    shape: Any, block_m: Any, block_n: Any, name: str | None = None
+) -> tuple[tuple[int, int, int, int], int, int]:
+    """Lengths and sizes of tiles, checked. name: of the argument that both sizes are."""
     shape = arguments.four_lengths("shape", shape)
     building.check_shape(shape)
-    block_m = building.block_size("block_m", block_m, shape[2], 16)
-    return shape, block_m, building.block_size("block_n", block_n, shape[3], 32)
+    block_m = building.block_size(name or "block_m", block_m, shape[2], 16)
+    return shape, block_m, building.block_size(name or "block_n", block_n, shape[3], 32)
 
 
 def _of(program: Program, shape: tuple[int, int, int, int]) -> sources.OfPredicate:
@@ -331,7 +367,7 @@ def cached(
         traced = program or evaluation.trace(predicate)
         uses_b, uses_h, *_ = traced.steps.reads()
         own = batch if uses_b else 1, heads if uses_h else 1, seqlen_q, seqlen_k
-        return BlockMask(*building.build(_of(traced, own), own, *tiles, None, None))
+        return BlockMask(**building.build(_of(traced, own), own, *tiles, None, None))
 
     def nbytes(mask: BlockMask) -> int:
         held = jax.tree.leaves(predicate) if program is None else program.held()
@@ -340,6 +376,3 @@ def cached(
     own = predicate if program is None else program.key()
     key = own, shape, tiles, jax.config.jax_enable_x64, jax.config.jax_threefry_partitionable
     return block_mask_cache.get(key, make, nbytes)
-
-
-clear_cache = block_mask_cache.clear

@@ -104,7 +104,7 @@ def _shape(x_or_shape: Any) -> tuple[int, int]:
     """B and T."""
     if isinstance(x_or_shape, tuple | list):
         shape = tuple(x_or_shape)
-        if len(shape) != 2 or not all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in shape):
+        if len(shape) != 2 or not all(map(arguments.is_integer, shape)):
             raise TypeError(f"x_or_shape as a shape must be two integers (B, T), got {x_or_shape!r}")
         if min(shape) < 0:
             raise ValueError(f"x_or_shape must not be negative, got {x_or_shape!r}")
@@ -118,10 +118,8 @@ def _shape(x_or_shape: Any) -> tuple[int, int]:
 
 def _per_token(name: str, x: Any, batch: int, length: int) -> Any:
     """x, an array of integers (or bool, for padding) with a number for each token."""
-    kinds = ("booleans or integers", jnp.integer, jnp.bool_) if name == "padding_mask" else ("integers", jnp.integer)
-    if not isinstance(x, Array | np.ndarray) or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds[1:]):
-        came = f"dtype {x.dtype.name}" if isinstance(x, Array | np.ndarray) else repr(x)
-        raise TypeError(f"{name} must be an array of {kinds[0]} [B, T], got {came}")
+    check = arguments.flags if name == "padding_mask" else arguments.integer_array
+    check(name, x, "[B, T]")
     if x.shape not in ((batch, length), (1, length)):
         raise ValueError(f"{name} must have shape [B, T] = {(batch, length)}, or [1, T], got {x.shape}")
     return x

@@ -11,33 +11,30 @@ import numpy as np
 
 from ..base import arguments, known
 from ..base.layout import next_power_of_two
-from ..tiles.block_lists import EMPTY, FULL, PARTIAL
-from . import building_under_jit
-from .sources import packed_here
+from ..tiles import block_lists, kinds
+from ..tiles.kinds import EMPTY, FULL, NO_MASK, NO_TILE, PARTIAL
+from . import building_under_jit, checks
+from .sources import AT_ONCE, packed_here
 
 DEFAULT_BLOCK = 128
 """Rows and keys of a tile: what the kernels' own tiles are at most, but for few."""
 
-_AT_ONCE = 2**22
-"""How many elements of a mask are looked at together."""
-
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 @jax.numpy_dtype_promotion("standard")
-def build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> tuple[Any, ...]:
-    """The fields of a `BlockMask`, in their order, of a source and the arguments of `from_predicate`."""
+def build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> dict[str, Any]:
+    """The fields of a `BlockMask`, of a source and the arguments of `from_predicate`."""
     block_m, block_n = block_size("block_m", block_m, shape[2], 16), block_size("block_n", block_n, shape[3], 32)
     check_sizes(max_tiles, max_parts)
     check_shape(shape)
-    sizes = shape, block_m, block_n, max_tiles, max_parts
+    sizes, fields = (shape, block_m, block_n), {"shape": shape, "block_m": block_m, "block_n": block_n}
     if not known.is_known(source):
-        return *building_under_jit.build(source, *sizes), shape, block_m, block_n
+        return building_under_jit.build(source, *sizes, max_tiles, max_parts) | fields
     with known.now():
-        arrays = [None if x is None else jax.device_put(x) for x in _build(source, *sizes)]
-    return *arrays, None, shape, block_m, block_n
+        return jax.device_put(_build(source, *sizes, max_tiles, max_parts)) | {"overflow": None} | fields
 
 
-def _build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> tuple[np.ndarray | None, ...]:
+def _build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> dict[str, np.ndarray | None]:
     status, bits, weights = _classified(source, shape, block_m, block_n)
     check_most("max_parts", max_parts, len(bits))
     number = np.arange(len(bits), dtype=np.int32)
@@ -47,18 +44,17 @@ def _build(source: Any, shape, block_m, block_n, max_tiles, max_parts) -> tuple[
         bits, number = distinct(bits)
     bits = padded(bits, max_parts)
     weights = None if weights is None else padded(weights, max_parts)
-    part = np.where(status == FULL, np.int32(-1), np.int32(-2))
+    part = np.where(status == FULL, np.int32(NO_MASK), np.int32(NO_TILE))
     part[status == PARTIAL] = number
-    return *listed(part, max_tiles), bits, weights
+    return listed(part, max_tiles) | {"tile_bits": bits, "tile_weights": weights}
 
 
-def listed(part: np.ndarray, max_tiles: int | None) -> tuple[np.ndarray, ...]:
-    """The lists of a mask, by rows and by keys, of the number of each tile's element mask (see `block_lists.parts`)."""
-    status = np.where(part == -2, EMPTY, np.where(part == -1, FULL, PARTIAL))
+def listed(part: np.ndarray, max_tiles: int | None) -> dict[str, np.ndarray]:
+    """The lists of a mask of the number of each tile's element mask (see `block_lists.parts`)."""
+    status = kinds.of_parts(part, np)
     size = int((status != EMPTY).sum((2, 3)).max())
     check_most("max_tiles", max_tiles, size)
-    size = max_tiles or max(size, 1)
-    return *lists(status, part, size), *lists(status.swapaxes(2, 3), part.swapaxes(2, 3), size)
+    return block_lists.both(status, part, max_tiles or max(size, 1), lists)
 
 
 def _classified(
@@ -69,7 +65,7 @@ def _classified(
     batch, heads, seqlen_q, seqlen_k = shape
     blocks_q, blocks_k = -(-seqlen_q // block_m), -(-seqlen_k // block_n)
     width = blocks_k * block_n
-    together = min(max(_AT_ONCE // (block_m * width), 1), blocks_q)
+    together = min(max(AT_ONCE // (block_m * width), 1), blocks_q)
     status = np.empty((batch, heads, blocks_q, blocks_k), np.int8)
     bits, weights = [], []
 
@@ -80,7 +76,7 @@ def _classified(
 
     for b, h, i in np.ndindex(batch, heads, -(-blocks_q // together)):
         first = i * together * block_m
-        x = source.band(b, h, first, together * block_m, width, _AT_ONCE)[: seqlen_q - first]
+        x = source.band(b, h, first, together * block_m, width)[: seqlen_q - first]
         words, ones = (x, x) if x.dtype == np.uint32 else (packed_here(x != 0), packed_here(x == 1))
         every = (tiles(ones, 2**32 - 1) == 2**32 - 1).all((2, 3))
         some = tiles(words, 0).any((2, 3))
@@ -89,8 +85,8 @@ def _classified(
         at = found == PARTIAL
         bits.append(tiles(words, 0)[at].reshape(-1, block_m * block_n // 32))
         if x.dtype != np.uint32:
-            logs = np.log(np.where(x == 0, 1, x).astype(np.float32))
-            weights.append(tiles(logs, 0)[at].reshape(-1, block_m * block_n))
+            logs = np.log(np.where(x == 0, 1, x).astype(checks.wider(x.dtype, np.float32)))
+            weights.append(tiles(logs.astype(np.float32), 0)[at].reshape(-1, block_m * block_n))
     return status, np.concatenate(bits).view(np.int32), np.concatenate(weights) if weights else None
 
 
@@ -128,7 +124,7 @@ def block_size(name: str, block: Any, seqlen: int, least: int) -> int:
     """`block_m` or `block_n`: a power of two; None: what suits the sequence."""
     if block is None:
         return min(max(next_power_of_two(seqlen), least), DEFAULT_BLOCK)
-    if not isinstance(block, int | np.integer) or not least <= block <= 512 or block & (block - 1):
+    if not arguments.is_integer(block) or not least <= block <= 512 or block & (block - 1):
         raise ValueError(f"{name} must be a power of two from {least} to 512, or None, got {block!r}")
     return int(block)
 

@@ -9,44 +9,44 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..base import errors
-from ..tiles import block_lists
-from ..tiles.block_lists import EMPTY, FULL, PARTIAL
+from ..tiles import block_lists, kinds
+from ..tiles.kinds import EMPTY, FULL, NO_MASK, NO_TILE, PARTIAL
+from . import weighing
 from .sources import packed
 
 _AT_ONCE = 2**20
-"""How many elements of a mask are looked at together while it is classified."""
+"""How many elements of a mask are looked at together while it is classified: 1 MiB of booleans, or 4 of weights."""
 
 
 def build(
     source: Callable, shape: tuple[int, ...], block_m: int, block_n: int, max_tiles: int | None, max_parts: int | None
-) -> tuple[Any, ...]:
-    """The fields of a `BlockMask` up to `overflow`."""
+) -> dict[str, Any]:
+    """The arrays of a `BlockMask`."""
     if max_tiles is None or max_parts is None:
         raise errors.traced_mask_error()
     return _build(source, shape, block_m, block_n, max_tiles, max_parts)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _build(source, shape, block_m, block_n, max_tiles, max_parts) -> tuple[Any, ...]:
+def _build(source, shape, block_m, block_n, max_tiles, max_parts) -> dict[str, Any]:
     status = _status(source, shape, block_m, block_n)
     partial = status == PARTIAL
     overflow = partial.sum() > max_parts
     at = jnp.stack(jnp.nonzero(partial, size=max_parts, fill_value=0), -1)
     part = jnp.cumsum(partial.ravel(), dtype=jnp.int32).reshape(status.shape) - 1
-    part = jnp.where(partial, part, jnp.where(status == FULL, -1, -2))
+    part = jnp.where(partial, part, jnp.where(status == FULL, NO_MASK, NO_TILE))
     bits, weights = elements(source, at, shape, block_m, block_n)
-    *lists, more = listed(part, max_tiles)
+    lists, more = listed(part, max_tiles)
     weights = None if weights is None else weights[None, None]
-    return *lists, bits[None, None], weights, overflow | more
+    return lists | {"tile_bits": bits[None, None], "tile_weights": weights, "overflow": overflow | more}
 
 
-def listed(part: Array, max_tiles: int) -> tuple[Array, ...]:
-    """The lists of a mask, by rows and by keys, of the number of each tile's element mask (see `block_lists.parts`);
-    and whether there are more tiles than fit them."""
-    status = jnp.where(part == -2, EMPTY, jnp.where(part == -1, FULL, PARTIAL))
+def listed(part: Array, max_tiles: int) -> tuple[dict[str, Array], Array]:
+    """The lists of a mask of the number of each tile's element mask (see `block_lists.parts`); and whether there are
+    more tiles than fit them."""
+    status = kinds.of_parts(part)
     more = (status != EMPTY).sum((2, 3)).max() > max_tiles
-    by_row = block_lists.lists(status, part, max_tiles)
-    return *by_row, *block_lists.lists(status.swapaxes(2, 3), part.swapaxes(2, 3), max_tiles), more
+    return block_lists.both(status, part, max_tiles), more
 
 
 def _status(source: Callable, shape: tuple[int, ...], block_m: int, block_n: int) -> Array:
@@ -82,7 +82,8 @@ def elements(
         x = source(b, h, rows, cols)
         inside = (rows < shape[2])[:, None] & (cols < shape[3])
         seen = inside & (x if x.dtype == jnp.bool_ else x != 0)
-        weights = None if x.dtype == jnp.bool_ else jnp.log(jnp.where(seen, x, 1).astype(jnp.float32)).ravel()
-        return packed(seen), weights
+        if x.dtype == jnp.bool_:
+            return packed(seen), None
+        return packed(seen), -weighing.correction_of(jnp.where(inside, x, 0), jnp.dtype(jnp.float32)).ravel()
 
     return lax.map(tile, at, batch_size=min(max(_AT_ONCE // (block_m * block_n), 1), at.shape[0]))

@@ -1,6 +1,6 @@
 """Dense causal masks that are built once and then looked up."""
 
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,10 +102,9 @@ def build_window(
     *,
     window: "arguments.WindowSize | None",
     causal_alignment: "arguments.Alignment" = "top_left",
-    dtype: Any = bool,
 ) -> Array:
-    """`MaskCache.window` without a cache."""
-    return _build(*_key(seqlen_q, seqlen_k, window, causal_alignment, dtype))
+    """`MaskCache.window` of booleans, without a cache."""
+    return _build(*_key(seqlen_q, seqlen_k, window, causal_alignment, bool))
 
 
 def _build(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, offset: int, dtype: str) -> Array:
@@ -128,14 +127,12 @@ def _key(seqlen_q: Any, seqlen_k: Any, window: Any, alignment: Any, dtype: Any) 
     """The arguments, checked; two calls for equal masks by equal means have one key."""
     seqlen_q = _length("seqlen_q", seqlen_q)
     seqlen_k = seqlen_q if seqlen_k is None else _length("seqlen_k", seqlen_k)
-    if alignment not in get_args(arguments.Alignment):
-        raise ValueError(f"causal_alignment must be one of {get_args(arguments.Alignment)}, got {alignment!r}")
-    offset = seqlen_k - seqlen_q if alignment == "bottom_right" else 0
+    offset = seqlen_k - seqlen_q if arguments.alignment(alignment) == "bottom_right" else 0
     return seqlen_q, seqlen_k, *arguments.window_pair("window", window), offset, _dtype(dtype)
 
 
 def _length(name: str, n: Any) -> int:
-    if not isinstance(n, int | np.integer) or isinstance(n, bool):
+    if not arguments.is_integer(n):
         raise TypeError(f"{name} must be an integer (static under jit: x.shape[1], say), got {n!r}")
     if n < 0:
         raise ValueError(f"{name} must not be negative, got {n}")
@@ -144,10 +141,10 @@ def _length(name: str, n: Any) -> int:
 
 def _dtype(dtype: Any) -> str:
     dtype = jnp.dtype(dtype)
-    if dtype != jnp.bool_ and not jnp.issubdtype(dtype, jnp.floating):
+    if dtype != jnp.bool_ and dtype.name not in arguments.DTYPES:
         raise TypeError(
-            f"dtype must be bool (True: seen) or floating (added to logits: 0 or -inf), got {dtype.name}; for numbers "
-            f"1 and 0 cast the bool"
+            f"dtype must be bool (True: seen) or, added to logits as 0 or -inf, one of {', '.join(arguments.DTYPES)}, "
+            f"got {dtype.name}; for numbers 1 and 0 cast the bool"
         )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(f"dtype {dtype.name} needs jax_enable_x64; switch it on, or ask for float32")

@@ -33,7 +33,7 @@ def wider(a: Any, b: Any) -> np.dtype:
 
 def size_of(size: Any) -> int:
     """A number of entries."""
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 0 <= size <= MAX_SIZE:
+    if not arguments.is_integer(size) or not 0 <= size <= MAX_SIZE:
         raise ValueError(f"size must be an int from 0 to {MAX_SIZE}, or None, got {size!r}")
     return int(size)
 
@@ -66,7 +66,9 @@ def weights_of(name: str, x: Any) -> Array:
         with known.now():
             good = bool(_are_weights(x) if isinstance(x, Array) else ((x >= 0) & (x <= 1)).all())
         if not good:
-            raise ValueError(f"{name} must have weights in [0, 1], got others (or NaN); clip or divide them")
+            values = np.asarray(x)
+            at = tuple(map(int, np.argwhere(~((values >= 0) & (values <= 1)))[0]))
+            raise ValueError(f"{name} must have weights in [0, 1], got {values[at]} at {at}; clip or divide them")
     return converted(x)
 
 

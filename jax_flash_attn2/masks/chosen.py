@@ -15,11 +15,12 @@ from jax import Array
 from ..base import known
 from ..base.layout import next_power_of_two
 from ..tiles import block_lists
-from . import building, building_under_jit, evaluation, sources
+from ..tiles.kinds import NO_MASK, NO_TILE
+from . import building, building_under_jit, checks, evaluation, sources
 from .programs import Program
 
-_AT_ONCE = 2**24
-"""How many elements of a predicate are looked at together."""
+_BITS_AT_ONCE = 2**24
+"""How many elements of a predicate are looked at together: they come as bits, of which these are 2 MiB."""
 
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
@@ -27,8 +28,8 @@ _AT_ONCE = 2**24
 def build(
     whole: Any, divided: Any, by: Any, shape: tuple[int, int, int, int], block_m: int, block_n: int,
     max_tiles: int | None, max_parts: int | None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The fields of a `BlockMask`, in their order.
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of a `BlockMask`.
 
     Args:
       whole: tiles, as `table` gives them, that are seen whole; None: none.
@@ -45,30 +46,32 @@ def build(
             part, bits, weights = _combined(np, whole, divided, _found(by, divided, *sizes), *sizes)
             building.check_most("max_parts", max_parts, len(bits))
             bits, weights = (None if x is None else building.padded(x, max_parts) for x in (bits, weights))
-            arrays = *building.listed(part, max_tiles), bits, weights
-            arrays = *(None if x is None else jax.device_put(x) for x in arrays), None
+            arrays = building.listed(part, max_tiles) | {"tile_bits": bits, "tile_weights": weights}
+            arrays = jax.device_put(arrays) | {"overflow": None}
     else:
-        part, *arrays = _under_jit(whole, divided, by, *sizes, max_tiles, max_parts)
-    return *arrays, (*part.shape[:2], *shape[2:]), block_m, block_n
+        arrays = _under_jit(whole, divided, by, *sizes, max_tiles, max_parts)
+    planes = arrays["row_ends"].shape[:2]
+    return arrays | {"shape": (*planes, *shape[2:]), "block_m": block_m, "block_n": block_n}
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _under_jit(whole, divided, by, shape, block_m, block_n, max_tiles, max_parts) -> tuple[Any, ...]:
+def _under_jit(whole, divided, by, shape, block_m, block_n, max_tiles, max_parts) -> dict[str, Any]:
     sizes = shape, block_m, block_n
     part, bits, weights = _combined(jnp, whole, divided, _held(by), *sizes)
     building.check_most("max_parts", max_parts, len(bits))
     more = ((0, (max_parts or max(len(bits), 1)) - len(bits)), (0, 0))
     bits, weights = (None if x is None else jnp.pad(x, more)[None, None] for x in (bits, weights))
     every = part.shape[2] * part.shape[3]
-    *lists, overflow = building_under_jit.listed(part, max_tiles or every)
-    return part, *lists, bits, weights, None if (max_tiles or every) >= every else overflow
+    lists, more = building_under_jit.listed(part, max_tiles or every)
+    overflow = None if (max_tiles or every) >= every else more
+    return lists | {"tile_bits": bits, "tile_weights": weights, "overflow": overflow}
 
 
 def _combined(xp: Any, whole: Any, divided: Any, held: Any, shape, block_m: int, block_n: int) -> tuple[Any, ...]:
     """The number of each tile's element mask, as in `block_lists.parts`, and these, with their weights."""
     part, bits, weights = held
     if divided is not None:
-        part = xp.where(divided, part, -2)
+        part = xp.where(divided, part, NO_TILE)
     if whole is not None:
         edges, number = _edges(shape, block_m, block_n)
         if divided is not None:
@@ -84,7 +87,7 @@ def _edges(shape: tuple[int, int, int, int], block_m: int, block_n: int) -> tupl
     """The element masks of whole tiles that have one, as those past the end of the keys must; and their numbers,
     `[row blocks, key blocks]`."""
     seqlen_q, seqlen_k = shape[2:]
-    number = np.full((-(-seqlen_q // block_m), -(-seqlen_k // block_n)), -1, np.int32)
+    number = np.full((-(-seqlen_q // block_m), -(-seqlen_k // block_n)), NO_MASK, np.int32)
     if seqlen_k % block_n == 0:
         return np.zeros((0, block_m * block_n // 32), np.int32), number
     rows = np.stack([np.arange(block_m) < n for n in (block_m, seqlen_q % block_m) if n])
@@ -96,7 +99,7 @@ def _edges(shape: tuple[int, int, int, int], block_m: int, block_n: int) -> tupl
 def _held(by: Mapping[str, Array] | None) -> tuple[Any, Any, Any]:
     """What a block mask has of each tile: numbers, element masks and their weights."""
     if by is None:
-        return np.int32(-2), None, None
+        return np.int32(NO_TILE), None, None
     return block_lists.parts(by), by["tile_bits"][0, 0], by["tile_weights"][0, 0] if "tile_weights" in by else None
 
 
@@ -111,11 +114,11 @@ def _found(by: Any, tiles: np.ndarray | None, shape, block_m: int, block_n: int)
     for axis, (n, used) in enumerate(zip(shape[:2], by.steps.reads(), strict=False)):
         # What it does not depend on, it is asked for once.
         tiles = np.repeat(tiles, n // tiles.shape[axis], axis) if used else tiles.any(axis, keepdims=True)
-    part = np.full(tiles.shape, -2, np.int32)
+    part = np.full(tiles.shape, NO_TILE, np.int32)
     at = np.argwhere(tiles).astype(np.int32)
     source = sources.OfPredicate(by.on_device(), shape[3])
-    together = min(max(_AT_ONCE // (block_m * block_n), 1), next_power_of_two(max(len(at), 1)))
-    found, masks = [np.zeros(0, np.int32)], [np.zeros((0, block_m * block_n // 32), np.int32)]
+    together = min(max(_BITS_AT_ONCE // (block_m * block_n), 1), next_power_of_two(max(len(at), 1)))
+    whole, divided, masks = [np.zeros(0, bool)], [np.zeros(0, bool)], [np.zeros((0, block_m * block_n // 32), np.int32)]
     for first in range(0, len(at), together):
         some = at[first : first + together]
         asked = np.pad(some, ((0, together - len(some)), (0, 0)))
@@ -123,11 +126,13 @@ def _found(by: Any, tiles: np.ndarray | None, shape, block_m: int, block_n: int)
         beyond = some[:, 2, None] * block_m + np.arange(block_m) >= shape[2]
         full = ((bits.reshape(len(some), block_m, -1) == -1) | beyond[:, :, None]).all((1, 2))
         partial = bits.any(1) & ~full
-        found.append(np.where(partial, 0, np.where(full, -1, -2)))
+        whole.append(full)
+        divided.append(partial)
         masks.append(bits[partial])
-    found, bits = np.concatenate(found), np.concatenate(masks)
+    whole, divided, bits = (np.concatenate(x) for x in (whole, divided, masks))
+    found = np.where(whole, np.int32(NO_MASK), np.int32(NO_TILE))
     if len(bits):
-        bits, found[found == 0] = building.distinct(bits)
+        bits, found[divided] = building.distinct(bits)
     part[tuple(at.T)] = found
     return part, bits, None
 
@@ -145,20 +150,24 @@ def blocks(shape: tuple[int, int, int, int], block_m: int, block_n: int) -> tupl
     return *shape[:2], -(-shape[2] // block_m), -(-shape[3] // block_n)
 
 
-def table(name: str, tiles: Any, blocks: tuple[int, int, int, int]) -> Any:
-    """Booleans `[1|B, 1|H, row blocks, key blocks]`, if a mask of so many batches, heads and blocks can have them."""
+def table(tiles: Any, blocks: tuple[int, int, int, int]) -> Any:
+    """`tiles` as booleans `[1|B, 1|H, row blocks, key blocks]`, if a mask of so many batches, heads and blocks can have
+    them."""
     if not isinstance(tiles, Array | np.ndarray) or tiles.dtype != bool:
         raise TypeError(
-            f"{name} must be an array of booleans (True: visited), got "
+            f"tiles must be an array of booleans (True: visited), got "
             f"{getattr(tiles, 'dtype', type(tiles).__name__)}; compare scores with a threshold"
         )
-    tiles = evaluation.with_axes(name, tiles, ("B", "H", "row blocks", "key blocks"), 2)
-    _check_blocks(name, tiles.shape, blocks)
+    tiles = evaluation.with_axes("tiles", tiles, ("B", "H", "row blocks", "key blocks"), 2)
+    _check_blocks("tiles", tiles.shape, blocks)
     return tiles
 
 
-def table_of_lists(prefix: str, counts: Any, indices: Any, blocks: tuple[int, int, int, int]) -> Any:
-    """The same of the first counts `[1|B, 1|H, row blocks]` of indices `[1|B, 1|H, row blocks, n]`."""
+def table_of_lists(
+    prefix: str, counts: Any, indices: Any, blocks: tuple[int, int, int, int]
+) -> tuple[Any, Array | None]:
+    """The same of the first counts `[1|B, 1|H, row blocks]` of indices `[1|B, 1|H, row blocks, n]`; and, where they are
+    traced, whether there are some that do not exist."""
     count, index = f"{prefix}kv_num_blocks", f"{prefix}kv_indices"
     counts = evaluation.integers(count, counts, ("B", "H", "row blocks"))
     indices = evaluation.integers(index, indices, ("B", "H", "row blocks", "n"), 2)
@@ -169,7 +178,10 @@ def table_of_lists(prefix: str, counts: Any, indices: Any, blocks: tuple[int, in
         return _scattered(counts, indices, blocks[3])
     counts, indices = (np.asarray(jax.device_get(x)) for x in (counts, indices))
     if counts.min() < 0 or counts.max() > room:
-        raise ValueError(f"{count} must be from 0 to {room}, for which {index} has room, got others")
+        raise ValueError(
+            f"{count} must be from 0 to {room}, for which {index} has room, got {counts.min()} to {counts.max()}; give "
+            f"{index} more room"
+        )
     used, indices = np.broadcast_arrays(np.arange(room) < counts[..., None], indices)
     own = indices[used]
     if own.size and not 0 <= own.min() <= own.max() < blocks[3]:
@@ -179,18 +191,21 @@ def table_of_lists(prefix: str, counts: Any, indices: Any, blocks: tuple[int, in
         )
     tiles = np.zeros((*used.shape[:3], blocks[3]), bool)
     tiles[(*np.nonzero(used)[:3], own)] = True
-    return tiles
+    return tiles, None
 
 
 @functools.partial(jax.jit, static_argnums=2)
 @jax.numpy_rank_promotion("allow")
-def _scattered(counts: Array, indices: Array, blocks_k: int) -> Array:
-    used, indices = jnp.broadcast_arrays(jnp.arange(indices.shape[3], dtype=jnp.int32) < counts[..., None], indices)
-    at = jnp.where(used & (indices >= 0), indices, blocks_k).reshape(-1, used.shape[3])
+def _scattered(counts: Array, indices: Array, blocks_k: int) -> tuple[Array, Array]:
+    room = indices.shape[3]
+    bad = ((counts < 0) | (counts > room)).any()
+    used, indices = jnp.broadcast_arrays(jnp.arange(room, dtype=jnp.int32) < counts[..., None], indices)
+    there = (indices >= 0) & (indices < blocks_k)
+    at = jnp.where(used & there, indices, blocks_k).reshape(-1, room)
     tiles = jax.vmap(lambda at: jnp.zeros(blocks_k, bool).at[at].set(True, mode="drop"))(at)
-    return tiles.reshape(*used.shape[:3], blocks_k)
+    return tiles.reshape(*used.shape[:3], blocks_k), bad | (used & ~there).any()
 
 
 def _check_blocks(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if shape[2:] != wanted[2:] or any(n not in (1, m) for n, m in zip(shape[:2], wanted[:2], strict=True)):
+    if not checks.fits(shape, wanted):
         raise ValueError(f"{name} must have shape {wanted} (B and H may be 1), got {shape}")

@@ -30,7 +30,7 @@ class Predicate:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether what it does cannot change, so that to look at which predicate it is, is enough."""
+        """Whether equal predicates always do the same, so that the predicate itself can be a cache's key."""
         return False
 
     def __bool__(self) -> bool:
@@ -149,15 +149,16 @@ def negate(predicate: ElementPredicate) -> Predicate:
     return part.part if isinstance(part, _Not) else _Not(part)
 
 
-def as_predicate(predicate: ElementPredicate) -> Predicate:
-    """`predicate` itself, or a plain function as a `Predicate`, which equals others of the same function.
+def as_predicate(predicate: ElementPredicate, name: str = "predicate") -> Predicate:
+    """`predicate` itself, or a plain function as a `Predicate`, which equals others of the same function. name: of the
+    argument that it is.
 
     Raises:
       TypeError: it is not callable.
     """
     if isinstance(predicate, Predicate):
         return predicate
-    evaluation.check_callable(predicate)
+    evaluation.check_callable(predicate, name)
     return _Function(predicate)
 
 

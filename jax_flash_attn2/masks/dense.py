@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from ..base import arguments, known
-from . import evaluation, predicates
+from . import evaluation, predicates, weighing
 from .cache import MaskCache, build_window, causal_mask_cache
 
 
@@ -41,7 +41,7 @@ def dense_attention(
       causal, causal_alignment, window_size: as of `flash_attention`.
       mask: booleans that broadcast to `[*batch, H, Sq, Sk]`, True: seen. Or a `Mask` of weights w, whose four axes
         are 1 or full ([B, H, Sq, Sk], B all of batch): logits become logit - log(w), and w = 0 hides a key. Or a
-        predicate (`predicates.py`).
+        `BlockMask` of such axes, or a predicate (`predicates.py`).
       softmax_scale: a number or a 0-d array; D**-0.5 by default.
       cache: where the dense mask of causal and window_size is looked up outside jit; None: built anew at each call.
         Under jit indices are compared instead.
@@ -108,7 +108,7 @@ def _attend(q, k, v, bias, scale, mask, seen, reach: tuple[int | None, int | Non
     if mask is not None:
         shown = mask.astype(jnp.bool_)
         if mask.dtype != jnp.bool_:
-            s = s - jnp.log(jnp.where(shown, mask.astype(s.dtype), 1))
+            s = s + weighing.correction_of(mask, s.dtype)
         s = jnp.where(shown, s, -jnp.inf)
     p = _softmax(s)
     o = jnp.einsum(
@@ -130,9 +130,10 @@ def _softmax(s: Array) -> Array:
 
 
 def _of_any(mask: Any, shape: tuple[int, int, int, int]) -> Array:
-    """Booleans or weights of a mask that is no array: a `Mask`, or a predicate."""
+    """Booleans or weights of a mask that is no array: a `Mask`, a `BlockMask`, or a predicate."""
     if hasattr(mask, "to_dense"):
-        weights = mask.to_dense()
+        all_there = getattr(mask, "overflow", None) is None  # else a NaN has to tell, which no bool is
+        weights = mask.to_dense() if all_there else mask.to_dense(jnp.float32)
         if weights.ndim != 4 or any(n not in (1, m) for n, m in zip(weights.shape, shape, strict=True)):
             raise ValueError(
                 f"mask must have the axes [B, H, Sq, Sk] = {shape} (each 1 or full), got shape {weights.shape}"
@@ -143,6 +144,6 @@ def _of_any(mask: Any, shape: tuple[int, int, int, int]) -> Array:
         predicate.check_shape(shape)
         return evaluation.everywhere(predicate, shape)
     raise TypeError(
-        f"mask must be an array of booleans, a Mask or a predicate, got {type(mask).__name__}; numbers that mean "
-        f"yes or no are mask != 0"
+        f"mask must be an array of booleans, a Mask, a BlockMask or a predicate, got {type(mask).__name__}; numbers "
+        f"that mean yes or no are mask != 0"
     )

@@ -122,18 +122,18 @@ def with_axes(name: str, x: Any, axes: tuple[str, ...], least: int = 1) -> Any:
     return x.reshape((1,) * (len(axes) - x.ndim) + x.shape)
 
 
-def check_callable(predicate: Any) -> None:
-    """Raises unless it is a function."""
+def check_callable(predicate: Any, name: str = "predicate") -> None:
+    """Raises unless it is a function. name: of the argument that it is."""
     if not callable(predicate):
         raise TypeError(
-            f"predicate must be a function of (b, h, i, j), got {arguments.describe(predicate)}; a dense mask is a "
+            f"{name} must be a function of (b, h, i, j), got {arguments.describe(predicate)}; a dense mask is a "
             f"predicate through from_dense"
         )
     try:
         inspect.signature(predicate).bind("b", "h", "i", "j")
     except TypeError as error:
         raise TypeError(
-            f"predicate must take four arguments, (b, h, i, j), got {predicate!r}: {error}; of a function of a row and "
+            f"{name} must take four arguments, (b, h, i, j), got {predicate!r}: {error}; of a function of a row and "
             f"a key write lambda b, h, i, j: f(i, j)"
         ) from error
     except ValueError:  # it has no signature

@@ -39,8 +39,10 @@ def of_indices(
         overflow = ptr[-1] > indices.size
     else:
         counted = jax.device_get(ptr)
-        if counted[0] != 0 or (counted[1:] < counted[:-1]).any():
-            raise ValueError("ptr must rise from 0, got values that do not; it counts the entries before each row")
+        falls = np.flatnonzero(counted[1:] < counted[:-1]) + 1
+        if counted[0] != 0 or falls.size:
+            at = 0 if counted[0] else falls[0]
+            raise ValueError(f"ptr must rise from 0, got {counted[at]} at {at}; it counts the entries before each row")
         if counted[-1] > indices.size:
             raise ValueError(
                 f"ptr[-1] must be at most the size of indices, {indices.size}, got {counted[-1]}; give more room"
@@ -48,10 +50,19 @@ def of_indices(
     if known.is_known((indices, ptr)):
         with known.now():
             inside, ascend = map(bool, entries.inspect(indices, ptr, keys=keys))
+        ends = jax.device_get(ptr)
         if not inside:
-            raise ValueError(f"indices must be in [0, Sk) = [0, {keys}), got others; leave unused ones to ptr")
+            used = jax.device_get(indices)[: ends[-1]]
+            raise ValueError(
+                f"indices must be in [0, Sk) = [0, {keys}), got {used.min()} to {used.max()}; leave unused ones to ptr"
+            )
         if canonical and not ascend:
-            raise ValueError("canonical=True wants keys that ascend within each row, got others; leave it False")
+            used, row = jax.device_get(indices)[: ends[-1]], np.repeat(np.arange(rows), np.diff(ends))
+            at = np.flatnonzero((row[1:] == row[:-1]) & (used[1:] <= used[:-1]))[0]
+            raise ValueError(
+                f"canonical=True wants keys that ascend within each row, got {used[at]} before {used[at + 1]} in row "
+                f"{row[at]}; leave it False"
+            )
         canonical = ascend
     if not canonical:
         indices, ptr, data = entries.combine(entries.entry_rows(ptr, indices.size), indices, data, rows=rows)

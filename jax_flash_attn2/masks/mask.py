@@ -208,7 +208,7 @@ class Mask:
         shape, mask = arguments.four_lengths("shape", shape), self._usable()
         if shape == mask.shape:
             return mask
-        if shape[2:] != mask.shape[2:] or any(m not in (1, n) for m, n in zip(mask.shape[:2], shape[:2], strict=True)):
+        if not checks.fits(mask.shape, shape):
             raise ValueError(
                 f"shape must have the Sq and Sk of the mask, and its B and H where they are not 1, got {shape} for a "
                 f"mask of {mask.shape}"

@@ -16,7 +16,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from ..base import axes, known
+from ..base import arguments, axes, known
+from . import checks, weighing
 from .mask import Mask
 from .shown import Range, scatter_keys, top_keys
 
@@ -43,8 +44,7 @@ class Masker:
         name = self._counted
         value = getattr(self, name)
         is_fraction = isinstance(value, float | np.floating)
-        is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not (0 < value <= 1 if is_fraction else is_number and value >= 0):
+        if not (0 < value <= 1 if is_fraction else arguments.is_integer(value) and value >= 0):
             raise ValueError(
                 f"{name} must be an int of at least 0 (a number of keys) or a float in (0, 1] (a fraction of them), "
                 f"got {value!r}"
@@ -60,7 +60,7 @@ class Masker:
         value = getattr(self, self._counted)
         return min(max(1, round(value * keys)) if self.is_fraction else value, keys)
 
-    def _chosen(self, implementation: Any, previous: Any) -> Implementation | None:
+    def _checked(self, implementation: Any, previous: Any) -> Implementation | None:
         """The implementation that is asked for, if it is one of them."""
         if not isinstance(previous, Mask):
             raise TypeError(f"previous must be a Mask, got {type(previous).__name__}; start from Mask.empty(shape)")
@@ -89,7 +89,7 @@ class _ByPlace(Masker):
           ValueError: an unknown implementation; under jit, "sparse" into a dense mask whose entries are not counted
             (`previous.to_indices(size)` says how many there may be).
         """
-        chosen = self._chosen(implementation, previous)
+        chosen = self._checked(implementation, previous)
         shown = self._range(*previous.shape[2:])
         if chosen is None:
             # An empty mask takes what is merged into it as it is, so that entries are all that is written. Where there
@@ -190,7 +190,7 @@ class TopKMasker(Masker):
           k: floating `[B, Sk, Hkv, D]`, Hkv dividing H: query head h reads `h // (H // Hkv)`.
           scale: what `q kᵀ` is multiplied by. Default: `D**-0.5`. Logits are computed in fp32 (fp64 for fp64).
           allowed: the keys that a row may see, besides `causal`: a bool array that broadcasts to `[B, H, Sq, Sk]`, or
-            a Mask, of which these are the keys with weights above 0.
+            a Mask, of which these are the keys with weights that are not 0.
           implementation: "sparse" lists the keys found and merges them as entries; "dense" scatters them and merges
             densely. None: "dense".
 
@@ -199,7 +199,7 @@ class TopKMasker(Masker):
           ValueError: shapes that do not fit, an unknown implementation, or entries that are not counted, as in the
             other maskers.
         """
-        chosen = self._chosen(implementation, previous) or self.implementations[1]
+        chosen = self._checked(implementation, previous) or self.implementations[1]
         shape = _check_queries(previous, q, k)
         q, k = jnp.asarray(q), jnp.asarray(k)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -261,9 +261,7 @@ def _check_queries(previous: Mask, q: Any, k: Any) -> tuple[int, int, int, int]:
             f"{q.shape}"
         )
     shape = (batch, heads, rows, keys)
-    if previous.shape[2:] != shape[2:] or any(
-        m not in (1, n) for m, n in zip(previous.shape[:2], shape[:2], strict=True)
-    ):
+    if not checks.fits(previous.shape, shape):
         raise ValueError(f"previous must have the shape {shape} of q and k (B and H may be 1), got {previous.shape}")
     return shape
 
@@ -273,7 +271,7 @@ def _allowed(allowed: Any, shape: tuple[int, ...]) -> Array | None:
     if allowed is None:
         return None
     if isinstance(allowed, Mask):
-        allowed = _positive(allowed.to_dense(jnp.float32) if allowed.dtype == bool else allowed.to_dense())
+        allowed = weighing.seen_of(allowed.to_dense(jnp.float32) if allowed.dtype == bool else allowed.to_dense())
     if not isinstance(allowed, Array | np.ndarray) or allowed.dtype != bool:
         raise TypeError(
             f"allowed must be a Mask or a bool array, got {getattr(allowed, 'dtype', type(allowed).__name__)}; "
@@ -286,6 +284,3 @@ def _allowed(allowed: Any, shape: tuple[int, ...]) -> Array | None:
     if not fits:
         raise ValueError(f"allowed must broadcast to [B, H, Sq, Sk] = {shape}, got shape {allowed.shape}")
     return jnp.asarray(allowed).reshape((1,) * (4 - allowed.ndim) + allowed.shape)
-
-
-_positive = jax.jit(lambda weights: weights > 0, inline=True)

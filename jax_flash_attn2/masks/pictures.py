@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ..base import arguments
+from ..tiles.kinds import EMPTY, FULL, PARTIAL
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
@@ -96,10 +99,10 @@ def _of_tiles(mask: Any) -> Picture:
     _check_known(tiles)
     tiles = np.asarray(tiles)
     shape = tuple(mask.shape)
-    empty, full, partial = (int(np.count_nonzero(tiles == state)) for state in (0, 1, 2))
+    empty, full, partial = (int(np.count_nonzero(tiles == kind)) for kind in (EMPTY, FULL, PARTIAL))
     share = f"{_percent(tiles.size - empty, tiles.size)} of the tiles visited"
     details = f"{full} full and {partial} partial of {tiles.size}, {mask.block_m}x{mask.block_n} each"
-    levels, block = np.array([0, 1, 0.5], np.float32), (mask.block_m, mask.block_n)
+    levels, block = np.array([0, 1, 0.5], np.float32), (mask.block_m, mask.block_n)  # of each kind, in their order
     name, leading = type(mask).__name__, tiles.shape[:-2]
     return Picture(name, shape, leading, lambda index: levels[tiles[index]], share, details, block, True, False)
 
@@ -151,5 +154,5 @@ def _check_known(x: Any) -> None:
 
 def check_count(name: str, n: Any) -> None:
     """Raises unless it is a number of things."""
-    if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
+    if not arguments.is_integer(n) or n < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {n!r}")

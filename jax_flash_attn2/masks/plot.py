@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base import arguments
 from .pictures import Picture, check_count, picture_of, resampled
 
 _GRID = 40  # up to so many cells a side there are lines between them
@@ -58,7 +59,7 @@ def plot_mask(
     if resolution is not None:
         check_count("resolution", resolution)
     picture = picture_of(mask)
-    chosen = _chosen(picture, batch, head)
+    chosen = _index_of(picture, batch, head)
     indices = [chosen] if chosen is not None else picture.indices(1 if ax is not None else planes)
     if ax is None:
         figure, panels = _panels(plt, picture, len(indices))
@@ -194,7 +195,7 @@ def _tile_legend(where: Any, inside: bool) -> None:
         where.legend(**options, loc="outside lower center")
 
 
-def _chosen(picture: Picture, batch: Any, head: Any) -> tuple[int, ...] | None:
+def _index_of(picture: Picture, batch: Any, head: Any) -> tuple[int, ...] | None:
     """The plane of a batch and head; None if neither is given."""
     if batch is None and head is None:
         return None
@@ -203,7 +204,7 @@ def _chosen(picture: Picture, batch: Any, head: Any) -> tuple[int, ...] | None:
     index = []
     for name, at, own, n in zip(("batch", "head"), (batch, head), picture.leading, picture.shape[:2], strict=True):
         at = 0 if at is None else at
-        if not isinstance(at, int | np.integer) or not 0 <= at < n:
+        if not arguments.is_integer(at) or not 0 <= at < n:
             raise ValueError(f"{name} must be an integer from 0 to {n - 1}, got {at!r}")
         index.append(int(at) if own > 1 else 0)
     return tuple(index)

@@ -233,7 +233,7 @@ def prefix_lm(prefix: int | Array | np.ndarray, offset: int = 0) -> Predicate:
     """
     seen = (
         _Prefix(integers("prefix", prefix, ("B",), least=0))
-        if _is_array(prefix)
+        if arguments.is_array(prefix)
         else _Sinks(_natural("prefix", prefix))
     )
     return any_of(causal(offset), seen)
@@ -268,8 +268,7 @@ def padding(mask: Array | np.ndarray) -> Predicate:
       >>> evaluate(padding(jnp.array([[1, 1, 0]])), *map(np.arange, (1, 1, 1, 3)))[0, 0]
       Array([[ True,  True, False]], dtype=bool)
     """
-    if not _is_array(mask) or not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
-        raise TypeError(f"mask must be an array of booleans or integers [B, Sk], got {arguments.describe(mask)}")
+    arguments.flags("mask", mask, "[B, Sk]")
     return _Padding(_kept(with_axes("mask", mask if mask.dtype == jnp.bool_ else _nonzero(mask), ("B", "Sk"))))
 
 
@@ -279,7 +278,7 @@ def from_dense(mask: Array | np.ndarray) -> Predicate:
     Examples:
       >>> strided = from_dense(jnp.eye(128, dtype=bool)) | causal()
     """
-    if not _is_array(mask) or mask.dtype != jnp.bool_:
+    if not arguments.is_array(mask) or mask.dtype != jnp.bool_:
         raise TypeError(
             f"mask must be an array of booleans (True: seen), got {arguments.describe(mask)}; of numbers, mask != 0"
         )
@@ -325,10 +324,6 @@ def _natural(name: str, n: Any, least: int = 0, none: str = "") -> int:
     if n < least:
         raise ValueError(f"{name} must be at least {least}{none}, got {n}")
     return min(int(n), arguments.FAR)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, Array | np.ndarray)
 
 
 def _kept(x: Any) -> Any:

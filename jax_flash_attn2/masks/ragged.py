@@ -30,13 +30,17 @@ def cu_lens(lengths: Array | np.ndarray) -> Array:
       int32 `[B + 1]`, the first 0: `cu_q_lens` of `varlen_attention` and `paged_attention` (`cu_seqlens` elsewhere).
 
     Raises:
-      TypeError, ValueError: lengths are no integers `[B]`, or one that is known is negative.
+      TypeError, ValueError: lengths are no integers `[B]`; of those that are known one is negative, or int32 does not
+        hold their sum.
 
     Examples:
       >>> cu_lens(jnp.array([3, 0, 2]))
       Array([0, 3, 3, 5], dtype=int32)
     """
-    return _cu_lens(_lengths(lengths))
+    lengths = _lengths(lengths)
+    if is_known(lengths) and (total := int(np.sum(np.asarray(lengths), dtype=np.int64))) > arguments.INT32.max:
+        raise ValueError(f"lengths must sum to at most {arguments.INT32.max} (int32), got {total}; split the batch")
+    return _cu_lens(lengths)
 
 
 def segment_ids(lengths: Array | np.ndarray, total: int) -> Array:
@@ -218,10 +222,7 @@ def _count_ids(ids: Array, count: int) -> Array:
 
 
 def _lengths_of_mask(mask: Any) -> Array:
-    if not _is_array(mask) or not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
-        raise TypeError(
-            f"padding_mask must be an array of booleans or integers [*batch, S], got {arguments.describe(mask)}"
-        )
+    arguments.flags("padding_mask", mask, "[*batch, S]")
     _array("padding_mask", mask, 1, "[*batch, S]")
     lengths = _count(mask)
     if is_known(mask):
@@ -247,11 +248,13 @@ def _lengths_of_ids(ids: Any, count: Any) -> Array:
         values = np.asarray(ids).astype(np.int64)
         if values.max(initial=-1) >= count:
             raise ValueError(f"segment_ids must be below num_segments, {count}, got {values.max()}; give more")
-        padding = values < 0
-        if (np.diff(np.where(padding, np.iinfo(np.int64).max // 2, values), axis=-1) < 0).any():
+        rising = np.where(values < 0, np.iinfo(np.int64).max // 2, values)
+        if (falls := np.argwhere(np.diff(rising, axis=-1) < 0)).size:
+            *row, at = map(int, falls[0])
             raise ValueError(
-                "segment_ids must rise, with padding (negative ids) at the end only, got others, which lengths cannot "
-                "say; use the ids themselves"
+                f"segment_ids must rise, with padding (negative ids) at the end only, got {values[*row, at + 1]} at "
+                f"token {at + 1}{f' of row {tuple(row)}' if row else ''} behind {values[*row, at]}, which lengths "
+                "cannot say; use the ids themselves"
             )
     return _count_ids(ids, count)
 
@@ -293,12 +296,8 @@ def _needed(name: str, x: Any, of: str = "lengths") -> np.ndarray:
     return np.asarray(x)
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, Array | np.ndarray)
-
-
 def _array(name: str, x: Any, axes: int, wanted: str) -> Any:
-    if not _is_array(x):
+    if not arguments.is_array(x):
         raise TypeError(f"{name} must be an array {wanted}, got {arguments.describe(x)}")
     if x.ndim < axes:
         raise ValueError(f"{name} must have shape {wanted}, got {x.shape}")

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..tiles import block_lists
-from ..tiles.block_lists import EMPTY, FULL, PARTIAL
+from ..tiles import block_lists, kinds
+from ..tiles.kinds import NO_MASK, NO_TILE
+from . import entries
+from .mask import Mask
 
 if TYPE_CHECKING:
     from .block import BlockMask
@@ -17,14 +19,18 @@ if TYPE_CHECKING:
 @jax.jit
 def tiles(mask: "BlockMask") -> Array:
     """`BlockMask.tiles`."""
-    part = block_lists.parts(mask.operands())
-    return jnp.where(part >= 0, PARTIAL, jnp.where(part == -1, FULL, EMPTY)).astype(jnp.int8)
+    return kinds.of_parts(block_lists.parts(mask.operands())).astype(jnp.int8)
+
+
+def as_mask(mask: "BlockMask") -> Mask:
+    """The same as a dense `Mask`, which has overflowed where the block mask has."""
+    dense = _elements(mask)
+    return Mask(mask.shape, "dense", dense.dtype, dense=dense, overflow=mask.overflow)
 
 
 @jax.jit
 @jax.numpy_rank_promotion("allow")
-def to_dense(mask: "BlockMask") -> Array:
-    """`BlockMask.to_dense`."""
+def _elements(mask: "BlockMask") -> Array:
     operands, size = mask.operands(), (mask.block_m, mask.block_n)
     part = block_lists.parts(operands)
     shown = block_lists.element_masks(operands, part, *size)
@@ -36,7 +42,8 @@ def to_dense(mask: "BlockMask") -> Array:
 @jax.jit
 def sparsity(mask: "BlockMask") -> Array:
     """`BlockMask.sparsity`."""
-    return 100 * (block_lists.parts(mask.operands()) == -2).mean(dtype=jnp.float32)
+    share = (block_lists.parts(mask.operands()) == NO_TILE).mean(dtype=jnp.float32)
+    return entries.poisoned(100 * share, mask.overflow)
 
 
 @jax.jit
@@ -46,8 +53,9 @@ def density(mask: "BlockMask") -> Array:
     part = block_lists.parts(mask.operands())
     full = _held(mask.shape[2], mask.block_m)[:, None] * _held(mask.shape[3], mask.block_n)
     partial = lax.population_count(mask.tile_bits).sum(-1).reshape(-1)
-    seen = jnp.where(part >= 0, partial[jnp.maximum(part, 0)], jnp.where(part == -1, full, 0))
-    return seen.astype(jnp.float32).sum() / np.float32(np.prod(np.asarray(mask.shape, np.float64)))
+    seen = jnp.where(part >= 0, partial[jnp.maximum(part, 0)], jnp.where(part == NO_MASK, full, 0))
+    share = seen.astype(jnp.float32).sum() / np.float32(np.prod(np.asarray(mask.shape, np.float64)))
+    return entries.poisoned(share, mask.overflow)
 
 
 def _held(seqlen: int, block: int) -> Array:

@@ -11,6 +11,7 @@ from jax import Array
 
 from ..base import arguments, known
 from ..tiles import block_lists
+from ..tiles.kinds import NO_MASK, NO_TILE
 from . import building, building_under_jit, entries
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
-def build(mask: "BlockMask", start: Any, count: Any) -> tuple[Any, ...]:
-    """The fields of `mask.rows(start, count)`, in their order."""
+def build(mask: "BlockMask", start: Any, count: Any) -> dict[str, Any]:
+    """The fields of `mask.rows(start, count)`."""
     batch, heads, seqlen_q, seqlen_k = mask.shape
     if not arguments.is_integer(count) or not 1 <= count <= seqlen_q:
         raise ValueError(f"count must be an integer from 1 to the mask's {seqlen_q} rows, got {count!r}")
@@ -27,8 +28,9 @@ def build(mask: "BlockMask", start: Any, count: Any) -> tuple[Any, ...]:
     block_m = building.block_size("block_m", None, int(count), 16)
     with known.now() if known.is_known((mask, start)) else contextlib.nullcontext():
         arrays = _rows(mask, start, int(count), block_m)
-    overflow = entries.either(mask.overflow, missing)
-    return *arrays, overflow, (max(batch, len(start)), heads, int(count), seqlen_k), block_m, mask.block_n
+    shape = max(batch, len(start)), heads, int(count), seqlen_k
+    fields = {"overflow": entries.either(mask.overflow, missing), "shape": shape}
+    return arrays | fields | {"block_m": block_m, "block_n": mask.block_n}
 
 
 def _first_rows(start: Any, count: int, batch: int, seqlen_q: int) -> tuple[Any, Array | None]:
@@ -51,7 +53,7 @@ def _first_rows(start: Any, count: int, batch: int, seqlen_q: int) -> tuple[Any,
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _rows(mask: "BlockMask", start: Array, count: int, block_m: int) -> tuple[Any, ...]:
+def _rows(mask: "BlockMask", start: Array, count: int, block_m: int) -> dict[str, Any]:
     part = block_lists.parts(mask.operands())  # [b, h, blocks, key blocks]
     tall = -(-count // block_m) * block_m
     row = start[:, None] + jnp.arange(tall, dtype=jnp.int32)  # [n, tall]: n is 1 or the batch
@@ -71,7 +73,7 @@ def _rows(mask: "BlockMask", start: Array, count: int, block_m: int) -> tuple[An
         b, h, _, tiles, size = x.shape
         return x.reshape(b, h, -1, block_m, tiles, size).swapaxes(3, 4)
 
-    words = held(mask.tile_bits, jnp.where(part == -1, -1, 0)[..., None])
+    words = held(mask.tile_bits, jnp.where(part == NO_MASK, -1, 0)[..., None])
     some = in_tiles(jnp.where(inside, words != 0, False)).any((4, 5))
     whole = words == -1
     weights = None
@@ -82,7 +84,7 @@ def _rows(mask: "BlockMask", start: Array, count: int, block_m: int) -> tuple[An
     every = in_tiles(whole | ~inside).all((4, 5))
     # Each tile has room for an element mask: how many are partial need not be known.
     number = jnp.arange(some.size, dtype=jnp.int32).reshape(some.shape)
-    number = jnp.where(every, -1, jnp.where(some, number, -2))
-    *lists, _ = building_under_jit.listed(number, some.shape[2] * some.shape[3])
+    number = jnp.where(every, NO_MASK, jnp.where(some, number, NO_TILE))
+    lists, _ = building_under_jit.listed(number, some.shape[2] * some.shape[3])
     bits = in_tiles(jnp.where(inside, words, 0)).reshape(1, 1, some.size, -1)
-    return *lists, bits, weights
+    return lists | {"tile_bits": bits, "tile_weights": weights}

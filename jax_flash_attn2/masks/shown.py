@@ -85,7 +85,10 @@ def _band_by_triangles(shown: Range) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("count", "causal"))
 def top_keys(q: Array, k: Array, scale: Any, allowed: Array | None, count: int, causal: bool) -> Array:
-    """The keys with the `count` largest logits of each row, int32 `[B, H, Sq, count]`; -1 where there are fewer."""
+    """The keys with the `count` largest logits of each row, int32 `[B, H, Sq, count]`; -1 where there are fewer.
+
+    A NaN is largest, so that attention under the mask is NaN too.
+    """
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     batch, rows, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -97,8 +100,9 @@ def top_keys(q: Array, k: Array, scale: Any, allowed: Array | None, count: int, 
         logits = jnp.where(later[None, None], -jnp.inf, logits)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
+    logits = jnp.where(jnp.isnan(logits), jnp.nan, logits)  # with a sign it would be smaller than all others
     largest, at = lax.top_k(logits, count)
-    return jnp.where(largest > -jnp.inf, at, -1)
+    return jnp.where(largest == -jnp.inf, -1, at)
 
 
 @functools.partial(jax.jit, static_argnames="keys")

@@ -2,9 +2,9 @@
 
 A source whose arrays are known has a `band` of them:
 
-  source.band(b, h, start, rows, width, at_once): rows from `start` on, at most `rows` of them and at least those that
-  there are, in NumPy. Booleans come as words, uint32 `[rows, width / 32]`, lowest bit first; weights as they are,
-  `[rows, width]`. Keys past the end are 0. A source that computes them looks at about `at_once` elements together.
+  source.band(b, h, start, rows, width): rows from `start` on, at most `rows` of them and at least those that there are,
+  in NumPy. Booleans come as words, uint32 `[rows, width / 32]`, lowest bit first; weights as they are, `[rows, width]`.
+  Keys past the end are 0.
 
 One whose arrays are traced is a pytree, and is called:
 
@@ -23,6 +23,9 @@ from jax import Array, lax
 from . import evaluation
 from .programs import Program
 
+AT_ONCE = 2**22
+"""How many elements of a known mask are looked at together: as weights, of 4 bytes, they are 16 MiB."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +40,9 @@ class OfPredicate:
         """What is seen, as above."""
         return evaluation.over(self.program, rows, cols)(b, h)
 
-    def band(self, b, h, start, rows, width, at_once):
+    def band(self, b, h, start, rows, width):
         """Words, as above."""
-        cols = max(min(at_once // rows // 32 * 32, width), 32)
+        cols = max(min(AT_ONCE // rows // 32 * 32, width), 32)
         places = [jax.device_put(np.array([b, h, start, first], np.int32)) for first in range(0, width, cols)]
         words = [jax.device_get(_words(self, at, rows, cols)) for at in places]
         return np.concatenate(words, 1)[:, : width // 32]
@@ -73,7 +76,7 @@ class OfTraced:
 
     def __call__(self, b, h, rows, cols):
         """Its elements, on the device."""
-        plane = self.array[b % self.array.shape[0], h % self.array.shape[1]]
+        plane = self.array[b, h]
         return plane.at[rows].get(mode="clip").at[:, cols].get(mode="clip")
 
 
@@ -83,8 +86,8 @@ class OfArray:
 
     array: np.ndarray  # [B, H, Sq, Sk]
 
-    def band(self, b, h, start, rows, width, at_once):
-        """Its elements; `at_once` does not matter."""
+    def band(self, b, h, start, rows, width):
+        """Its elements."""
         return _band(self.array[b, h, start : start + rows], width)
 
 
@@ -97,8 +100,8 @@ class OfIndices:
     ptr: np.ndarray
     data: np.ndarray
 
-    def band(self, b, h, start, rows, width, at_once):
-        """Its entries; `at_once` does not matter."""
+    def band(self, b, h, start, rows, width):
+        """Its entries."""
         _, heads, seqlen_q, _ = self.shape
         first, count = (b * heads + h) * seqlen_q + start, min(rows, seqlen_q - start)
         ends = self.ptr[first : first + count + 1]

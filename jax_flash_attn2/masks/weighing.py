@@ -111,5 +111,7 @@ def seen_of(weights: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def correction_of(weights: Array, dtype: Any) -> Array:
-    """What logits get for their key's weight: -log(w), 0 where it is 0 and the key not seen anyway."""
-    return -jnp.log(jnp.where(weights != 0, weights, 1).astype(dtype))
+    """What logits get for their key's weight: -log(w), 0 where it is 0 and the key not seen anyway. Taken in the wider
+    dtype: a weight may be 0 in the narrower one."""
+    weights = jnp.where(weights != 0, weights, 1).astype(checks.wider(weights.dtype, dtype))
+    return -jnp.log(weights).astype(dtype)

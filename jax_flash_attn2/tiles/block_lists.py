@@ -5,7 +5,7 @@ lists the tiles of keys that are not empty, the partial ones first; for every bl
 operands, after the two axes of batch and heads:
 
 - row_ends `[.., row blocks, 3]` int32: where in row_tiles the block's partial tiles begin, its full ones, and what
-  follows (CSR); row_tiles `[.., size, 2]` int32: the number of the tile, and of its element mask (-1: full);
+  follows (CSR); row_tiles `[.., size, 2]` int32: the number of the tile, and of its element mask (-1, `NO_MASK`: full);
 - col_ends `[.., key blocks, 3]`, col_tiles `[.., size, 2]`: the same, transposed;
 - tile_bits `[.., parts, block_m * block_n / 32]` int32: element masks, 32 keys to a word, lowest bit first;
 - tile_weights `[.., parts, block_m * block_n]` fp32, where weights are not all 0 or 1: their logarithms.
@@ -13,7 +13,8 @@ operands, after the two axes of batch and heads:
 Tiles past the end of the keys are never full, so that what is full needs no bounds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from jax import Array, lax
 
 from ..base.operands import BLOCK_LISTS
 from ..base.spec import Spec
-from . import spans
-from .spans import EMPTY, FULL, PARTIAL
+from . import kinds, spans
+from .kinds import EMPTY, FULL, NO_MASK, NO_TILE, PARTIAL
 
 
 def lists(status: Array, part: Array, size: int) -> tuple[Array, Array]:
@@ -30,7 +31,7 @@ def lists(status: Array, part: Array, size: int) -> tuple[Array, Array]:
 
     Args:
       status: `[.., blocks, tiles]`: `EMPTY`, `FULL` (no element mask is needed) or `PARTIAL`.
-      part: int32, the same shape: the number of a tile's element mask, -1 for none.
+      part: int32, the same shape: the number of a tile's element mask, `NO_MASK` for none.
       size: how many tiles fit a list; those that do not are left out.
 
     Returns:
@@ -53,19 +54,25 @@ def lists(status: Array, part: Array, size: int) -> tuple[Array, Array]:
     return ends.reshape(*planes, blocks, 3), listed.reshape(*planes, size, 2)
 
 
+def both(status: Any, part: Any, size: int, lists: Callable[..., Any] = lists) -> dict[str, Any]:
+    """The lists by rows and by keys, as the operands that they are."""
+    by_row, by_col = lists(status, part, size), lists(status.swapaxes(2, 3), part.swapaxes(2, 3), size)
+    return dict(zip(BLOCK_LISTS, (*by_row, *by_col), strict=False))
+
+
 def _resize(x: Array, size: int) -> Array:
     return x[:size] if size <= x.shape[0] else jnp.pad(x, (0, size - x.shape[0]))
 
 
 def parts(operands: Mapping[str, Array]) -> Array:
-    """`[n, 1|H, row blocks, key blocks]` int32: the number of each tile's element mask; -1: full, -2: empty."""
+    """`[n, 1|H, row blocks, key blocks]` int32: the number of each tile's element mask, or `NO_MASK`, or `NO_TILE`."""
     ends, tiles = operands["row_ends"], operands["row_tiles"]
     blocks_q, blocks_k = ends.shape[2], operands["col_ends"].shape[2]
 
     def plane(ends, tiles):
         place = jnp.arange(tiles.shape[0], dtype=jnp.int32)
         row = jnp.searchsorted(ends[:, 2], place, side="right")  # blocks_q for what no block has: dropped
-        table = jnp.full((blocks_q, blocks_k), -2, jnp.int32)
+        table = jnp.full((blocks_q, blocks_k), NO_TILE, jnp.int32)
         return table.at[row, tiles[:, 0]].set(tiles[:, 1], mode="drop")
 
     return jax.vmap(jax.vmap(plane))(ends, tiles)
@@ -80,7 +87,7 @@ def status(
     has no element mask.
     """
     if not bounded:
-        return jnp.where(part == -2, EMPTY, jnp.where(part == -1, FULL, PARTIAL))
+        return kinds.of_parts(part)
     block_m, block_n = spec.tile_rows, spec.tile_keys
     starts = jnp.arange(0, seqlen_q, block_m, dtype=jnp.int32)
     table = spans.query_spans(spec, operands, batch, seqlen_q, seqlen_k, starts, block_m, block_n)
@@ -88,7 +95,7 @@ def status(
     tile = jnp.arange(part.shape[3], dtype=jnp.int32)
     met, whole = (begin <= tile) & (tile < end), (full <= tile) & (tile < stop)
     part = spans.per_batch(part, batch) if met.shape[0] > 1 else part
-    return jnp.where((part == -2) | ~met, EMPTY, jnp.where((part == -1) & whole, FULL, PARTIAL))
+    return jnp.where((part == NO_TILE) | ~met, EMPTY, jnp.where((part == NO_MASK) & whole, FULL, PARTIAL))
 
 
 def union(status: Array) -> Array:
@@ -117,11 +124,9 @@ def for_kernels(
         return spec, operands
     if spec.causal or spec.bounded:
         part = parts(operands)
-        known = status(spec, operands, q.shape[0], q.shape[1], k.shape[1], part, bounded=True)
-        part = _in_planes(part, list(known.shape[:2]))
-        size = part.shape[2] * part.shape[3]
-        operands["row_ends"], operands["row_tiles"] = lists(known, part, size)
-        operands["col_ends"], operands["col_tiles"] = lists(known.swapaxes(2, 3), part.swapaxes(2, 3), size)
+        cut = status(spec, operands, q.shape[0], q.shape[1], k.shape[1], part, bounded=True)
+        part = _in_planes(part, list(cut.shape[:2]))
+        operands |= both(cut, part, part.shape[2] * part.shape[3])
     bits = operands.get("tile_bits", jnp.zeros((1, 1, 0, 0), jnp.int32))
     planes = [max(operands[name].shape[axis] for name in BLOCK_LISTS if name in operands) for axis in (0, 1)]
     size = max(operands[f"{side}_tiles"].shape[2] for side in ("row", "col"))
@@ -139,7 +144,7 @@ def for_kernels(
         operands[f"{side}_ends"] = ends + number * tiles.shape[2]
         if own.size > 1:
             part = tiles[..., 1:]
-            part = jnp.where(part < 0, -1, part + _in_planes(own, planes) * bits.shape[2])
+            part = jnp.where(part < 0, NO_MASK, part + _in_planes(own, planes) * bits.shape[2])
             tiles = jnp.concatenate([tiles[..., :1], part], -1)
         operands[f"{side}_tiles"] = tiles
     return Spec.of(spec.rules, q, k, v, operands), operands
@@ -156,7 +161,7 @@ def element_masks(operands: Mapping[str, Array], part: Array, block_m: int, bloc
     words = _taken(operands["tile_bits"], part).reshape(*part.shape, block_m, block_n // 32, 1)
     bits = (words >> jnp.arange(32, dtype=jnp.int32)) & 1
     part = part[..., None, None]
-    shown = jnp.where(part < 0, part == -1, bits.reshape(*part.shape[:-2], block_m, block_n) != 0)
+    shown = jnp.where(part < 0, part == NO_MASK, bits.reshape(*part.shape[:-2], block_m, block_n) != 0)
     return _joined(shown)
 
 
@@ -184,9 +189,4 @@ def _joined(x: Array) -> Array:
 def of_rows(operands: Mapping[str, Array], blocks: Array) -> dict[str, Array]:
     """The lists of some blocks of rows, in this order: as if there were no others. blocks: int32, their numbers."""
     part = jnp.take(parts(operands), blocks, axis=2)
-    known = jnp.where(part == -2, EMPTY, jnp.where(part == -1, FULL, PARTIAL))
-    size = part.shape[2] * part.shape[3]
-    made = dict(operands)
-    made["row_ends"], made["row_tiles"] = lists(known, part, size)
-    made["col_ends"], made["col_tiles"] = lists(known.swapaxes(2, 3), part.swapaxes(2, 3), size)
-    return made
+    return dict(operands) | both(kinds.of_parts(part), part, part.shape[2] * part.shape[3])

@@ -11,8 +11,8 @@ def sequence_of_rows(starts: Array, rows: int) -> Array:
 
 
 def risen(starts: Array, rows: int) -> Array:
-    """starts, or where they fall or leave the rows that there are, some that do not: whoever goes by them stays within
-    arrays. What comes of these is told to nobody (`serving.inputs.poisoned`)."""
+    """`starts` made non-decreasing and within [0, rows], so that whoever indexes by them stays in bounds. Where that
+    changed something, results are replaced by NaN afterwards."""
     return lax.cummax(jnp.clip(starts, 0, rows))
 
 

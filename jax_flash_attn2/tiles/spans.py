@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from ..base import positions
 from ..base.spec import Spec
+from .kinds import EMPTY, FULL, PARTIAL
 
 
 def query_spans(
@@ -49,10 +50,6 @@ def query_spans(
     """
     rows, cols, bounds, tiles = _query_sides(spec, operands, batch, seqlen_q, seqlen_k, starts_m, block_m, block_n)
     return _spans(rows, cols, *bounds, tiles, whole_past_end=False)
-
-
-EMPTY, FULL, PARTIAL = 0, 1, 2
-"""What a tile is: met by nobody, seen whole by all, or neither."""
 
 
 def query_tiles(
@@ -145,13 +142,9 @@ def _side(operands: Mapping[str, Array], name: str, batch: int, starts: Array, b
         lowest = jnp.where(ids < 0, np.iinfo(np.int32).max, ids)
         inits = np.int32(np.iinfo(np.int32).max), np.int32(np.iinfo(np.int32).min), np.bool_(False)
         # One reduction: it is a kernel to compile, and three of them would be six more.
-        ids = lax.reduce((lowest, ids, ids < 0), inits, _least_largest_any, (ids.ndim - 1,))
+        ids = lax.reduce((lowest, ids, ids < 0), inits, _reduce_extremes_and_any, (ids.ndim - 1,))
         ids = tuple(per_batch(x, batch) for x in ids)
     return _Side(starts, block, seqlen, length, ids)
-
-
-def _least_largest_any(x, y):
-    return jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1]), x[2] | y[2]
 
 
 def _offset(operands: Mapping[str, Array], batch: int) -> Array:
@@ -280,12 +273,7 @@ def _least_largest(x: Array, side: _Side) -> tuple[Array, Array]:
     """Of `[n, 1, seqlen]`, by block."""
     x = _gather(x, 2, side.starts, side.block)
     inits = np.int32(np.iinfo(np.int32).max), np.int32(np.iinfo(np.int32).min)
-    return tuple(lax.reduce((x, x), inits, _least_and_largest, (x.ndim - 1,)))
-
-
-def _least_and_largest(x, y):
-    """Named, as a function made anew would be compiled anew outside jit."""
-    return jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1])
+    return tuple(lax.reduce((x, x), inits, _reduce_extremes, (x.ndim - 1,)))
 
 
 def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _Side) -> _Pairs:
@@ -308,10 +296,21 @@ def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _S
 def _any_all(some: Array, every: Array) -> tuple[Array, Array]:
     """`some.any(-1)` and `every.all(-1)` in one reduction: a kernel where two of them would be four, and faster."""
     inits = np.bool_(False), np.bool_(True)
-    return tuple(lax.reduce((some, every), inits, _any_and_all, (some.ndim - 1,)))
+    return tuple(lax.reduce((some, every), inits, _reduce_any_all, (some.ndim - 1,)))
 
 
-def _any_and_all(x, y):
+# What is done in reductions is named: a function made anew would be compiled anew outside jit.
+
+
+def _reduce_extremes(x, y):
+    return jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1])
+
+
+def _reduce_extremes_and_any(x, y):
+    return jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1]), x[2] | y[2]
+
+
+def _reduce_any_all(x, y):
     return x[0] | y[0], x[1] & y[1]
 
 

@@ -20,7 +20,6 @@ says how a call is cut and which tiles are met, `logits` what is in a tile, `onl
 from .backward import backward
 from .differentiable import differentiable
 from .forward import forward
-from .logits import HIDDEN
 from .tiling import tiles
 
-__all__ = ["HIDDEN", "backward", "differentiable", "forward", "tiles"]
+__all__ = ["backward", "differentiable", "forward", "tiles"]

@@ -17,7 +17,7 @@ from .tiling import Tiling, loop
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def backward(
     spec: Spec,
-    config: Config | None,
+    config: Config,
     q: Array,
     k: Array,
     v: Array,
@@ -86,11 +86,11 @@ def backward(
             grads = _add_grads(grads, ds, logits, start_m, start_n)
             if capped is not None:
                 ds *= 1 - capped * capped
-            if logits.score is not None:
+            if logits.score_function is not None:
                 of_scores = {name: x for name, x in grads.items() if is_score_array(name)}
                 if of_scores:
-                    grads = grads | logits.score.add_gradients(of_scores, products, p, ds, start_m, start_n)
-                ds = logits.score.back(products, p, ds, start_m, start_n)
+                    grads = grads | logits.score_function.add_gradients(of_scores, products, p, ds, start_m, start_n)
+                ds = logits.score_function.back(products, p, ds, start_m, start_n)
             dq_tile += t.dot(ds, k_tile, 3, 2)
             dkt = layout.add(dkt, t.dot(qt_tile, ds, 3, 2), start_n, 3)
             dvt = layout.add(dvt, t.dot(dot_tile, p_kept, 3, 2), start_n, 3)
@@ -151,9 +151,7 @@ def _add_grads(grads, ds: Array, logits: Logits, start_m, start_n):
 
 def _add_grad(grad: Array, x: Array, shape: tuple[int, ...], block_m: int, start_m, start_n) -> Array:
     """Add x [B, Hkv, M * G, 1|N] to the gradient of an operand of this shape, summed over the axes that it lacks."""
-    b, n, _, keys = x.shape
-    x = x.reshape(b, n, block_m, -1, keys).swapaxes(2, 3).reshape(b, -1, block_m, keys)
-    x = _sum_to(x, shape, grad.shape[0] // shape[0]).astype(grad.dtype)
+    x = _sum_to(layout.by_heads(x, block_m), shape, grad.shape[0] // shape[0]).astype(grad.dtype)
     start = (0, 0, start_m if grad.shape[2] > 1 else 0, start_n if grad.shape[3] > 1 else 0)
     own = lax.dynamic_slice(grad, start, x.shape, allow_negative_indices=False)
     return lax.dynamic_update_slice(grad, own + x, start, allow_negative_indices=False)

@@ -1,7 +1,7 @@
 """Calls whose block mask differs from head to head, one key head at a time: so each meets its own tiles.
 
 All heads together meet a tile that any of them sees: of 8 heads that each see a tenth of the tiles, at random, that is
-over half of them. Lists that say the same of every head take longer so: a mask of one head is for those.
+over half of them. Where the lists of all heads are equal this is slower: give the mask one head instead.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..base.config import Config
 from ..base.operands import is_read
 from ..base.spec import Spec
 from . import layout
@@ -28,12 +29,14 @@ def pays(spec: Spec, q: Array, operands: Mapping[str, Array], wanted: tuple[str,
     return operands["row_ends"].shape[1] == spec.heads and spec.tile_rows * spec.group * spec.tile_keys >= _TILE
 
 
-def forward(run: Callable, spec: Spec, config: Any, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> Any:
+def forward(
+    run: Callable, spec: Spec, config: Config, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
+) -> Any:
     """`forward.forward`, which is `run`."""
 
     def head(h: Array) -> Any:
         own = _of_head(spec, operands, h)
-        args = _rows(q, h, spec.group), _rows(k, h, 1), _rows(v, h, 1)
+        args = _of_heads(q, h, spec.group), _of_heads(k, h, 1), _of_heads(v, h, 1)
         return run(Spec.of(spec.rules, *args, own), config, *args, own)
 
     o, *stats = lax.map(head, jnp.arange(spec.kv_heads, dtype=jnp.int32))
@@ -41,16 +44,16 @@ def forward(run: Callable, spec: Spec, config: Any, q: Array, k: Array, v: Array
 
 
 def backward(
-    run: Callable, spec: Spec, config: Any, q: Array, k: Array, v: Array, operands: Mapping[str, Array], o: Array,
+    run: Callable, spec: Spec, config: Config, q: Array, k: Array, v: Array, operands: Mapping[str, Array], o: Array,
     stats: Any, do: Array, dlse: Array | None, *, wanted: tuple[str, ...], apart: tuple[int, ...],
 ) -> tuple[Array, ...]:  # fmt: skip
     """`backward.backward`, which is `run`."""
 
     def head(h: Array) -> Any:
         own = _of_head(spec, operands, h)
-        args = _rows(q, h, spec.group), _rows(k, h, 1), _rows(v, h, 1)
+        args = _of_heads(q, h, spec.group), _of_heads(k, h, 1), _of_heads(v, h, 1)
         here = [None if x is None else layout.take(x, h * spec.group, spec.group, 1) for x in (*stats, dlse)]
-        given = own, _rows(o, h, spec.group), here[:-1], _rows(do, h, spec.group), here[-1]
+        given = own, _of_heads(o, h, spec.group), here[:-1], _of_heads(do, h, spec.group), here[-1]
         return run(Spec.of(spec.rules, *args, own), config, *args, *given, wanted=wanted, apart=apart)
 
     dq, dk, dv, *grads = lax.map(head, jnp.arange(spec.kv_heads, dtype=jnp.int32))
@@ -71,7 +74,7 @@ def _of_head(spec: Spec, operands: Mapping[str, Array], h: Array) -> dict[str, A
     return own
 
 
-def _rows(x: Array, h: Array, count: int) -> Array:
+def _of_heads(x: Array, h: Array, count: int) -> Array:
     """`[B, S, heads, D]` -> `[B, S, count, D]`: those of key head h."""
     return layout.take(x, h * count, count, 2)
 

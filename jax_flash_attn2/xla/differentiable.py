@@ -10,7 +10,7 @@ from jax import Array, lax
 from ..base.config import Config
 from ..base.operands import BLOCK_LISTS, is_read
 from ..base.spec import Spec
-from . import layout
+from . import layout, online
 from .logits import HIDDEN, Logits
 from .tiling import Tiling
 
@@ -22,14 +22,14 @@ _HALF = ("float16", "bfloat16")
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def differentiable(
-    spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
+    spec: Spec, config: Config, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
 ) -> list[Array]:
     """`forward` for JAX to differentiate, as often as wanted: the same results, those that there are.
 
     Whole rows of logits, some rows at a time, which a backward pass computes again: the memory of the function and of
     its first derivative is linear in the sequence lengths.
     """
-    config, dtype = config or Config(), q.dtype
+    dtype = q.dtype
     operands = {name: x.astype(jnp.float32) if x.dtype.name in _HALF else x for name, x in operands.items()}
     rows_at_once = max(_SCORES // (q.shape[0] * spec.heads * k.shape[1]), 16)
     config = dataclasses.replace(config, block_m=config.block_m or rows_at_once, block_n=k.shape[1])
@@ -55,15 +55,13 @@ def differentiable(
         acc = t.dot(p, v, 3, 2)
         if sink is not None:
             l += jnp.exp(sink - m)
-        l_or_1 = jnp.where(l == 0, 1, l)
-        lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(l_or_1))
-        return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *([m, l] if spec.reshapes else []), *row_max
+        o = acc / (jnp.where(l == 0, 1, l) / spec.keep_scale)[..., None]
+        return o, online.lse(m, l), *([m, l] if spec.reshapes else []), *row_max
 
-    starts = jnp.minimum(jnp.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m)
     own = [name for name in operands if name not in BLOCK_LISTS and not is_read(name)]
     by_rows = [name for name in own if operands[name].shape[2] > 1]
     rows = {name: layout.cut_rows(operands[name], t.block_m) for name in by_rows}
-    out = lax.map(query_block, (starts, layout.cut_rows(q, t.block_m * spec.group), rows))
+    out = lax.map(query_block, (t.starts(), layout.cut_rows(q, t.block_m * spec.group), rows))
     o, *stats = (layout.join_rows(x, t.seqlen_q * spec.group) for x in out)
     stats = (layout.stats_out(x, t.seqlen_q) for x in stats)
     return [layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype)), *stats]

@@ -15,23 +15,23 @@ from .tiling import Tiling, loop
 
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def forward(
-    spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
+    spec: Spec, config: Config, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
 ) -> tuple[Array | None, ...]:
     """Attention and its softmax statistics.
 
     Args:
       spec: what to compute.
-      config: block sizes and precision; None for the tuned ones.
+      config: block sizes, chosen here where they are None, and precision.
       q: `[B, Sq, H, D]`.
       k: `[B, Sk, Hkv, D]`.
       v: `[B, Sk, Hkv, Dv]`.
       operands: those of `base.operands.OPERANDS` that the call has. A bias below `HIDDEN` hides its key.
 
     Returns:
-      o `[B, Sq, H, Dv]` in q's dtype; then, `[B, H, Sq]` each, lse; where that is not enough for the backward pass
-      (`spec.reshapes`), a row's maximum m, its sink included, and l, its sum of `exp(s - m)`; and, if the rules want
-      it, the row's largest logit, without the sink. A row that sees nothing has o = 0, lse = -inf and a largest logit
-      of -inf.
+      A tuple of five: o, lse, m or None, l or None, largest logit or None. o is `[B, Sq, H, Dv]` in q's dtype, the
+      others are `[B, H, Sq]`. m and l are there where lse is not enough for the backward pass (`spec.reshapes`): a
+      row's maximum, its sink included, and its sum of `exp(s - m)`. The row's largest logit, without the sink, is there
+      if the rules want it. A row that sees nothing has o = 0, lse = -inf and a largest logit of -inf.
     """
     if spec.page_size:
         return paged.forward(spec, config, q, k, v, operands)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..functions import mapped
+from . import layout
 
 
 class FunctionTiles:
@@ -40,15 +41,15 @@ class FunctionTiles:
         self, grads: Mapping[str, Array], s: Array, p: Array, ds: Array, start_m, start_n
     ) -> dict[str, Array]:
         """grads, by the names of arrays that it reads, with what a tile adds to them; the rest as in `back`."""
-        added, names = dict(grads), [*self.arrays]
+        added, names, rows = dict(grads), [*self.arrays], self.tiling.block_m
         slopes = mapped.over(self.bound.slopes, s, *self._place(start_m, start_n))
         place = self._place(start_m, start_n, by_heads=True)
         for k, read in enumerate(self.function.reads):
             name = names[read.array]
             if name in grads and read.array not in self.function.whole:
-                part = self._by_heads(jnp.where(p == 0, 0, ds * slopes[k]))
+                part, scores = (layout.by_heads(x, rows) for x in (jnp.where(p == 0, 0, ds * slopes[k]), s))
                 apart = grads[name].shape[0] // self.arrays[name].shape[0]
-                given = self.function, self.bound, k, part, self._by_heads(s), place, apart, self.logits.in_order
+                given = self.function, self.bound, k, part, scores, place, apart, self.logits.in_order
                 added[name] = mapped.add_gradient(added[name], *given)
         for n in self.function.whole:
             if (name := names[n]) in grads:
@@ -71,7 +72,7 @@ class FunctionTiles:
         """b, h, i and j of a tile, each along its axes of `[B, Hkv, M * G, N]`; of `[B, H, M, N]`, by heads."""
         t, spec = self.tiling, self.tiling.spec
         sizes, starts = (t.batch, spec.heads, t.block_m, t.block_n), (0, 0, start_m, start_n)
-        b, h, i, j = (jnp.arange(n, dtype=jnp.int32) + _int32(start) for n, start in zip(sizes, starts, strict=True))
+        b, h, i, j = (jnp.arange(n, dtype=jnp.int32) + layout.int32(at) for n, at in zip(sizes, starts, strict=True))
         if self.origin is not None:  # where this device's share begins
             b, h, i = (x + self.origin[0, 0, 0, n] for n, x in enumerate((b, h, i)))
         if "q_index" in self.logits.operands:
@@ -83,14 +84,3 @@ class FunctionTiles:
             h = jnp.tile(h.reshape(1, spec.kv_heads, 1, -1), (1, 1, t.block_m, 1)).reshape(1, spec.kv_heads, -1, 1)
             i = jnp.repeat(i, spec.group)
         return b.reshape(-1, 1, 1, 1), h, i.reshape(1, 1, -1, 1), j.reshape(1, 1, 1, -1)
-
-    def _by_heads(self, tile: Array) -> Array:
-        """`[B, Hkv, M * G, N]` -> `[B, H, M, N]`."""
-        b, heads, _, keys = tile.shape
-        rows = self.tiling.block_m
-        return tile.reshape(b, heads, rows, -1, keys).swapaxes(2, 3).reshape(b, -1, rows, keys)
-
-
-def _int32(x: Any) -> Array:
-    """Row and key numbers are int32 under x64 too."""
-    return jnp.asarray(x, jnp.int32)

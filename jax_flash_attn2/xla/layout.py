@@ -1,5 +1,7 @@
 """How rows, row statistics and the tiles of an array lie in memory, and the way there and back."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -42,6 +44,17 @@ def join_rows(x: Array, rows: int) -> Array:
     x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
     last = before - rows  # negative: that many rows of the last block are its own
     return jnp.concatenate([x[:, :, :before], x[:, :, last:]], 2)
+
+
+def by_heads(x: Array, rows: int) -> Array:
+    """`[B, Hkv, M * G, N]` -> `[B, H, M, N]`, of M rows."""
+    b, heads, _, keys = x.shape
+    return x.reshape(b, heads, rows, -1, keys).swapaxes(2, 3).reshape(b, -1, rows, keys)
+
+
+def int32(x: Any) -> Array:
+    """Numbers of rows or keys, which are int32 under x64 too, as lengths and offsets are."""
+    return jnp.asarray(x, jnp.int32)
 
 
 def take(x: Array, start, size: int, axis: int) -> Array:

@@ -19,7 +19,9 @@ from .tiling import Tiling
 
 HIDDEN = float(np.finfo(np.float32).min) * math.log(2)
 """A bias below this (-2.36e38) hides its key, as -inf does: the GPU kernels' base-2 logits overflow there.
-It is also where a running maximum starts: finite, so that `exp(s - m)` is 0, not NaN, for `s` = -inf."""
+
+A running maximum starts here. That is finite, so that `exp(s - m)` is 0, not NaN, for `s` = -inf.
+"""
 
 
 class Logits:
@@ -29,15 +31,15 @@ class Logits:
         self.tiling, self.operands = tiling, operands
         self.spec, self.dtype = tiling.spec, tiling.dtype
         rules = self.spec.rules
-        self.score = None if rules.score is None else FunctionTiles(self, rules.score, score_arrays)
-        self.mask = None if rules.mask is None else FunctionTiles(self, rules.mask, mask_arrays)
+        self.score_function = None if rules.score is None else FunctionTiles(self, rules.score, score_arrays)
+        self.mask_function = None if rules.mask is None else FunctionTiles(self, rules.mask, mask_arrays)
 
     def of(self, products: Array, start_m, j, masked: bool) -> tuple[Array, Array | None]:
         """Logits of one tile [B, Hkv, M * G, N], of the products of its rows and keys, -inf where hidden; and the tanh
         of the soft cap, or None."""
         t, operands, capped = self.tiling, self.operands, None
         start_n = t.start_n(j)
-        s = products if self.score is None else self.score.of(products, start_m, start_n)
+        s = products if self.score_function is None else self.score_function.of(products, start_m, start_n)
         if (cap := self.spec.rules.soft_cap) is not None:
             capped = jnp.tanh(s / cap)
             s = cap * capped
@@ -59,16 +61,16 @@ class Logits:
     def visible(self, start_m, j) -> Array | None:
         """[1|B, 1|Hkv, M * G, N]: what the tile's rows see of its keys, less those that key block j - 1 held.
 
-        None: all. Rows and keys are counted from the tile's first key: so nothing here is the same for all tiles of a
-        row, which XLA would compute ahead, each thing in a kernel of its own.
+        None: all. Indices are relative to the tile's first key: terms that are the same for all tiles of a row would be
+        hoisted out of the loop by XLA:CPU, each into a kernel of its own.
         """
         t, rules, visible = self.tiling, self.spec.rules, []
         start_n = t.start_n(j)
-        cols, rows = self.col_index(0), self.row_index(start_m - start_n)
+        cols, rows = self.col_index(), self.row_index(start_m - start_n)
         if t.seqlen_k % t.block_n:
-            visible.append(cols >= _int32(j * t.block_n - start_n))
+            visible.append(cols >= layout.int32(j * t.block_n - start_n))
         if "q_positions" in self.operands:
-            own, other = self.positions(start_m, start_n)
+            own, other = self.places(start_m, start_n)
             if rules.left is not None:
                 visible.append(positions.before(own, rules.left) <= other)
             if rules.right is not None:
@@ -81,37 +83,38 @@ class Logits:
                 visible.append(rows + (offset + rules.right) >= cols)
         if "q_segments" in self.operands:
             q_ids, kv_ids = (self.tile(f"{side}_segments", start_m, start_n) for side in ("q", "kv"))
-            visible.append((q_ids == kv_ids) & (kv_ids >= 0))  # of q's XLA would compute it ahead, in a kernel
+            # Not `q_ids >= 0`, which does not change from tile to tile and would be hoisted likewise.
+            visible.append((q_ids == kv_ids) & (kv_ids >= 0))
         if "q_lengths" in self.operands:
-            visible.append(rows < self.per_batch("q_lengths") - _int32(start_n))
+            visible.append(rows < self.per_batch("q_lengths") - layout.int32(start_n))
         if "kv_lengths" in self.operands:
-            visible.append(cols < self.per_batch("kv_lengths") - _int32(start_n))
+            visible.append(cols < self.per_batch("kv_lengths") - layout.int32(start_n))
         if "mask" in self.operands:
             visible.append(self.tile("mask", start_m, start_n))
-        if self.mask is not None:
-            visible.append(self.mask.visible(start_m, start_n))
+        if self.mask_function is not None:
+            visible.append(self.mask_function.visible(start_m, start_n))
         elif self.spec.listed:
             visible.append(self.of_block_mask(block_lists.element_masks, start_m, j))
         return functools.reduce(operator.and_, visible) if visible else None
 
     def row_index(self, start_m) -> Array:
         """[M * G, 1]: the rows of a tile."""
-        rows = _int32(jnp.arange(self.tiling.block_m * self.spec.group))[:, None]
-        return _int32(start_m) + (rows // self.spec.group if self.spec.group > 1 else rows)
+        rows = layout.int32(jnp.arange(self.tiling.block_m * self.spec.group))[:, None]
+        return layout.int32(start_m) + (rows // self.spec.group if self.spec.group > 1 else rows)
 
-    def col_index(self, start_n) -> Array:
-        """[1, N]: the keys of a tile."""
-        return _int32(start_n) + _int32(jnp.arange(self.tiling.block_n))[None, :]
+    def col_index(self) -> Array:
+        """[1, N]: the keys of a tile, counted from its first."""
+        return layout.int32(jnp.arange(self.tiling.block_n))[None, :]
 
     def aligned(self, rows: Array) -> Array:
         """[1|B, 1, M * G, 1], or without the first two axes: rows of a tile, counted as the keys are."""
         return rows + self.per_batch("offset") if "offset" in self.operands else rows
 
-    def positions(self, start_m, start_n) -> tuple[Array, Array]:
+    def places(self, start_m, start_n) -> tuple[Array, Array]:
         """[1|B, 1, M * G, 1] and [1|B, 1, 1, N], or without the first two axes: where a tile's rows and keys are.
         Counted from the first key, as in `visible`, unless they are data."""
         if "q_positions" not in self.operands:
-            return self.aligned(self.row_index(start_m - start_n)), self.col_index(0)
+            return self.aligned(self.row_index(start_m - start_n)), self.col_index()
         own, other = (self.tile(f"{side}_positions", start_m, start_n) for side in ("q", "kv"))
         return own, other
 
@@ -128,7 +131,7 @@ class Logits:
 
     def distances(self, start_m, start_n) -> Array:
         """[1|B, 1, M * G, N]: how far each key is from the row's position."""
-        own, other = self.positions(start_m, start_n)
+        own, other = self.places(start_m, start_n)
         far = positions.apart(own, other) if "q_positions" in self.operands else jnp.abs(own - other)
         return far.astype(self.dtype)
 
@@ -198,10 +201,5 @@ class Logits:
         not even a NaN there is seen."""
         if f"{side}_lengths" not in self.operands:
             return x
-        index = _int32(jnp.arange(x.shape[1])) + _int32(start)
+        index = layout.int32(jnp.arange(x.shape[1])) + layout.int32(start)
         return jnp.where(index[:, None, None] < self.per_batch(f"{side}_lengths"), x, 0)
-
-
-def _int32(x) -> Array:
-    """Row and key numbers are int32 under x64 too, as lengths and offsets are."""
-    return jnp.asarray(x, jnp.int32)

@@ -31,7 +31,7 @@ _TILE = 2**18
 
 
 def forward(
-    spec: Spec, config: Config | None, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
+    spec: Spec, config: Config, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
 ) -> tuple[Array | None, ...]:
     """`forward.forward` of a paged cache. Who wants m and l gets lse and 1."""
     batch, rows, most = sequences(q, operands), q.shape[0] * q.shape[1], q.shape[1]
@@ -40,7 +40,6 @@ def forward(
         starts = ragged.risen(starts, rows)
     else:
         starts, sizes = jnp.arange(batch + 1, dtype=jnp.int32) * most, [most]
-    config = config or Config()
     largest = config.block_m or BLOCKS[-1]
     sizes = list(dict.fromkeys(min(m, largest) for m in sizes))
 
@@ -101,7 +100,7 @@ class _Call:
         rows = t.rows(rows.astype(t.dtype) * logits.per_batch("scale").astype(t.dtype))
 
         def tile(j, state):
-            k, v = (self.tile(x, scale, width, b, first + j * self.pages) for x, scale, width in self.cache)
+            k, v = (self.gathered(x, scale, width, b, first + j * self.pages) for x, scale, width in self.cache)
             s, _ = logits.of(cached.products(rows, k, t.dot), 0, j, True)
             return online.step(t.spec, s, state, lambda p: cached.weighted(p, v, t.dot))
 
@@ -121,10 +120,10 @@ class _Call:
         q = jax.ShapeDtypeStruct((1, block_m, heads, width), self.q.dtype)
         k, v = (jax.ShapeDtypeStruct((1, block_n, self.spec.kv_heads, w), self.q.dtype) for *_, w in self.cache)
         spec = Spec.of(dataclasses.replace(self.spec.rules, latent=None), q, k, v, operands)
-        config = dataclasses.replace(self.config or Config(), block_m=block_m, block_n=block_n)
+        config = dataclasses.replace(self.config, block_m=block_m, block_n=block_n)
         return Tiling(spec, config, q, k, operands, whole_rows=False)
 
-    def tile(self, x: Array, scale: Array | None, width: int, b, page) -> Array:
+    def gathered(self, x: Array, scale: Array | None, width: int, b, page) -> Array:
         """`[1, N, Hkv, width]`: of pages x, the keys of sequence b from `page` of its table on; 0 behind its last."""
         index = page + jnp.arange(self.pages, dtype=jnp.int32)
         at = jnp.minimum(index, self.table.shape[1] - 1)

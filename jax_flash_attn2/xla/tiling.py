@@ -12,15 +12,16 @@ from jax import Array, lax
 from ..base.config import Config
 from ..base.spec import Spec
 from ..tiles import block_lists, spans
+from ..tiles.kinds import FULL, PARTIAL
 from . import layout
 
 
 def tiles(
-    spec: Spec, config: Config | None, q: Any, k: Any, operands: Mapping[str, Any], *, forward: bool
+    spec: Spec, config: Config, q: Any, k: Any, operands: Mapping[str, Any], *, forward: bool
 ) -> tuple[np.ndarray, int, int]:
     """How a pass cuts its logits: the first row of each block of query rows, and the sizes of a tile."""
     t = Tiling(spec, config, q, k, operands, whole_rows=forward)
-    return np.minimum(np.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m), t.block_m, t.block_n
+    return t.starts(np), t.block_m, t.block_n
 
 
 _FEW_ROWS = 16
@@ -32,7 +33,7 @@ _CACHE = 2**17
 class Tiling:
     """How one call is cut into tiles. Starts and spans are Python ints where the block number is one."""
 
-    def __init__(self, spec, config, q, k, operands, whole_rows, whole_keys=False):
+    def __init__(self, spec: Spec, config: Config, q, k, operands, whole_rows, whole_keys=False):
         self.spec, self.config, self.batch = spec, config, q.shape[0]
         self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
         self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
@@ -42,7 +43,7 @@ class Tiling:
             block_m, block_n = spec.tile_rows, self.seqlen_k if whole_keys else spec.tile_keys
         elif self.in_place:
             block_m, block_n = self.seqlen_q, keys_in_place(k.size // self.seqlen_k)
-            block_n = (config and config.block_n) or block_n
+            block_n = config.block_n or block_n
         else:
             block_m, block_n = choose_blocks(
                 self.seqlen_q,
@@ -51,17 +52,20 @@ class Tiling:
                 whole_rows and not self.masked,
                 256 if spec.q_segments is not None else 512,  # documents are met tile by tile: small ones waste less
             )
-            block_m, block_n = (config and config.block_m) or block_m, (config and config.block_n) or block_n
+            block_m, block_n = config.block_m or block_m, config.block_n or block_n
         self.block_m, self.block_n = min(block_m, self.seqlen_q), min(block_n, self.seqlen_k)
         self.blocks_q, self.blocks_k = -(-self.seqlen_q // self.block_m), -(-self.seqlen_k // self.block_n)
         self.status = self.look_up_status(operands) if spec.spans and self.blocks_k > 1 else None
-        if spec.listed:
-            self.parts = block_lists.parts(operands)
-        self.list = self.look_up_list(operands) if spec.listed and self.blocks_k > 1 else None
+        self.parts: Any = block_lists.parts(operands) if spec.listed else None
+        self.list: Any = self.look_up_list(operands) if spec.listed and self.blocks_k > 1 else None
 
     def start_m(self, i):
         """First row of query block i."""
         return _start(i, self.block_m, self.seqlen_q)
+
+    def starts(self, xp: Any = jnp) -> Any:
+        """int32 [blocks_q]: the first row of each query block; in JAX, or in NumPy."""
+        return xp.minimum(xp.arange(self.blocks_q, dtype=xp.int32) * self.block_m, self.seqlen_q - self.block_m)
 
     def start_n(self, j):
         """First row of key block j."""
@@ -71,9 +75,8 @@ class Tiling:
 
     def look_up_status(self, operands):
         """[blocks_q, blocks_k]: what the key blocks are to the query blocks, in any batch or head."""
-        starts = jnp.minimum(jnp.arange(self.blocks_q, dtype=jnp.int32) * self.block_m, self.seqlen_q - self.block_m)
         lengths = self.seqlen_q, self.seqlen_k
-        return spans.query_tiles(self.spec, operands, self.batch, *lengths, starts, self.block_m, self.block_n)
+        return spans.query_tiles(self.spec, operands, self.batch, *lengths, self.starts(), self.block_m, self.block_n)
 
     def look_up_list(self, operands):
         """[blocks_q, 3] and [tiles]: the key blocks that a query block meets in any batch or head, in a list that has
@@ -87,21 +90,27 @@ class Tiling:
 
     def over_keys(self, i, key_block: Callable, carry):
         """Run key_block(masked, j, carry) for every key block j that query block i meets."""
-        if self.list is not None:
-            ends, tiles = self.list
-            begin, full, end = ends[i]
-            carry = lax.fori_loop(full, end, lambda n, carry: key_block(False, tiles[n], carry), carry)
-            return lax.fori_loop(begin, full, lambda n, carry: key_block(True, tiles[n], carry), carry)
-        if self.status is None:
-            stop, end = self.key_span(self.start_m(i))
-            carry = loop(0, stop, functools.partial(key_block, False), carry)
-            return loop(stop, end, functools.partial(key_block, True), carry)
+        over = self._over_list if self.list else self._over_span if self.status is None else self._over_status
+        return over(i, key_block, carry)
+
+    def _over_list(self, i, key_block: Callable, carry):
+        ends, tiles = self.list
+        begin, full, end = ends[i]
+        carry = lax.fori_loop(full, end, lambda n, carry: key_block(False, tiles[n], carry), carry)
+        return lax.fori_loop(begin, full, lambda n, carry: key_block(True, tiles[n], carry), carry)
+
+    def _over_span(self, i, key_block: Callable, carry):
+        stop, end = self.key_span(self.start_m(i))
+        carry = loop(0, stop, functools.partial(key_block, False), carry)
+        return loop(stop, end, functools.partial(key_block, True), carry)
+
+    def _over_status(self, i, key_block: Callable, carry):
         row = lax.dynamic_index_in_dim(self.status, i, 0, keepdims=False, allow_negative_indices=False)
 
         def tile(j, carry):
             # Loops of at most one step, which XLA:CPU runs in place; what a conditional returns it would copy.
             status = lax.dynamic_index_in_dim(row, j, 0, keepdims=False, allow_negative_indices=False)
-            for masked, kind in ((False, spans.FULL), (True, spans.PARTIAL)):
+            for masked, kind in ((False, FULL), (True, PARTIAL)):
                 met = lax.convert_element_type(status == kind, lax.dtype(j))
                 carry = lax.fori_loop(j, j + met, functools.partial(key_block, masked), carry)
             return carry
@@ -134,15 +143,18 @@ class Tiling:
         return layout.rows(x, self.spec.kv_heads, self.dtype)
 
     def new_rows(self, x: Array, fill: float, i) -> Array:
-        """A tile of `fill` as query block i of x [B, Hkv, Sq * G, ...], which was filled with it, began."""
-        if self.seqlen_q % self.block_m:  # block i - 1 may have put something there
+        """A tile of `fill`, shaped as block i of x [B, Hkv, Sq * G, ...]. x starts out filled with it, so where no
+        block overlaps another the tile is sliced from x, by a kernel that exists anyway; else it is made new."""
+        if self.seqlen_q % self.block_m:
             return jnp.full((*x.shape[:2], self.block_m * self.spec.group, *x.shape[3:]), fill, x.dtype)
-        return self.query_tile(x, self.start_m(i))  # there is such a kernel already; to fill a tile would be another
+        return self.query_tile(x, self.start_m(i))
 
     def put_rows(self, x: Array, tile: Array, i) -> Array:
         """x [B, Hkv, Sq * G, ...] with query block i."""
         start = self.start_m(i) * self.spec.group
-        if self.spec.listed and self.seqlen_q % self.block_m:  # its list is not that of rows that block i - 1 has done
+        if self.spec.listed and self.seqlen_q % self.block_m:
+            # The last block was moved back over rows that block i - 1 has finished by another list of tiles: those keep
+            # their values.
             rows = self.start_m(i) + jnp.arange(tile.shape[2]) // self.spec.group
             own = (rows >= i * self.block_m).reshape(-1, *(1,) * (tile.ndim - 3))
             tile = jnp.where(own, tile, layout.take(x, start, tile.shape[2], 2))
@@ -157,8 +169,7 @@ class Tiling:
 
     def dot(self, x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
         """Batches and heads of x times those of y, contracted along one axis of each."""
-        tf32 = self.config is not None and self.config.precision == "tf32"
-        precision = lax.Precision.DEFAULT if tf32 else lax.Precision.HIGHEST
+        precision = lax.Precision.DEFAULT if self.config.precision == "tf32" else lax.Precision.HIGHEST
         return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), precision=precision)
 
 
