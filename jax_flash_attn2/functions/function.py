@@ -176,7 +176,8 @@ class Function:
         """What each value depends on."""
         varies = dict(zip(self.jaxpr.invars, map(_Varies.of, SCALARS), strict=False))
         for eqn in self.jaxpr.eqns:
-            own = _Varies.of_equation(eqn, [varies.get(v, _Varies()) for v in eqn.invars if not isinstance(v, Literal)])
+            inputs = [_Varies() if isinstance(v, Literal) else varies.get(v, _Varies()) for v in eqn.invars]
+            own = _Varies.of_equation(eqn, inputs)
             varies.update(dict.fromkeys(eqn.outvars, own))
         return varies
 
@@ -297,7 +298,7 @@ class _Varies(NamedTuple):
     def of_equation(cls, eqn: Any, inputs: Sequence["_Varies"]) -> "_Varies":
         by: frozenset[str] = frozenset().union(*(x.by for x in inputs))
         name = eqn.primitive.name
-        difference = name == "sub" and all(x.shifted for x in inputs) and by == {"i", "j"} and len(inputs) == 2
-        moved = name in ("add", "sub") and inputs and inputs[0].shifted and by == inputs[0].by and len(by) == 1
-        moved = moved and not any(x.by for x in inputs[1:])
+        difference = name == "sub" and all(x.shifted for x in inputs) and by == {"i", "j"}
+        dependent = [x for x in inputs if x.by]
+        moved = len(dependent) == 1 and dependent[0].shifted and (name == "add" or (name == "sub" and inputs[0].by))
         return cls(by, difference or all(x.relative for x in inputs), bool(moved))
