@@ -1,6 +1,9 @@
 """`explain` counts what runs, and `supported` agrees with the call."""
 
+import types
+
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,6 +104,19 @@ def test_reasons():
         with jax.enable_x64(True):
             y = x.astype(jnp.float64)
             assert "no float64" in str(explain(y, y, y))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_a_gpu_is_there(monkeypatch, platform):
+    """AMD's needs no compute capability; of NVIDIA's there is none here."""
+    pytest.importorskip("jax_triton")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    backend = types.SimpleNamespace(platform_version=f"PJRT C API\n{platform} 60300")
+    monkeypatch.setattr(jax.extend.backend, "get_backend", lambda: backend)
+    x = jnp.zeros((1, 64, 2, 16))
+    assert supported(x, x, x) == (platform == "rocm")
+    if platform == "rocm":
+        assert explain(x, x, x).where == "AMD GPU"
 
 
 def test_traced_data_is_said_to_be_unknown():

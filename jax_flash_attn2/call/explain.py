@@ -19,7 +19,7 @@ from ..base.known import is_known, now
 from ..base.operands import DIFFERENTIABLE
 from ..base.spec import Spec
 from ..gpu import functions, interpret, passes, short, tuning
-from ..gpu.target import Target, present
+from ..gpu.target import INTERPRETED, Target, of_default_backend
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
 from ..xla import by_head
@@ -184,7 +184,7 @@ def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target 
     if call.implementation == "triton" and not gpu and call.target is None:
         if not interpret.enabled():
             raise errors.not_on_this_platform_error()
-        return Target(80), ("TRITON_INTERPRET=1: the kernels run in Triton's interpreter",)
+        return INTERPRETED, ("TRITON_INTERPRET=1: the kernels run in Triton's interpreter",)
     if q.dtype == jnp.float64:
         return None, ("the Triton kernels have no float64",)
     if call.target is None and not gpu:
@@ -195,7 +195,7 @@ def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target 
         except ImportError as error:
             raise errors.missing_triton_error(error) from error
     reason = "an enclosing gpu_target names it" if call.target else "JAX's default backend is this GPU"
-    return call.target or present(), (reason,)
+    return call.target or of_default_backend(), (reason,)
 
 
 def _kernel(name: str, config: Tuned, spec: Spec, q, k, v, operands) -> Pass:

@@ -25,7 +25,7 @@ from ..base.errors import (
 from ..base.operands import names_of
 from ..base.spec import Spec
 from ..gpu import interpret, passes, short, tuning
-from ..gpu.target import Target, present
+from ..gpu.target import INTERPRETED, of_platform
 from . import sharding
 from .call import Call
 
@@ -170,7 +170,7 @@ def _on_gpu(maths, platform: str):
             from ..gpu import launch
         except ImportError as error:
             raise missing_triton_error(error) from error
-        target = call.target or (present() if platform == "cuda" else Target(0))
+        target = call.target or of_platform(platform)
         if operands[1].dtype == jnp.float8_e4m3fn and 0 < target.capability < 89:
             raise narrow_pages_error(operands[1].dtype, target)
         return maths(launch.run, target, *operands, call=call, **params)
@@ -184,7 +184,7 @@ def _elsewhere(maths):
             return maths(None, None, *operands, call=call, **params)
         if not interpret.enabled():
             raise not_on_this_platform_error()
-        return maths(interpret.run, call.target or Target(80), *operands, call=call, **params)
+        return maths(interpret.run, call.target or INTERPRETED, *operands, call=call, **params)
 
     return lowered
 
@@ -206,7 +206,7 @@ def _unit_primitive() -> Primitive:
     primitive = Primitive("flash_attention_unit")
     stats = lambda dtype: jnp.float64 if dtype == jnp.float64 else jnp.float32
     primitive.def_abstract_eval(lambda *, call, dtype: _aval((), stats(dtype)))
-    primitive.def_impl(lambda **params: jax.jit(functools.partial(primitive.bind, **params))())
+    primitive.def_impl(functools.partial(_run, primitive))
 
     def lowered(by_kernels):
         nats = lambda *, call, dtype: jnp.asarray(passes.LN2 if by_kernels(call, dtype) else 1, stats(dtype))
