@@ -13,14 +13,13 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from .base import names
 from .base.config import Config, Precision
 from .call.api import flash_attention
 from .call.combined import both, is_structured
-from .masks.block import BlockMask
-from .masks.mask import Mask
 
 _NOT_OPTIONS = {
     **dict.fromkeys(("q", "k", "v"), "Flax gives it"),
@@ -142,8 +141,8 @@ def attention_fn(
 def make_attention_fn(**options: Any) -> Callable[..., Array]:
     """`attention_fn` with options that Flax does not know.
 
-    The same options give the same object (unless there are arrays or a dict among them), so that modules which differ
-    in nothing compare equal and are traced once.
+    The same options give the same object (unless there are arrays or a dict among them, or functions that close over
+    something), so that modules which differ in nothing compare equal and are traced once.
 
     Args:
       **options: rope, mask (of any kind that `flash_attention` takes), and what is listed in `attention_fn`. Where a
@@ -162,13 +161,23 @@ def make_attention_fn(**options: Any) -> Callable[..., Array]:
     """
     _check_options(options)
     options = {"_fixed_mask" if name == "mask" else name: x for name, x in sorted(options.items())}
-    if isinstance(options.get("_fixed_mask"), Mask | BlockMask):  # too large to be kept
+    if not all(map(_holds_nothing, options.values())):
         return functools.partial(attention_fn, **options)
     try:
         hash(tuple(options.values()))
     except TypeError:
         return functools.partial(attention_fn, **options)
     return _made(**options)
+
+
+def _holds_nothing(option: Any) -> bool:
+    """Whether no array lives as long as this does; a function may have some in what it closes over."""
+    for leaf in jax.tree.leaves(option):
+        if isinstance(leaf, Array | np.ndarray):
+            return False
+        if callable(leaf) and (not inspect.isfunction(leaf) or leaf.__closure__ or leaf.__defaults__):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=256, typed=True)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.lax import DotAlgorithmPreset, Precision
 
 import jax_flash_attn2.flax as adapter
-from jax_flash_attn2 import Config, flash_attention
+from jax_flash_attn2 import Config, flash_attention, masks
 from jax_flash_attn2.flax import attention_fn, make_attention_fn
 
 HEADS, WIDTH, T = 4, 32, 12
@@ -336,6 +336,16 @@ def test_the_same_options_are_one_object():
     for name, said in (("windowsize", "did you mean window_size"), ("deterministic", "it has rope, score_mod, causal")):
         with pytest.raises(TypeError, match=f"no argument '{name}'; {said}"):
             make_attention_fn(**{name: None})
+
+
+def test_what_may_hold_arrays_is_not_kept():
+    ids = jax.device_put(np.zeros((2, T), np.int32))
+    before = adapter._made.cache_info().currsize
+    make_attention_fn(mask=masks.causal() & masks.documents(ids))
+    make_attention_fn(mask=masks.from_dense(ids[:, :, None] == ids[:, None]))
+    make_attention_fn(score_mod=lambda s, b, h, i, j: s + ids[b, j])
+    assert adapter._made.cache_info().currsize == before
+    assert make_attention_fn(mask=masks.causal()) is make_attention_fn(mask=masks.causal())
 
 
 def test_rope():
