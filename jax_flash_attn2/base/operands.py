@@ -61,6 +61,12 @@ SERVED = ("page_table", "cu_q_lens", "k_scale", "v_scale")
 BLOCK_LISTS = OPERANDS[-6:]
 """The operands of a block mask."""
 
+HIDING = (
+    *("mask", "q_segments", "kv_segments", "q_lengths", "kv_lengths", "q_positions", "kv_positions", "offset"),
+    *BLOCK_LISTS,
+)
+"""Those that decide which tiles are met."""
+
 DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
 """Which of them have a gradient."""
 

@@ -18,9 +18,9 @@ says how a call is cut and which tiles are met, `logits` what is in a tile, `onl
 """
 
 from .backward import backward
-from .differentiable import differentiable
+from .differentiable import differentiable, whole_rows
 from .forward import forward
 from .logits import HIDDEN
 from .tiling import tiles
 
-__all__ = ["HIDDEN", "backward", "differentiable", "forward", "tiles"]
+__all__ = ["HIDDEN", "backward", "differentiable", "forward", "tiles", "whole_rows"]
