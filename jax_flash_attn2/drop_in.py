@@ -10,8 +10,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .base import names
-from .base.arguments import Alignment, AnyArray, Implementation
+from .base.arguments import FAR, INT32, Alignment, AnyArray, Implementation, are_integers, is_integer
 from .base.config import Config
+from .base.tokens import clipped
 from .call.api import flash_attention
 from .call.combined import is_structured
 from .call.options import AnyMask
@@ -244,12 +245,23 @@ def _floating(x: Any) -> Any:
 
 
 def _pair(window: Any) -> tuple[Any, Any] | None:
-    """local_window_size as (left, right), each an int unless it is traced."""
+    """local_window_size as (left, right), each an int unless it is an array, and none of them beyond `FAR`."""
     if window is None:
         return None
-    left, right = (window, window) if isinstance(window, int | np.integer) else window
-    left, right = (int(n) if isinstance(n, np.integer) else n for n in (left, right))
+    pair = tuple(window) if isinstance(window, Sequence) or np.ndim(window) else (window, window)
+    is_one = lambda n: n is None or is_integer(n) or (are_integers(n) and n.ndim == 0)
+    if len(pair) != 2 or not all(map(is_one, pair)):
+        raise TypeError(
+            f"local_window_size must be an integer, a pair (left, right) of integers or None (no bound), got {window!r}"
+        )
+    left, right = map(_bounded, pair)
     return left, right
+
+
+def _bounded(n: Any) -> Any:
+    if isinstance(n, int | np.integer):
+        return min(max(int(n), -FAR), FAR)
+    return n if n is None else jnp.clip(clipped(jnp.asarray(n), INT32.min), -FAR, FAR)
 
 
 def _window_mask(window: tuple[Any, Any], seqlen_q: int, seqlen_k: int, alignment: Alignment) -> Array:

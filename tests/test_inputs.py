@@ -51,7 +51,7 @@ WRONG = {
     "segments_alone": (lambda: call(q_segment_ids=jnp.zeros((2, 10), int)), ValueError, "got no kv_segment_ids (only kv_segment_ids may be left out, and only where Sq == Sk; here Sq = 10, Sk = 12)"),
     "segments_kv_alone": (lambda: call(kv_segment_ids=jnp.zeros((2, 12), int)), ValueError, "got no q_segment_ids"),
     "segments_float": (lambda: call(q_segment_ids=jnp.zeros((2, 10)), kv_segment_ids=jnp.zeros((2, 12))), TypeError, "q_segment_ids must be an array of integers [*batch, seqlen_q], got"),
-    "positions_alone": (lambda: call(q_positions=jnp.zeros((2, 10), int), causal=True), ValueError, "q_positions and kv_positions go together, got no kv_positions; of an index it is jnp.arange(S)"),
+    "positions_alone": (lambda: call(q_positions=jnp.zeros((2, 10), int), causal=True), ValueError, "q_positions and kv_positions must be given together, got no kv_positions; where positions are the index, pass jnp.arange(Sk)"),
     "positions_float": (lambda: call(q_positions=jnp.zeros((2, 10)), kv_positions=jnp.zeros((2, 12), int)), TypeError, "q_positions must be an array of integers [*batch, seqlen_q], got"),
     "positions_shape": (lambda: call(q_positions=jnp.zeros(10, int), kv_positions=jnp.zeros((3, 12), int)), ValueError, "kv_positions must broadcast to [*batch, seqlen_k] = (2, 12)"),
     "positions_wide": (lambda: call(q_positions=np.full(10, 2**40), kv_positions=np.zeros(12, int)), ValueError, "q_positions must fit int32, got values from 1099511627776 to 1099511627776"),
