@@ -7,6 +7,7 @@ import functools
 import math
 import numbers
 import pathlib
+import reprlib
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -156,12 +157,17 @@ def integer_array(name: str, x: Any, wanted: str = "") -> Any:
 def int32_array(name: str, x: Any, wanted: str = "") -> Any:
     """x itself, if it is an array of integers that, as far as is known, int32 holds."""
     x = integer_array(name, x, wanted)
-    if is_wide(x.dtype) and x.size and not isinstance(x, jax.core.Tracer):
+    if is_wide(x.dtype) and x.size and _is_here(x):
         values = np.asarray(x)
         least, largest = int(values.min()), int(values.max())
         if least < INT32.min or largest > INT32.max:
             raise ValueError(f"{name} must fit int32, got values from {least} to {largest}; number them anew, from 0")
     return x
+
+
+def _is_here(x: Any) -> bool:
+    """Whether an array's values can be looked at: it is not traced, nor in part another process's."""
+    return isinstance(x, np.ndarray) or (not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
 
 
 def are_integers(x: Any) -> bool:
@@ -293,9 +299,8 @@ def scale_of(scale: Any, q: Array) -> tuple[Array, Array]:
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
-        if not math.isfinite(scale):
-            raise ValueError(f"softmax_scale must be finite, got {scale}")
-        return full(abs(float(scale)), jnp.dtype(dtype), (1, 1, 1, 1)), -q if float(scale) < 0 else q
+        scale = _finite(scale)
+        return full(abs(scale), jnp.dtype(dtype), (1, 1, 1, 1)), -q if scale < 0 else q
     if not isinstance(scale, Array | np.ndarray) or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"softmax_scale must be a number or a 0-d floating array, got {describe(scale)}")
     if scale.shape != ():
@@ -312,8 +317,14 @@ def _unsigned(scale: Array, q: Array) -> tuple[Array, Array]:
 def static_scale(scale: Any) -> float | None:
     """`softmax_scale` where it is part of a cache's key, so a plain number."""
     if scale is None or (isinstance(scale, numbers.Real) and not isinstance(scale, bool)):
-        return None if scale is None else float(scale)
+        return None if scale is None else _finite(scale)
     raise TypeError(f"softmax_scale must be a number here, got {describe(scale)}; flash_attention takes a traced one")
+
+
+def _finite(scale: numbers.Real) -> float:
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
+    return float(scale)
 
 
 def four_lengths(name: str, shape: Any) -> tuple[int, int, int, int]:
@@ -333,7 +344,9 @@ def boolean(name: str, x: Any) -> bool:
 
 def describe(x: Any) -> str:
     """What came, for a message."""
-    return f"{type(x).__name__} of dtype {x.dtype.name}" if hasattr(x, "dtype") else repr(x)
+    if hasattr(x, "dtype"):
+        return f"{type(x).__name__} of dtype {getattr(x.dtype, 'name', x.dtype)}"
+    return reprlib.repr(x)
 
 
 def is_integer(n: Any) -> bool:

@@ -340,7 +340,7 @@ def get_cached_flash_attention(
     """`flash_attention` with block sizes fixed, as a function `(query, key, value, bias=None)`.
 
     The same arguments, and the same `FLASH_ATTN_BLOCK_PTR` in the environment when it is called ("1": tensor
-    descriptors, "0": pointers, unset: tuned), give the same object, so jit traces it once.
+    descriptors, "0": pointers, unset: tuned), give the same object, so jit traces it once; the last 256 are kept.
 
     Args:
       blocksize_q: query rows per tile, a power of two from 16 to 512; None: tuned.
@@ -365,7 +365,7 @@ def get_cached_flash_attention(
     return _cached(blocksize_q, blocksize_k, arguments.static_scale(softmax_scale), implementation, block_ptr)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _cached(blocksize_q, blocksize_k, softmax_scale, implementation, block_ptr) -> CachedAttention:
     config = Config(block_m=blocksize_q, block_n=blocksize_k)
     options = Options(softmax_scale=softmax_scale, implementation=implementation, block_ptr=block_ptr)
