@@ -202,7 +202,7 @@ def _refuse_what_needs_weights(**arguments: Any) -> None:
 
 
 def _refuse_causal_decoding(seqlen_q: int, seqlen_k: int) -> None:
-    """Flax before 0.12.12 passes is_causal on in decode steps, where the one query would see the first key only."""
+    """One query over a cache, counted from the top left, would see key 0 only: refused."""
     if seqlen_q == 1 < seqlen_k:
         raise ValueError(
             f"is_causal=True counts from the first key, so this one query would see key 0 of {seqlen_k} alone; in a "

@@ -276,7 +276,7 @@ def test_lru_of_what_fails():
 def test_a_fork_while_something_is_made():
     """The child, in which nobody is at it any more and nobody holds the lock, makes it itself."""
     cache, begun, go_on = Lru(2, 10), threading.Event(), threading.Event()
-    make = lambda: begun.set() or go_on.wait() and 1
+    make = lambda: begun.set() or (go_on.wait() and 1)
     thread = threading.Thread(target=lambda: cache.get("key", make, lambda _: 1))
     thread.start()
     begun.wait()

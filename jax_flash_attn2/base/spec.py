@@ -125,7 +125,7 @@ class Spec:
     """Whether rows are few, or keys in pages: then one launch does without a table of spans where bounds are all that
     decides."""
     packed: int = 1
-    """How many rows of a tile are one row, of as many heads that share a key head; a power of two."""
+    """Consecutive rows of a tile that are the same query row, of `packed` query heads of one group: a power of two."""
     page_size: int = 0
     """The keys of a page, if they lie in pages (`operands.SERVED`)."""
     one_head: bool = False

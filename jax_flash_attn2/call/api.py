@@ -111,7 +111,7 @@ def flash_attention(
         hidden by                            in q, k, v        in bias
         q_lengths, kv_lengths                held off          held off
         mask, segments, window, causality    0 * NaN is NaN    held off
-        a bias of -inf                       0 * NaN is NaN
+        a bias of -inf                       0 * NaN is NaN    held off
 
     Args:
       q: `[*batch, Sq, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D from 1 to 1024, beyond
@@ -144,7 +144,7 @@ def flash_attention(
         only. Negative is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be
         skipped.
       kv_segment_ids: integers `[*batch, Sk]`; q_segment_ids if left out and Sq == Sk.
-      q_positions: integers `[*batch, Sq]` (each axis 1 or full), within 2**30 of 0: i', what causal, window_size and
+      q_positions: integers `[*batch, Sq]` (each axis 1 or full) that fit int32: i', what causal, window_size and
         alibi_slopes compare, in place of the index; with kv_positions. In any order (zigzag, left padding, the ring
         buffer of a window's cache, documents counted each from 0 under segment ids); tiles are skipped by the least and
         the largest of a block. Dropout counts by the index.
