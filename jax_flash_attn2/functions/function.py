@@ -32,9 +32,8 @@ _SHAPES = {"squeeze", "reshape", "stack", "concatenate", "slice", "broadcast_in_
 _LIGHT |= {"gather", *_SHAPES}
 """What costs little beside a product."""
 
-_CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr"}
-_CALLS |= {"checkpoint": "jaxpr", "remat2": "jaxpr"}
-_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+_CALLS = {"jit": "jaxpr", "remat2": "jaxpr"}
+_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 class Read(NamedTuple):
@@ -259,9 +258,7 @@ def _has_rules(jaxpr: Any) -> bool:
 def bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """The results of an equation of other inputs, which within `shard_map` need not vary alike."""
     inputs = axes.vary_alike([*inputs])
-    made = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = made if isinstance(made, tuple) else ((), made)  # the latter from jax 0.11 on
-    results = eqn.primitive.bind(*functions, *inputs, **params)
+    results = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
     return [*results] if eqn.primitive.multiple_results else [results]
 
 

@@ -37,7 +37,7 @@ class _Number:
         return bound(self.eqn, [*map(_value, self.inputs)])[self.place]
 
 
-_TYPES_OF_DEVICES = ("pvary", "pcast", "pbroadcast")
+_TYPES_OF_DEVICES = ("pvary", "pbroadcast")
 """Within `shard_map` these say over which devices a value differs, which is no matter to what is computed of it."""
 # What the first walk says of a value that it does not compute, and of an equation that was taken apart.
 _COMPUTED, _APART = object(), object()
