@@ -33,6 +33,11 @@ MAX_HEAD_DIM = 1024
 FAR = 2**30  # a bound that no index reaches, and that can be added to one
 
 
+def accumulator(dtype: Any) -> np.dtype:
+    """What sums of numbers of this dtype are kept in: fp64 for fp64, else fp32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def array(name: str, x: Any) -> Array:
     """q, k or v: a floating array."""
     if not isinstance(x, Array | np.ndarray):
@@ -186,7 +191,7 @@ def per_head(name: str, x: Any, batch: tuple[int, ...], heads: int, dtype: Any) 
     if not isinstance(x, Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} must be a floating array {wanted}, got {describe(x)}")
     x = flat(name, x, batch, (heads,), wanted)[:, :, None, None]
-    return x.astype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return x.astype(accumulator(dtype))
 
 
 def window(window: Any, causal: bool) -> tuple[int | None, int | None]:
@@ -295,12 +300,12 @@ def _words_of(seed: Array, of_sign: bool) -> tuple[Array, Array]:
 
 def scale_of(scale: Any, q: Array) -> tuple[Array, Array]:
     """The softmax scale as a non-negative operand, and q with the scale's sign: kernels count on max(s) * scale."""
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    dtype = accumulator(q.dtype)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
         scale = _finite(scale)
-        return full(abs(scale), jnp.dtype(dtype), (1, 1, 1, 1)), -q if scale < 0 else q
+        return full(abs(scale), dtype, (1, 1, 1, 1)), -q if scale < 0 else q
     if not isinstance(scale, Array | np.ndarray) or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"softmax_scale must be a number or a 0-d floating array, got {describe(scale)}")
     if scale.shape != ():

@@ -54,7 +54,7 @@ def prepare(
     soft_cap, rate = arguments.soft_cap(logits_soft_cap), arguments.rate(dropout_rate)
     score_arrays: list[Array] = []
     if score_mod is not None:
-        dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+        dtype = arguments.accumulator(q.dtype)
         own, score_arrays = as_called(lambda: trace(score_mod, "score_mod", dtype, beside=q))
         score_mod = dataclasses.replace(own, batch=math.prod(batch))
     largest = arguments.boolean("return_max_logits", return_max_logits)
@@ -225,8 +225,8 @@ def _of_weights(
     seen = weights if weights.dtype == jnp.bool_ else weighing.seen_of(weights)
     if mask.dtype == jnp.bool_:
         return seen
-    dtype = jnp.float64 if weights.dtype == jnp.float64 else jnp.float32
-    correction = arguments.bias_of(weighing.correction_of(weights, jnp.dtype(dtype)), batch, axes)
+    dtype = arguments.accumulator(weights.dtype)
+    correction = arguments.bias_of(weighing.correction_of(weights, dtype), batch, axes)
     operands["bias"] = _sum(operands["bias"], correction) if "bias" in operands else correction
     return seen
 

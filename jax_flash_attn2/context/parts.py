@@ -9,6 +9,7 @@ from jax import Array
 
 from .. import primitives
 from ..base import axes
+from ..base.arguments import accumulator
 from ..primitives.call import Call
 
 
@@ -28,14 +29,14 @@ class Part(NamedTuple):
 def unit(call: Call, q: Array, operands: Mapping[str, Array], native: bool) -> Array:
     """How many nats there are to the unit of `Part.m`."""
     if native or call.row_stats(operands) == 1:
-        return jnp.ones((), jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
+        return jnp.ones((), accumulator(q.dtype))
     return primitives.unit(call, q.dtype)
 
 
 def nothing(call: Call, q: Array, v: Array) -> Part:
     """No keys."""
     batch, rows, heads, _ = q.shape
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    dtype = accumulator(q.dtype)
     row = jnp.zeros((batch, heads, rows), dtype)
     part = Part(
         jnp.zeros((batch, rows, heads, v.shape[3]), dtype), row - jnp.inf, row,

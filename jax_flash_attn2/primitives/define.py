@@ -15,6 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from .. import xla
+from ..base.arguments import accumulator
 from ..base.config import PASSES
 from ..base.errors import (
     higher_order_error,
@@ -72,7 +73,7 @@ def unit(call: Call, dtype: Any) -> Array:
 
 
 def _forward_shapes(q, k, v, *operands, call: Call, names):
-    stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    stats = accumulator(q.dtype)
     row = _aval((q.shape[0], q.shape[2], q.shape[1]), stats)
     return [_aval((*q.shape[:3], call.rules.v_dim(v)), call.rules.result(q.dtype)), *[row] * call.row_results(names)]
 
@@ -204,12 +205,11 @@ def _primitive(name: str, shapes, maths, divided) -> Primitive:
 
 def _unit_primitive() -> Primitive:
     primitive = Primitive("flash_attention_unit")
-    stats = lambda dtype: jnp.float64 if dtype == jnp.float64 else jnp.float32
-    primitive.def_abstract_eval(lambda *, call, dtype: _aval((), stats(dtype)))
+    primitive.def_abstract_eval(lambda *, call, dtype: _aval((), accumulator(dtype)))
     primitive.def_impl(functools.partial(_run, primitive))
 
     def lowered(by_kernels):
-        nats = lambda *, call, dtype: jnp.asarray(passes.LN2 if by_kernels(call, dtype) else 1, stats(dtype))
+        nats = lambda *, call, dtype: jnp.asarray(passes.LN2 if by_kernels(call, dtype) else 1, accumulator(dtype))
         return mlir.lower_fun(nats, multiple_results=False)
 
     mlir.register_lowering(primitive, lowered(lambda call, dtype: call.implementation == "triton"))

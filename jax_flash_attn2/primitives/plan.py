@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from ..base.arguments import accumulator
+
 WHOLE = "*"
 """The letter of an axis along which a result does not vary, and that all devices which share the keys have all of."""
 
@@ -104,7 +106,7 @@ class Plan:
         left = self.summed(letters)
         if not left:
             return x.astype(dtype)
-        x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+        x = x.astype(accumulator(x.dtype))
         for axis, (letter, names) in enumerate(zip(letters, divided, strict=True)):
             more = names[len(self.axes.get(letter, ())) :]
             if more:

@@ -22,6 +22,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base import axes
+from ..base.arguments import accumulator
 from ..base.operands import BLOCK_LISTS, SERVED, is_read, names_of
 from . import share
 from .call import Call
@@ -169,7 +170,7 @@ def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str
         return ()
     batch, rows, heads, _ = axes_of(q)
     o = _struct((*q.shape[:3], v.shape[3]), q.dtype, mesh, batch, rows, heads)
-    stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    stats = accumulator(q.dtype)
     row = _struct((q.shape[0], q.shape[2], q.shape[1]), stats, mesh, batch, heads, rows)
     names = tuple(operands)
     forward = _forward_pass(call, names, args), args, (o, *[row] * call.row_results(names))

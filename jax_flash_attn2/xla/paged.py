@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..base.arguments import accumulator
 from ..base.config import Config
 from ..base.operands import SERVED
 from ..base.spec import Spec, sequences
@@ -70,7 +71,7 @@ class _Call:
 
     def __init__(self, spec: Spec, config: Config, q, k, v, operands: Mapping[str, Array], starts: Array):
         self.spec, self.config, self.q, self.starts = spec, config, q, starts
-        self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+        self.dtype = accumulator(q.dtype)
         batch = starts.shape[0] - 1
         self.table = per_batch(operands["page_table"], batch)[:, 0, 0]
         self.lengths, self.offsets = (per_batch(operands[name], batch).ravel() for name in ("kv_lengths", "offset"))
