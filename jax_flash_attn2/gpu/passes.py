@@ -15,7 +15,7 @@ from jax import Array
 
 from ..base.config import Tuned
 from ..base.layout import next_power_of_two
-from ..base.operands import is_score_array
+from ..base.operands import is_score_array, summed_to
 from ..base.spec import Operand, Spec, length_of_keys, sequences
 from ..tiles import block_lists, ragged, spans
 from . import functions, short
@@ -238,7 +238,7 @@ def backward(
     grads = (
         grads_of_reads[name].astype(result(operands[name].dtype))
         if name in read
-        else reduce_to(partials[name](groups), operands[name].shape, groups).astype(result(operands[name].dtype))
+        else summed_to(partials[name](groups), operands[name].shape, groups).astype(result(operands[name].dtype))
         for name, groups in zip(wanted, apart, strict=True)
     )
     return dq, dk, dv, *grads
@@ -250,13 +250,6 @@ def gives_dbias(spec: Spec, bias: tuple[int, ...], q: Any, k: Any) -> bool:
     Not under a block mask, whose list does not name the tiles that nobody sees.
     """
     return bias == (q.shape[0], q.shape[2], q.shape[1], k.shape[1]) and not spec.listed
-
-
-def reduce_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:
-    """What each batch and head contributes to the gradient of an operand of `shape`, summed; see `backward`."""
-    if x.shape[0] != apart * shape[0]:
-        x = x.reshape(apart, -1, shape[0], *x.shape[1:]).sum(1).reshape(-1, *x.shape[1:])
-    return x.sum([i for i in range(1, 4) if x.shape[i] != shape[i]], keepdims=True)
 
 
 def _read(spec: Spec, operands: Mapping[str, Array], table: tuple[Array, ...]) -> tuple[Array, ...]:

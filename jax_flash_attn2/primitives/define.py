@@ -23,7 +23,7 @@ from ..base.errors import (
     narrow_pages_error,
     not_on_this_platform_error,
 )
-from ..base.operands import names_of
+from ..base.operands import for_every_batch, names_of, summed_to
 from ..base.spec import Spec
 from ..gpu import interpret, passes, short, tuning
 from ..gpu.target import INTERPRETED, of_platform
@@ -118,7 +118,7 @@ def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, apa
             i, shape = wanted.index("sinks"), operands["sinks"].shape
             empty = stats[0] == -jnp.inf  # lse and m alike
             per_head = jnp.where(empty, 0, dlse).sum(-1)[..., None, None]
-            grads[3 + i] = passes.reduce_to(per_head, shape, apart[i]).astype(grads[3 + i].dtype)
+            grads[3 + i] = summed_to(per_head, shape, apart[i]).astype(grads[3 + i].dtype)
         return grads
     spec = Spec.of(call.rules, q, k, v, operands)
     args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "apart": apart}
@@ -152,15 +152,11 @@ def _lse_of_nothing(operands: Mapping[str, Array], row: Array) -> Array:
     """lse where there are no keys: the sink alone, if any, in the rows that there are."""
     lse = row - jnp.inf
     if "sinks" in operands:
-        lse = jnp.maximum(lse, _every_batch(operands["sinks"], row.shape[0])[..., 0].astype(row.dtype))
+        lse = jnp.maximum(lse, for_every_batch(operands["sinks"], row.shape[0])[..., 0].astype(row.dtype))
     if "q_lengths" in operands:
-        inside = jnp.arange(row.shape[2]) < _every_batch(operands["q_lengths"], row.shape[0])[..., 0]
+        inside = jnp.arange(row.shape[2]) < for_every_batch(operands["q_lengths"], row.shape[0])[..., 0]
         lse = jnp.where(inside, lse, -jnp.inf)
     return lse
-
-
-def _every_batch(x: Array, batch: int) -> Array:
-    return jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if x.shape[0] > 1 else x
 
 
 def _on_gpu(maths, platform: str):

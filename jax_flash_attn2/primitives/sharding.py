@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base import axes
 from ..base.arguments import accumulator
-from ..base.operands import BLOCK_LISTS, SERVED, is_read, names_of
+from ..base.operands import BLOCK_LISTS, SERVED, for_every_batch, is_read, names_of
 from . import share
 from .call import Call
 from .plan import WHOLE, Pass, Plan, axes_of, devices
@@ -259,8 +259,7 @@ def _letters(name: str, x: Array, q: Array, k: Array) -> str:
 def _whole_batches(names: Sequence[str], operands: Sequence[Array], batch: int) -> list[Array]:
     """Operands whose batch axis has a period of its own, repeated: their batches must divide as all others do."""
     fixed = lambda name: is_read(name) or name in SERVED
-    parts = [not fixed(n) and 1 < x.shape[0] < batch for n, x in zip(names, operands, strict=True)]
-    return [jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if p else x for p, x in zip(parts, operands, strict=True)]
+    return [x if fixed(n) else for_every_batch(x, batch) for n, x in zip(names, operands, strict=True)]
 
 
 def _divided(maths, own_share, args, what: Pass, params) -> list[Array]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..base.config import Config
-from ..base.operands import is_score_array
+from ..base.operands import is_score_array, summed_to
 from ..base.spec import Spec
 from . import by_head, layout
 from .logits import Logits
@@ -108,11 +108,11 @@ def backward(
     if "scale" in apart_of:
         # The sum of ds * (q k), as a product of vectors: that sums more exactly than a reduction does.
         dscale = jnp.einsum("bn,bn->b", *(x.astype(t.dtype).reshape(x.shape[0], -1) for x in (dq, args[0])))
-        grads["scale"] = _sum_to(dscale[:, None, None, None], operands["scale"].shape, apart_of["scale"])
+        grads["scale"] = summed_to(dscale[:, None, None, None], operands["scale"].shape, apart_of["scale"])
     if "sinks" in apart_of:
         delta = -layout.stats_out(delta, t.seqlen_q)
         dsinks = delta * jnp.exp(logits.per_batch("sinks")[..., 0] - shift)
-        grads["sinks"] = _sum_to(dsinks[..., None], operands["sinks"].shape, apart_of["sinks"])
+        grads["sinks"] = summed_to(dsinks[..., None], operands["sinks"].shape, apart_of["sinks"])
     dqkv = (dq * scale, *(layout.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
     result = spec.rules.result
     dqkv = (g.astype(result(x.dtype)) for g, x in zip(dqkv, args, strict=True))
@@ -153,14 +153,7 @@ def _add_grad(grad: Array, x: Array, shape: tuple[int, ...], block_m: int, start
     """Add x [B, Hkv, M * G, 1|N] to the gradient of an operand of this shape, summed over the axes that it lacks."""
     b, n, _, keys = x.shape
     x = x.reshape(b, n, block_m, -1, keys).swapaxes(2, 3).reshape(b, -1, block_m, keys)
-    x = _sum_to(x, shape, grad.shape[0] // shape[0]).astype(grad.dtype)
+    x = summed_to(x, shape, grad.shape[0] // shape[0]).astype(grad.dtype)
     start = (0, 0, start_m if grad.shape[2] > 1 else 0, start_n if grad.shape[3] > 1 else 0)
     own = lax.dynamic_slice(grad, start, x.shape, allow_negative_indices=False)
     return lax.dynamic_update_slice(grad, own + x, start, allow_negative_indices=False)
-
-
-def _sum_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:
-    """[B, H, M, N] -> [apart * n, 1|H, 1|M, 1|N], summed over the axes that an operand of this shape lacks."""
-    x = x.reshape(apart, -1, shape[0], *x.shape[1:])
-    x = x.sum([1, *(axis + 2 for axis in (1, 2, 3) if shape[axis] == 1)], keepdims=True)
-    return x.reshape(-1, *x.shape[3:])

@@ -17,10 +17,9 @@ from jax import Array, lax
 
 from ..base.arguments import accumulator
 from ..base.config import Config
-from ..base.operands import SERVED
+from ..base.operands import SERVED, for_every_batch
 from ..base.spec import Spec, sequences
 from ..tiles import ragged
-from ..tiles.spans import per_batch
 from . import cached, layout, online
 from .logits import HIDDEN, Logits
 from .tiling import Tiling
@@ -73,8 +72,9 @@ class _Call:
         self.spec, self.config, self.q, self.starts = spec, config, q, starts
         self.dtype = accumulator(q.dtype)
         batch = starts.shape[0] - 1
-        self.table = per_batch(operands["page_table"], batch)[:, 0, 0]
-        self.lengths, self.offsets = (per_batch(operands[name], batch).ravel() for name in ("kv_lengths", "offset"))
+        of_each = lambda name: for_every_batch(operands[name], batch)
+        self.table = of_each("page_table")[:, 0, 0]
+        self.lengths, self.offsets = of_each("kv_lengths").ravel(), of_each("offset").ravel()
         self.others = {name: x for name, x in operands.items() if name not in (*SERVED, "kv_lengths", "offset")}
         self.cache = [
             (k, operands.get("k_scale"), spec.head_dim),
