@@ -14,7 +14,7 @@ from .base.arguments import FAR, INT32, Alignment, AnyArray, Implementation, are
 from .base.config import Config
 from .base.tokens import clipped
 from .call.api import flash_attention
-from .call.combined import is_structured
+from .call.combined import floating, is_structured
 from .call.options import AnyMask
 from .functions.trace import ScoreFunction
 
@@ -186,11 +186,11 @@ def dot_product_attention(
         within = _window_mask(window, q.shape[1], k.shape[1], causal_alignment)
         window, seen = None, within if seen is None else seen & within
     results = flash_attention(
-        q, k, v, _floating(added), mask=seen, causal=bool(is_causal), causal_alignment=causal_alignment,
+        q, k, v, floating(added), mask=seen, causal=bool(is_causal), causal_alignment=causal_alignment,
         window_size=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_positions=q_positions,
         kv_positions=kv_positions, q_lengths=q_lengths, kv_lengths=kv_lengths, score_mod=score_mod,
         logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_rate, dropout_seed=dropout_seed, softmax_scale=_floating(scale),
+        dropout_rate=dropout_rate, dropout_seed=dropout_seed, softmax_scale=floating(scale),
         implementation=implementation, block_ptr=block_ptr, config=config, higher_order=higher_order,
         return_lse=return_residual, return_max_logits=return_max_logits,
     )  # fmt: skip
@@ -235,13 +235,6 @@ def _check_array(name: str, x: Array | None, shape: Sequence[int], dtype: Any) -
         raise ValueError(f"{name} dtype should be {jnp.dtype(dtype)}, but got {x.dtype}")
     if any(want not in (-1, n) for want, n in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{name} shape should be {list(shape)}: but got {x.shape}")
-
-
-def _floating(x: Any) -> Any:
-    """x, in floating numbers if it is an array of integers."""
-    if isinstance(x, Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.integer):
-        return jnp.asarray(x).astype(jnp.float32)
-    return x
 
 
 def _pair(window: Any) -> tuple[Any, Any] | None:

@@ -18,8 +18,9 @@ from jax import Array, lax
 
 from .base import names
 from .base.config import Config, Precision
+from .call import inputs
 from .call.api import flash_attention
-from .call.combined import both, is_structured
+from .call.combined import booleans, both, floating, is_structured
 
 _NOT_OPTIONS = {
     **dict.fromkeys(("q", "k", "v"), "Flax gives it"),
@@ -123,9 +124,8 @@ def attention_fn(
     if is_causal and mask is not None and options.get("causal_alignment", "top_left") == "top_left":
         _refuse_causal_decoding(query.shape[-3], key.shape[-3])
     options["config"] = _with_precision(options.get("config"), precision, query.dtype)
-    bias = bias if bias is None or not jnp.issubdtype(bias.dtype, jnp.integer) else bias.astype(jnp.float32)
-    fixed, given = (_as_booleans(x, query.ndim) for x in (_fixed_mask, mask))
-    mask, bias = both(fixed, given, bias)
+    fixed, given = (booleans(_without_ones(x, query.ndim)) for x in (_fixed_mask, mask))
+    mask, bias = both(fixed, given, floating(bias))
     return flash_attention(
         query,
         key,
@@ -210,14 +210,14 @@ def _refuse_causal_decoding(seqlen_q: int, seqlen_k: int) -> None:
         )
 
 
-def _as_booleans(mask: Any, ndim: int) -> Any:
-    """An array as Flax has them; any other mask as it is."""
+def _without_ones(mask: Any, ndim: int) -> Any:
+    """An array without the axes of length 1 that Flax may have in front; any other mask as it is."""
     if mask is None or is_structured(mask):
         return mask
     mask = jnp.asarray(mask)
     while mask.ndim > ndim and mask.shape[0] == 1:
         mask = mask[0]
-    return mask if mask.dtype == jnp.bool_ else mask != 0
+    return mask
 
 
 def _rotate(rope: Callable, query: Array, key: Array, positions: Array | None) -> tuple[Array, Array]:
@@ -274,17 +274,30 @@ def _with_precision(config: Any, precision: Any, dtype: Any) -> Any:
         return config
     if config is None:
         return Config(precision=wanted)
-    for one in config.values() if isinstance(config, Mapping) else (config,):
+    for one in inputs.configs(config, None, None):
         if _EXACTNESS[one.precision] < _EXACTNESS[wanted]:
             raise ValueError(f"precision={precision} asks for {wanted!r}, got config.precision={one.precision!r}")
     return config
 
 
 def _meaning(precision: Any, dtype: Any) -> Precision | None:
-    if isinstance(precision, str):
-        precision = _PRESET.__members__.get(precision) or lax.Precision(precision)
-    if precision == _OWN.get(jnp.dtype(dtype).name):
+    name, asked = jnp.dtype(dtype).name, _by_name(precision) if isinstance(precision, str) else precision
+    if asked == _OWN.get(name):
         return None
-    if precision not in _MEANING:
-        raise ValueError(f"precision={precision} is none that {jnp.dtype(dtype).name} attention has")
-    return _MEANING[precision]
+    if asked not in _MEANING:
+        presets = sorted(x.name for x in (*_MEANING, _OWN.get(name)) if isinstance(x, _PRESET))
+        raise ValueError(
+            f'precision must be None, "default", "high", "highest" or one of {", ".join(presets)} for {name}, got '
+            f"{precision!r}"
+        )
+    return _MEANING[asked]
+
+
+def _by_name(precision: str) -> Any:
+    """What `jax.lax` calls so; the name itself if there is nothing."""
+    if precision in _PRESET.__members__:
+        return _PRESET.__members__[precision]
+    try:
+        return lax.Precision(precision)
+    except ValueError:
+        return precision

@@ -298,16 +298,19 @@ def test_precision_beside_a_config(monkeypatch):
     for given in (config, {"fwd": Config(), "dq": config}):
         with pytest.raises(ValueError, match=r"precision=highest asks for 'ieee', got config.precision='tf32x3'"):
             attention_fn(Q, K, V, precision="highest", config=given)
+    for given, what in ((64, "config must be a Config"), (Config(precision="fp8"), "config.precision must be one of")):
+        with pytest.raises((TypeError, ValueError), match=what):
+            attention_fn(Q, K, V, precision="highest", config=given)
 
 
 def test_precision_of_other_dtypes(monkeypatch):
     assert config_for(monkeypatch, "bfloat16", precision=Precision.HIGHEST) is None
     assert config_for(monkeypatch, "bfloat16", precision=lax.DotAlgorithmPreset.BF16_BF16_F32) is None
-    with pytest.raises(ValueError, match="BF16_BF16_F32_X3 is none that bfloat16 attention has"):
+    with pytest.raises(ValueError, match=r"for bfloat16, got DotAlgorithmPreset\.BF16_BF16_F32_X3"):
         config_for(monkeypatch, "bfloat16", precision=lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
-    with pytest.raises(ValueError, match="is none that float32 attention has"):
+    with pytest.raises(ValueError, match=r'"highest" or one of DEFAULT, F32_F32_F32, TF32_TF32_F32, .* for float32'):
         attention_fn(Q, K, V, precision=DotAlgorithmPreset.BF16_BF16_F32)
-    with pytest.raises(ValueError, match="finest"):
+    with pytest.raises(ValueError, match=r"precision must be None, .* got 'finest'"):
         attention_fn(Q, K, V, precision="finest")
 
 

@@ -191,20 +191,10 @@ def flash_attention(
       >>> lse.shape, lse.dtype
       ((2, 8, 128), dtype('float32'))
     """
-    arrays = {
-        **{"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks, "alibi_slopes": alibi_slopes},
-        **{"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "q_lengths": q_lengths},
-        **{"q_positions": q_positions, "kv_positions": kv_positions},
-        **{"kv_lengths": kv_lengths, "softmax_scale": softmax_scale, "dropout_seed": dropout_seed},
-    }
-    options = {
-        **{"causal": causal, "causal_alignment": causal_alignment, "window_size": window_size},
-        **{"logits_soft_cap": logits_soft_cap, "dropout_rate": dropout_rate, "higher_order": higher_order},
-        **{"implementation": implementation, "block_ptr": block_ptr, "config": config},
-        **{"return_lse": return_lse, "return_max_logits": return_max_logits, "score_mod": score_mod},
-    }
-    results = sharding.on_auto_axes(_flash_attention, arrays, options)
-    return results[0] if len(results) == 1 else results
+    options = dict(locals())  # first of all: the arguments, and nothing else
+    arrays = {name: options.pop(name) for name in ARRAYS}
+    unpacked = sharding.on_auto_axes(_flash_attention, arrays, options)
+    return unpacked[0] if len(unpacked) == 1 else unpacked
 
 
 @functools.cache
@@ -225,9 +215,11 @@ def attend(call: Call, operands: tuple[Any, ...], higher_order: bool) -> tuple[A
     return results(call, natively(call, *operands))[:3] if higher_order else _with_kernels(call, *operands)
 
 
-def returned(results: tuple[Array, Array, Array | None], batch: tuple[int, ...], return_lse: bool) -> tuple[Array, ...]:
+def returned(
+    unpacked: tuple[Array, Array, Array | None], batch: tuple[int, ...], return_lse: bool
+) -> tuple[Array, ...]:
     """What was asked for, with the caller's batch axes."""
-    o, lse, row_max = results
+    o, lse, row_max = unpacked
     asked = [o.reshape(*batch, *o.shape[1:])]
     if return_lse:
         asked.append(lse.reshape(*batch, *lse.shape[1:]))
