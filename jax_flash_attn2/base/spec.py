@@ -12,7 +12,7 @@ from .layout import Layout
 from .operands import BLOCK_LISTS, OPERANDS
 
 
-def reshapes(rules: "Rules", names: Iterable[str]) -> bool:
+def alters_logits(rules: "Rules", names: Iterable[str]) -> bool:
     """Whether logits are more than scale * q kᵀ, with operands of these names: then the scale cannot wait for the
     exponential, and a maximum may be so large that log2 of the sum is lost beside it."""
     logits = rules.soft_cap is not None or rules.score is not None
@@ -265,9 +265,9 @@ class Spec:
         return self.spans or self.listed or self.bias is not None or self.scores
 
     @property
-    def reshapes(self) -> bool:
-        """`reshapes` of this call."""
-        return self.score is not None or reshapes(self.rules, [name for name, _ in self.operands])
+    def alters_logits(self) -> bool:
+        """`alters_logits` of this call."""
+        return self.score is not None or alters_logits(self.rules, [name for name, _ in self.operands])
 
     @property
     def by_function(self) -> bool:
@@ -317,7 +317,7 @@ class Spec:
     @property
     def constants(self) -> int:
         """How many numbers the backward kernels tell each other of a row."""
-        return 3 if self.reshapes else 2
+        return 3 if self.alters_logits else 2
 
     @property
     def summed(self) -> int:

@@ -193,7 +193,7 @@ def flash_attention(
     """
     options = dict(locals())  # first of all: the arguments, and nothing else
     arrays = {name: options.pop(name) for name in ARRAYS}
-    unpacked = sharding.on_auto_axes(_flash_attention, arrays, options)
+    unpacked = sharding.typed_as_q(_flash_attention, arrays, options)
     return unpacked[0] if len(unpacked) == 1 else unpacked
 
 

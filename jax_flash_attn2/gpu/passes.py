@@ -60,7 +60,7 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     row = _struct((batch, heads, seqlen_q), jnp.float32)
-    own = row if spec.reshapes else None
+    own = row if spec.alters_logits else None
     o = _struct((*q.shape[:3], spec.v_dim), spec.rules.result(q.dtype))
     results = (o, row, own, own, row if spec.rules.max_logits else None)
     splits = config.num_splits

@@ -87,7 +87,7 @@ def _batch_backward(args, dims, *, call: Call, names, wanted, apart, adds):
     params = {"call": call, "names": names, "wanted": wanted, "apart": inner, "adds": adds}
     out = backward_p.bind(*arrays, *operands, *others, **params)
     results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
-    for x, name, m, n in zip(out[3:], wanted, mapped, apart, strict=True):
+    for x, name, n in zip(out[3:], wanted, apart, strict=True):
         i = first + names.index(name)
         own = args[i].shape[1 if dims[i] == 0 else 0]
         results.append(_unfolded(x, size, n, own))
@@ -95,8 +95,8 @@ def _batch_backward(args, dims, *, call: Call, names, wanted, apart, adds):
 
 
 def _unfolded(x: Array, size: int, n: int, own: int) -> Array:
-    """A gradient `[size * P, ...]`, P = n * rest * own, -> `[size, n * own, ...]`: what each of the mapped calls has for
-    its operand `[own, ...]`, in n groups of batches; the rest are batches that read the same."""
+    """A gradient `[size * n * rest * own, ...]` -> `[size, n * own, ...]`: what each of the mapped calls has for its
+    operand `[own, ...]`, in n groups of batches; the rest are batches that read the same."""
     rest = x.shape[0] // max(size * n * own, 1)
     if rest > 1:
         x = x.reshape(size, n, rest, own, *x.shape[1:]).sum(2)

@@ -32,8 +32,9 @@ from .call import Call
 
 
 def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> list[Array]:
-    """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`; where lse is not enough for `backward` (`spec.reshapes`), the statistics m
-    and l of each row, which nothing else reads; and, if the rules want them, each row's largest logit `[B, H, Sq]`."""
+    """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`; where lse is not enough for `backward` (`spec.alters_logits`), the
+    statistics m and l of each row, which nothing else reads; and, if the rules want them, each row's largest logit
+    `[B, H, Sq]`."""
     names = names_of(operands)
     return forward_p.bind(q, k, v, *(operands[n] for n in names), call=call, names=names)
 

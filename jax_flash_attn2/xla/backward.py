@@ -35,7 +35,7 @@ def backward(
     Args:
       spec: as in `forward`, and so are config, q, k, v and operands.
       o: `[B, Sq, H, Dv]`, from `forward`.
-      stats: `[B, H, Sq]` each, likewise: lse, or m and l where `spec.reshapes`.
+      stats: `[B, H, Sq]` each, likewise: lse, or m and l where `spec.alters_logits`.
       do: `[B, Sq, H, Dv]`, the gradient of o.
       dlse: None or `[B, H, Sq]`, the gradient of lse.
       wanted: the operands to return the gradients of, in the order of `base.operands.DIFFERENTIABLE`.
@@ -123,7 +123,7 @@ def _shift_and_norm(spec: Spec, stats: Sequence[Array]) -> tuple[Array, Array | 
     """What turns rows' logits into probabilities, exp(s - shift) * norm; norm is None where it is 1. Where logits are
     only scaled products, lse is enough. A bias may make m so large that log(l) would be lost beside it. A row that sees
     nothing has an infinite shift."""
-    if not spec.reshapes:
+    if not spec.alters_logits:
         (lse,) = stats
         return jnp.where(lse == -jnp.inf, jnp.inf, lse), None
     m, l = stats

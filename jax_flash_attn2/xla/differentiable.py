@@ -64,7 +64,7 @@ def differentiable(
             l += jnp.exp(sink - m)
         l_or_1 = jnp.where(l == 0, 1, l)
         lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(l_or_1))
-        return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *([m, l] if spec.reshapes else []), *row_max
+        return acc / (l_or_1 / spec.keep_scale)[..., None], lse, *([m, l] if spec.alters_logits else []), *row_max
 
     starts = jnp.minimum(jnp.arange(t.blocks_q) * t.block_m, t.seqlen_q - t.block_m)
     own = [name for name in operands if name not in BLOCK_LISTS and not is_read(name)]

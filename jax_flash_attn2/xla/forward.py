@@ -29,9 +29,9 @@ def forward(
 
     Returns:
       o `[B, Sq, H, Dv]` in q's dtype; then, `[B, H, Sq]` each, lse; where that is not enough for the backward pass
-      (`spec.reshapes`), a row's maximum m, its sink included, and l, its sum of `exp(s - m)`; and, if the rules want
-      it, the row's largest logit, without the sink. A row that sees nothing has o = 0, lse = -inf and a largest logit
-      of -inf.
+      (`spec.alters_logits`), a row's maximum m, its sink included, and l, its sum of `exp(s - m)`; and, if the rules
+      want it, the row's largest logit, without the sink. A row that sees nothing has o = 0, lse = -inf and a largest
+      logit of -inf.
     """
     if spec.page_size:
         return paged.forward(spec, config, q, k, v, operands)
@@ -84,4 +84,4 @@ def forward(
     o, *stats = loop(0, t.blocks_q, query_block, out)
     m, l, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
     o = layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype))
-    return o, online.lse(m, l), *((m, l) if spec.reshapes else (None, None)), row_max[0] if row_max else None
+    return o, online.lse(m, l), *((m, l) if spec.alters_logits else (None, None)), row_max[0] if row_max else None
