@@ -114,7 +114,7 @@ def backward(
     q, k, v, operands: Mapping[str, Array], o, stats: Sequence[Array], do, dlse,
     *,
     wanted: tuple[str, ...],
-    apart: tuple[int, ...],
+    groups: tuple[int, ...],
     before: Array | None = None,
     one_head: bool = False,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def backward(
     is rounded before that, as always, and is there before dk and dv are begun, so that less is held. one_head: dk and
     dv are computed for each query head by itself (`tuning.one_head`).
 
-    The gradient of an operand `[n, ...]` is `[apart * n, ...]`: the batch, seen as (apart, rest, n), is summed over
+    The gradient of an operand `[n, ...]` is `[groups * n, ...]`: the batch, seen as (groups, rest, n), is summed over
     its middle.
     """
     from ..kernels import bwd
@@ -232,14 +232,14 @@ def backward(
         "sinks": lambda _: sinks(),
         "slopes": lambda _: dslopes.sum(-1)[..., None, None],
     }
-    read = {name: groups for name, groups in zip(wanted, apart, strict=True) if is_score_array(name)}
+    read = {name: n for name, n in zip(wanted, groups, strict=True) if is_score_array(name)}
     of_reads = lambda axes, shape, first, n: summed(axes, _struct(shape, jnp.float32), first, n)
     grads_of_reads = functions.gradients(of_reads, spec, configs["dbias"], operands, q, k, read) if read else {}
     grads = (
         grads_of_reads[name].astype(result(operands[name].dtype))
         if name in read
-        else summed_to(partials[name](groups), operands[name].shape, groups).astype(result(operands[name].dtype))
-        for name, groups in zip(wanted, apart, strict=True)
+        else summed_to(partials[name](n), operands[name].shape, n).astype(result(operands[name].dtype))
+        for name, n in zip(wanted, groups, strict=True)
     )
     return dq, dk, dv, *grads
 

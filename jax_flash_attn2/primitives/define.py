@@ -58,8 +58,8 @@ def backward(
     names = names_of(operands)
     extra = [*stats, *(operands[n] for n in names), *([] if dlse is None else [dlse])]
     extra += [] if before is None else [before]
-    apart, adds = (1,) * len(wanted), before is not None
-    params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": adds}
+    groups, adds = (1,) * len(wanted), before is not None
+    params = {"call": call, "names": names, "wanted": wanted, "groups": groups, "adds": adds}
     dq, dk, dv, *grads = backward_p.bind(q, k, v, o, do, *extra, **params)
     return dq, dk, dv, dict(zip(wanted, grads, strict=True))
 
@@ -79,9 +79,9 @@ def _forward_shapes(q, k, v, *operands, call: Call, names):
     return [_aval((*q.shape[:3], call.rules.v_dim(v)), call.rules.result(q.dtype)), *[row] * call.row_results(names)]
 
 
-def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, apart, adds):
+def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, groups, adds):
     operands = dict(zip(names, rest[call.row_stats(names) :], strict=False))
-    grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, apart, strict=True)]
+    grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, groups, strict=True)]
     own = [(x.shape, x.dtype) for x in (q, k, v)]
     own += [(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
     made = [_aval(shape, call.rules.result(dtype)) for shape, dtype in own]
@@ -106,23 +106,23 @@ def _forward(run, target, q, k, v, *rest, call: Call, names):
     return _present(*passes.forward(functools.partial(run, target), spec, config, q, k, v, operands))
 
 
-def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, apart, adds):
+def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, groups, adds):
     *rest, before = (*rest, None) if not adds else rest
     n = call.row_stats(names)
     stats, operands = rest[:n], dict(zip(names, rest[n:], strict=False))
     dlse = rest[n + len(names)] if len(rest) > n + len(names) else None
     if nothing_to_see(q, k, v):
-        params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": False}
+        params = {"call": call, "names": names, "wanted": wanted, "groups": groups, "adds": False}
         grads = [jnp.zeros(x.shape, x.dtype) for x in _backward_shapes(q, k, v, o, do, *rest, **params)]
         grads[0] = grads[0] if before is None else before
         if "sinks" in wanted and dlse is not None:  # lse is the sink itself
             i, shape = wanted.index("sinks"), operands["sinks"].shape
             empty = stats[0] == -jnp.inf  # lse and m alike
             per_head = jnp.where(empty, 0, dlse).sum(-1)[..., None, None]
-            grads[3 + i] = summed_to(per_head, shape, apart[i]).astype(grads[3 + i].dtype)
+            grads[3 + i] = summed_to(per_head, shape, groups[i]).astype(grads[3 + i].dtype)
         return grads
     spec = Spec.of(call.rules, q, k, v, operands)
-    args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "apart": apart}
+    args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "groups": groups}
     if run is None:
         dq, *others = xla.backward(spec, call.config("dkdv"), *args, **options)
         return [dq if before is None else before + dq.astype(before.dtype), *others]

@@ -129,21 +129,21 @@ def forward(unit: Callable[..., Array], maths: Maths, *args: Array, call: Call, 
     return _divided(maths, own_share, args, _forward_pass(call, names, args), params)
 
 
-def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart, adds) -> list[Array]:
+def backward(maths: Maths, *args: Array, call: Call, names, wanted, groups, adds) -> list[Array]:
     """The backward pass, divided."""
     first, batch = 5 + call.row_stats(names), args[0].shape[0]
     end = first + len(names)
     args = (*args[:first], *_whole_batches(names, args[first:end], batch), *args[end:])
     full = [not is_read(n) and args[first + names.index(n)].shape[0] == batch for n in wanted]
-    apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
-    params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": adds}
-    of_pass = _backward_pass(call, names, args, wanted, apart, adds)
+    groups = tuple(1 if each else n for each, n in zip(full, groups, strict=True))
+    params = {"call": call, "names": names, "wanted": wanted, "groups": groups, "adds": adds}
+    of_pass = _backward_pass(call, names, args, wanted, groups, adds)
 
     def own_share(plan: Plan, divided, q, k, v, o, do, *rest):
         stats, rest = rest[: first - 5], rest[first - 5 :]
         operands = share.own_operands(plan, call, dict(zip(names, rest, strict=False)))
         summed = any(plan.summed(letters) for letters in of_pass.results[:3])
-        here = params | {"names": tuple(operands), "apart": tuple(max(n // plan.parts("b"), 1) for n in apart)}
+        here = params | {"names": tuple(operands), "groups": tuple(max(n // plan.parts("b"), 1) for n in groups)}
         here["call"] = share.wide(call) if summed else call
         heads = share.own_heads(plan, k), share.own_heads(plan, v)
         if adds and plan.axes["j"]:  # on one of the devices whose shares are summed
@@ -223,7 +223,7 @@ def _forward_pass(call: Call, names: Sequence[str], args: Sequence[Any]) -> Divi
     return Division(_sizes(call, args[0], args[1], names), letters, results, merged=2 + call.rules.max_logits)
 
 
-def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, apart, adds: bool) -> Division:
+def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, groups, adds: bool) -> Division:
     first = 5 + call.row_stats(names)
     end = first + len(names)
     letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bhi"] * (first - 5)]
@@ -232,9 +232,9 @@ def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted
     own = {name: letters[first + names.index(name)] for name in wanted}
     if "sinks" in own:  # no key has a part in their gradient
         own["sinks"] = own["sinks"][:3] + WHOLE
-    grads = [f"b{own[name][1:]}" if n > 1 else own[name] for name, n in zip(wanted, apart, strict=True)]
-    groups = math.gcd(*(n for n in apart if n > 1))
-    return Division(_sizes(call, args[0], args[1], names), letters, ["bihd", "bjxd", "bjxv", *grads], groups)
+    grads = [f"b{own[name][1:]}" if n > 1 else own[name] for name, n in zip(wanted, groups, strict=True)]
+    divisor = math.gcd(*(n for n in groups if n > 1))
+    return Division(_sizes(call, args[0], args[1], names), letters, ["bihd", "bjxd", "bjxv", *grads], divisor)
 
 
 def _sizes(call: Call, q: Any, k: Any, names: Sequence[str]) -> dict[str, int]:

@@ -42,7 +42,7 @@ def forward(run: Callable, spec: Spec, config: Any, q: Array, k: Array, v: Array
 
 def backward(
     run: Callable, spec: Spec, config: Any, q: Array, k: Array, v: Array, operands: Mapping[str, Array], o: Array,
-    stats: Any, do: Array, dlse: Array | None, *, wanted: tuple[str, ...], apart: tuple[int, ...],
+    stats: Any, do: Array, dlse: Array | None, *, wanted: tuple[str, ...], groups: tuple[int, ...],
 ) -> tuple[Array, ...]:  # fmt: skip
     """`backward.backward`, which is `run`."""
 
@@ -51,7 +51,7 @@ def backward(
         args = _rows(q, h, spec.group), _rows(k, h, 1), _rows(v, h, 1)
         here = [None if x is None else layout.take(x, h * spec.group, spec.group, 1) for x in (*stats, dlse)]
         given = own, _rows(o, h, spec.group), here[:-1], _rows(do, h, spec.group), here[-1]
-        return run(Spec.of(spec.rules, *args, own), config, *args, *given, wanted=wanted, apart=apart)
+        return run(Spec.of(spec.rules, *args, own), config, *args, *given, wanted=wanted, groups=groups)
 
     dq, dk, dv, *grads = lax.map(head, jnp.arange(spec.kv_heads, dtype=jnp.int32))
     grads = (_join(x, 1) if operands[name].shape[1] > 1 else x.sum(0) for name, x in zip(wanted, grads, strict=True))
