@@ -76,7 +76,7 @@ def about() -> Iterator[tuple[str, str]]:
     try:
         would = explained(q, q, q)
         yield "runs", f"{would.implementation} on {would.where}: {'; '.join(would.reasons)}"
-    except ImportError as error:  # a GPU, without what its kernels need
+    except (ImportError, ValueError) as error:  # a GPU without what its kernels need, or too old for them
         yield "runs", f"nothing: {error}"
     kept = store.current()
     if kept is None:

@@ -10,10 +10,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .base import names
-from .base.arguments import Alignment, AnyArray, Implementation
+from .base.arguments import FAR, INT32, Alignment, AnyArray, Implementation, are_integers, is_integer
 from .base.config import Config
+from .base.tokens import clipped
 from .call.api import flash_attention
-from .call.combined import is_structured
+from .call.combined import floating, is_structured
 from .call.options import AnyMask
 from .functions.trace import ScoreFunction
 
@@ -185,11 +186,11 @@ def dot_product_attention(
         within = _window_mask(window, q.shape[1], k.shape[1], causal_alignment)
         window, seen = None, within if seen is None else seen & within
     results = flash_attention(
-        q, k, v, _floating(added), mask=seen, causal=bool(is_causal), causal_alignment=causal_alignment,
+        q, k, v, floating(added), mask=seen, causal=bool(is_causal), causal_alignment=causal_alignment,
         window_size=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_positions=q_positions,
         kv_positions=kv_positions, q_lengths=q_lengths, kv_lengths=kv_lengths, score_mod=score_mod,
         logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_rate, dropout_seed=dropout_seed, softmax_scale=_floating(scale),
+        dropout_rate=dropout_rate, dropout_seed=dropout_seed, softmax_scale=floating(scale),
         implementation=implementation, block_ptr=block_ptr, config=config, higher_order=higher_order,
         return_lse=return_residual, return_max_logits=return_max_logits,
     )  # fmt: skip
@@ -236,20 +237,24 @@ def _check_array(name: str, x: Array | None, shape: Sequence[int], dtype: Any) -
         raise ValueError(f"{name} shape should be {list(shape)}: but got {x.shape}")
 
 
-def _floating(x: Any) -> Any:
-    """x, in floating numbers if it is an array of integers."""
-    if isinstance(x, Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.integer):
-        return jnp.asarray(x).astype(jnp.float32)
-    return x
-
-
 def _pair(window: Any) -> tuple[Any, Any] | None:
-    """local_window_size as (left, right), each an int unless it is traced."""
+    """local_window_size as (left, right), each an int unless it is an array, and none of them beyond `FAR`."""
     if window is None:
         return None
-    left, right = (window, window) if isinstance(window, int | np.integer) else window
-    left, right = (int(n) if isinstance(n, np.integer) else n for n in (left, right))
+    pair = tuple(window) if isinstance(window, Sequence) or np.ndim(window) else (window, window)
+    is_one = lambda n: n is None or is_integer(n) or (are_integers(n) and n.ndim == 0)
+    if len(pair) != 2 or not all(map(is_one, pair)):
+        raise TypeError(
+            f"local_window_size must be an integer, a pair (left, right) of integers or None (no bound), got {window!r}"
+        )
+    left, right = map(_bounded, pair)
     return left, right
+
+
+def _bounded(n: Any) -> Any:
+    if isinstance(n, int | np.integer):
+        return min(max(int(n), -FAR), FAR)
+    return n if n is None else jnp.clip(clipped(jnp.asarray(n), INT32.min), -FAR, FAR)
 
 
 def _window_mask(window: tuple[Any, Any], seqlen_q: int, seqlen_k: int, alignment: Alignment) -> Array:

@@ -19,7 +19,7 @@ from jax import Array
 from .base import names
 from .base.errors import install
 from .call.api import flash_attention
-from .call.combined import both, is_structured
+from .call.combined import booleans, both, floating, is_structured
 from .call.options import AnyMask
 
 try:
@@ -131,7 +131,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         dtype = jnp.result_type(*heads)
         options = {**dict(self.options), **arguments}
         given = self._seen(mask, query.shape[0], key_.shape[0])
-        mask, bias = both(options.pop("mask", None), given, options.pop("bias", None))
+        mask, bias = both(options.pop("mask", None), given, floating(options.pop("bias", None)))
         q, k, v = (x.astype(dtype) for x in heads)
         o = flash_attention(q, k, v, bias, mask=mask, **self._dropout(key, inference), **options)
         return jax.vmap(self.output_proj)(o.reshape(query.shape[0], self.num_heads * self.vo_size))
@@ -144,7 +144,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                 f"mask must have shape (query_seq_length, kv_seq_length)=({seqlen_q}, {seqlen_k}), or num_heads="
                 f"{self.num_heads} of them. Got {mask.shape}."
             )
-        return mask if mask.dtype == jnp.bool_ else mask != 0
+        return booleans(mask)
 
     def _dropout(self, key: Array | None, inference: bool | None) -> dict[str, Any]:
         rate = self.dropout.p

@@ -13,14 +13,14 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from .base import names
 from .base.config import Config, Precision
+from .call import inputs
 from .call.api import flash_attention
-from .call.combined import both, is_structured
-from .masks.block import BlockMask
-from .masks.mask import Mask
+from .call.combined import booleans, both, floating, is_structured
 
 _NOT_OPTIONS = {
     **dict.fromkeys(("q", "k", "v"), "Flax gives it"),
@@ -124,9 +124,8 @@ def attention_fn(
     if is_causal and mask is not None and options.get("causal_alignment", "top_left") == "top_left":
         _refuse_causal_decoding(query.shape[-3], key.shape[-3])
     options["config"] = _with_precision(options.get("config"), precision, query.dtype)
-    bias = bias if bias is None or not jnp.issubdtype(bias.dtype, jnp.integer) else bias.astype(jnp.float32)
-    fixed, given = (_as_booleans(x, query.ndim) for x in (_fixed_mask, mask))
-    mask, bias = both(fixed, given, bias)
+    fixed, given = (booleans(_without_ones(x, query.ndim)) for x in (_fixed_mask, mask))
+    mask, bias = both(fixed, given, floating(bias))
     return flash_attention(
         query,
         key,
@@ -142,8 +141,8 @@ def attention_fn(
 def make_attention_fn(**options: Any) -> Callable[..., Array]:
     """`attention_fn` with options that Flax does not know.
 
-    The same options give the same object (unless there are arrays or a dict among them), so that modules which differ
-    in nothing compare equal and are traced once.
+    The same options give the same object (unless there are arrays or a dict among them, or functions that close over
+    something), so that modules which differ in nothing compare equal and are traced once.
 
     Args:
       **options: rope, mask (of any kind that `flash_attention` takes), and what is listed in `attention_fn`. Where a
@@ -162,13 +161,23 @@ def make_attention_fn(**options: Any) -> Callable[..., Array]:
     """
     _check_options(options)
     options = {"_fixed_mask" if name == "mask" else name: x for name, x in sorted(options.items())}
-    if isinstance(options.get("_fixed_mask"), Mask | BlockMask):  # too large to be kept
+    if not all(map(_holds_nothing, options.values())):
         return functools.partial(attention_fn, **options)
     try:
         hash(tuple(options.values()))
     except TypeError:
         return functools.partial(attention_fn, **options)
     return _made(**options)
+
+
+def _holds_nothing(option: Any) -> bool:
+    """Whether no array lives as long as this does; a function may have some in what it closes over."""
+    for leaf in jax.tree.leaves(option):
+        if isinstance(leaf, Array | np.ndarray):
+            return False
+        if callable(leaf) and (not inspect.isfunction(leaf) or leaf.__closure__ or leaf.__defaults__):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=256, typed=True)
@@ -193,7 +202,7 @@ def _refuse_what_needs_weights(**arguments: Any) -> None:
 
 
 def _refuse_causal_decoding(seqlen_q: int, seqlen_k: int) -> None:
-    """Flax before 0.12.12 passes is_causal on in decode steps, where the one query would see the first key only."""
+    """One query over a cache, counted from the top left, would see key 0 only: refused."""
     if seqlen_q == 1 < seqlen_k:
         raise ValueError(
             f"is_causal=True counts from the first key, so this one query would see key 0 of {seqlen_k} alone; in a "
@@ -201,14 +210,14 @@ def _refuse_causal_decoding(seqlen_q: int, seqlen_k: int) -> None:
         )
 
 
-def _as_booleans(mask: Any, ndim: int) -> Any:
-    """An array as Flax has them; any other mask as it is."""
+def _without_ones(mask: Any, ndim: int) -> Any:
+    """An array without the axes of length 1 that Flax may have in front; any other mask as it is."""
     if mask is None or is_structured(mask):
         return mask
     mask = jnp.asarray(mask)
     while mask.ndim > ndim and mask.shape[0] == 1:
         mask = mask[0]
-    return mask if mask.dtype == jnp.bool_ else mask != 0
+    return mask
 
 
 def _rotate(rope: Callable, query: Array, key: Array, positions: Array | None) -> tuple[Array, Array]:
@@ -265,17 +274,30 @@ def _with_precision(config: Any, precision: Any, dtype: Any) -> Any:
         return config
     if config is None:
         return Config(precision=wanted)
-    for one in config.values() if isinstance(config, Mapping) else (config,):
+    for one in inputs.configs(config, None, None):
         if _EXACTNESS[one.precision] < _EXACTNESS[wanted]:
             raise ValueError(f"precision={precision} asks for {wanted!r}, got config.precision={one.precision!r}")
     return config
 
 
 def _meaning(precision: Any, dtype: Any) -> Precision | None:
-    if isinstance(precision, str):
-        precision = _PRESET.__members__.get(precision) or lax.Precision(precision)
-    if precision == _OWN.get(jnp.dtype(dtype).name):
+    name, asked = jnp.dtype(dtype).name, _by_name(precision) if isinstance(precision, str) else precision
+    if asked == _OWN.get(name):
         return None
-    if precision not in _MEANING:
-        raise ValueError(f"precision={precision} is none that {jnp.dtype(dtype).name} attention has")
-    return _MEANING[precision]
+    if asked not in _MEANING:
+        presets = sorted(x.name for x in (*_MEANING, _OWN.get(name)) if isinstance(x, _PRESET))
+        raise ValueError(
+            f'precision must be None, "default", "high", "highest" or one of {", ".join(presets)} for {name}, got '
+            f"{precision!r}"
+        )
+    return _MEANING[asked]
+
+
+def _by_name(precision: str) -> Any:
+    """What `jax.lax` calls so; the name itself if there is nothing."""
+    if precision in _PRESET.__members__:
+        return _PRESET.__members__[precision]
+    try:
+        return lax.Precision(precision)
+    except ValueError:
+        return precision

@@ -44,7 +44,7 @@ def row_constants(own, here, start_m, M: tl.constexpr, SPEC: tl.constexpr):
     Where logits are only scaled products the shift alone does, which is lse. A bias may make m so large (-1e9 is a
     common way to hide a key) that log2(l) would be lost in it. Rows that see nothing, and rows past the end, get p = 0.
     """
-    if SPEC.reshapes:
+    if SPEC.alters_logits:
         m, l = load_vector(own[3], 0.0, here, start_m, M, SPEC), load_vector(own[4], 0.0, here, start_m, M, SPEC)
         return tl.where(l == 0.0, float("inf"), m), 1.0 / tl.where(l == 0.0, 1.0, l)
     else:
@@ -111,11 +111,11 @@ def attn_bwd_dq_kernel(
     shift, norm = row_constants(own, here, start_m, M, SPEC)
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
     if SPEC.dlse:  # lse is a result too: d lse / d s = p
-        dlse = load_vector(own[5 if SPEC.reshapes else 4], 0.0, here, start_m, M, SPEC)
+        dlse = load_vector(own[5 if SPEC.alters_logits else 4], 0.0, here, start_m, M, SPEC)
         delta -= tl.where(shift == float("inf"), 0.0, dlse)
     store_constants(constants, shift, float("inf"), here, start_m, SHIFT, SPEC)
     store_constants(constants, delta, 0.0, here, start_m, DELTA, SPEC)
-    if SPEC.reshapes:
+    if SPEC.alters_logits:
         store_constants(constants, norm, 1.0, here, start_m, NORM, SPEC)
     scale_log2 = load_scale(x, b, SPEC, CFG)
     acc = tl.zeros([M, SPEC.block_d], tl.float32)
@@ -131,7 +131,7 @@ def attn_bwd_dq_kernel(
                 q_scaled, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
             )  # [M, N]
             p = tl.exp2(s * unit - shift[:, None])
-            if SPEC.reshapes:
+            if SPEC.alters_logits:
                 p *= norm[:, None]
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)  # [M, N]
             if SPEC.drops:
@@ -194,7 +194,7 @@ def attn_bwd_dkdv_kernel(
                     k_tile, tl.trans(q_tile), x, here, i, start_n, part, scale_log2, True, not BARE, SPEC, CFG
                 )  # [N, M]
                 p = tl.exp2(s * unit - load_constants(constants, here, i, M, SHIFT, SPEC)[None, :])
-                if SPEC.reshapes:
+                if SPEC.alters_logits:
                     p *= load_constants(constants, here, i, M, NORM, SPEC)[None, :]
                 if (
                     SPEC.score is not None and EDGE_Q != WHOLE

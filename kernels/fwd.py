@@ -97,7 +97,7 @@ def logits(
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
     LOADS: tl.constexpr = SPEC.bias is not None or (MASKED and SPEC.mask is not None)
-    STARTS: tl.constexpr = LOADS and CFG.starts and (divides(SPEC, CFG) or not SPEC.reshapes)
+    STARTS: tl.constexpr = LOADS and CFG.starts and (divides(SPEC, CFG) or not SPEC.alters_logits)
     unit, inverse, capped, scores = scale_log2, 1.0 / scale_log2, 0.0, 0.0
     if STARTS:
         s = start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG) * inverse
@@ -115,7 +115,7 @@ def logits(
             b, h, i, j = place_of(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
             s = tl.broadcast_to(SPEC.score.value(scores, b, h, i, j, x[SPEC.score.at :]), scores.shape)
             unit, inverse = LOG2E, LN2
-        elif SPEC.reshapes:
+        elif SPEC.alters_logits:
             s *= scale_log2
             unit, inverse = 1.0, 1.0
         if SPEC.rules.soft_cap is not None:

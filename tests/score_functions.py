@@ -63,6 +63,7 @@ FUNCTIONS = {
     "wraps": lambda s, b, h, i, j: s + SLOPES[h - 3] + TABLE[-1, i - 5],
     "out of range": lambda s, b, h, i, j: s + SLOPES[i] + TABLE[h, 10 * i],
     "filled": lambda s, b, h, i, j: s + jnp.take(SLOPES, i - 1, mode="fill", fill_value=7.0),
+    "of an axis": lambda s, b, h, i, j: s + SLOPES[h[None]][0] + jnp.take(TABLE[0], i[None, None])[0, 0],
     "computed before": lambda s, b, h, i, j: s * jnp.exp(TABLE).sum(1)[h],
     "rounding": lambda s, b, h, i, j: jnp.round(s) + jnp.round(s * 2) / 2 + jnp.floor(s) - jnp.ceil(s) + jnp.trunc(s),
     "integers": lambda s, b, h, i, j: s + (i - 7) // 3 + (i - 7) % 3 + lax.div(i - 7, 3) + lax.rem(i - 7, j - 9),

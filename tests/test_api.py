@@ -7,7 +7,9 @@ import pytest
 from reference import attention
 
 import jax_flash_attn2 as fa
+from jax_flash_attn2.base.spec import Rules
 from jax_flash_attn2.primitives import define
+from jax_flash_attn2.primitives.call import Call
 
 Q, K, V = (jax.random.normal(key, (2, 40, 4, 16)) for key in jax.random.split(jax.random.key(0), 3))
 BIAS = jax.random.normal(jax.random.key(1), (4, 40, 40))
@@ -352,3 +354,13 @@ def test_without_jit():
     want = jax.grad(loss)(X)
     with jax.disable_jit():
         np.testing.assert_allclose(jax.grad(loss)(X), want, rtol=1e-6)
+
+
+def test_unit_outside_jit():
+    """It is compiled once, and there is one under `disable_jit` too."""
+    call = Call(Rules(), (fa.Config(),) * 4, None, None)
+    with jax.disable_jit():
+        assert define.unit(call, jnp.float32) == 1
+    before = define._eager.cache_info().misses
+    assert define.unit(call, jnp.float32) == 1
+    assert define._eager.cache_info().misses == before

@@ -210,6 +210,26 @@ def test_traced_window():
         np.testing.assert_allclose(ours, want, atol=2e-5)
 
 
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+def test_far_windows_are_no_bound(align):
+    """Also beside what makes them a mask; nor do they wrap where they are arrays."""
+    qkv, far = arrays(), 2**31 - 1
+    want = dot_product_attention(*qkv, local_window_size=(None, -1), causal_alignment=align)
+    for left in (far, 2**40, jnp.int32(far), np.array(far)):
+        window = (left, -1)
+        got = dot_product_attention(*qkv, local_window_size=window, causal_alignment=align)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_one_array_is_both_sides():
+    qkv = arrays()
+    want = dot_product_attention(*qkv, local_window_size=3)
+    for window in (jnp.int32(3), np.array(3), np.array([3, 3]), [np.int8(3), 3]):
+        np.testing.assert_allclose(dot_product_attention(*qkv, local_window_size=window), want, atol=2e-5)
+    with pytest.raises(TypeError, match="local_window_size must be an integer, a pair"):
+        dot_product_attention(*qkv, local_window_size=(1, 2, 3))
+
+
 # Transforms.
 
 

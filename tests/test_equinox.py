@@ -207,3 +207,9 @@ def test_row_that_sees_nothing():
     ours = OURS(*X, mask)
     np.testing.assert_allclose(ours[3], OURS.output_proj.bias, atol=1e-6)
     np.testing.assert_allclose(jnp.delete(ours, 3, 0), jnp.delete(THEIRS(*X, mask), 3, 0), atol=1e-5)
+
+
+def test_a_bias_of_integers():
+    """As through the other doors."""
+    x, bias = inputs(), np.arange(T * S, dtype=np.int32).reshape(T, S) % 3
+    np.testing.assert_allclose(OURS(*x, bias=bias), OURS(*x, bias=bias.astype(np.float32)), atol=1e-6)

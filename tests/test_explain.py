@@ -1,6 +1,9 @@
 """`explain` counts what runs, and `supported` agrees with the call."""
 
+import types
+
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,6 +106,19 @@ def test_reasons():
             assert "no float64" in str(explain(y, y, y))
 
 
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_a_gpu_is_there(monkeypatch, platform):
+    """AMD's needs no compute capability; of NVIDIA's there is none here."""
+    pytest.importorskip("jax_triton")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    backend = types.SimpleNamespace(platform_version=f"PJRT C API\n{platform} 60300")
+    monkeypatch.setattr(jax.extend.backend, "get_backend", lambda: backend)
+    x = jnp.zeros((1, 64, 2, 16))
+    assert supported(x, x, x) == (platform == "rocm")
+    if platform == "rocm":
+        assert explain(x, x, x).where == "AMD GPU"
+
+
 def test_traced_data_is_said_to_be_unknown():
     def f(ids):
         x = jnp.zeros((1, 64, 2, 16))
@@ -110,6 +126,38 @@ def test_traced_data_is_said_to_be_unknown():
         return ids
 
     jax.jit(f)(jnp.zeros((1, 64), jnp.int32))
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_what_hides_nothing_may_be_unknown(implementation):
+    """Seeds, what a score function reads, and lengths, which an offset follows from."""
+    if implementation:
+        pytest.importorskip("jax_triton")
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 16), jnp.float32) for n in (64, 128))
+    table = jnp.ones(2)
+    options = {
+        "window_size": 20, "causal_alignment": "bottom_right", "dropout_rate": 0.1, "dropout_seed": 1,
+        "score_mod": lambda s, b, h, i, j: s * table[h], "config": fa.Config(16, 16), "implementation": implementation,
+    }  # fmt: skip
+    with gpu_target(compute_capability=90):
+        by_shapes = explain(q, k, k, **options)
+        q, k = (jnp.zeros(x.shape) for x in (q, k))
+        assert [p.visited for p in by_shapes.passes] == [p.visited for p in explain(q, k, k, **options).passes]
+    assert by_shapes.passes[0].visited is not None
+
+
+def test_higher_order_skips_nothing():
+    x = jnp.zeros((2, 64, 2, 16))
+    passes = explain(x, x, x, window_size=8, higher_order=True, config=fa.Config(16, 16)).passes
+    assert [(p.block_m, p.block_n, p.tiles, p.visited, p.masked) for p in passes] == [(16, 64, 16, 16, 16)] * 2
+    assert passes[1].flops == 3 * passes[0].flops
+
+
+@pytest.mark.parametrize("higher_order", [False, True])
+def test_nothing_to_see(higher_order):
+    x = jnp.zeros((1, 64, 2, 16))
+    for q, k in ((x, x[:, :0]), (x[:, :0], x), (x[:0], x[:0])):
+        assert [p.visited for p in explain(q, k, k, higher_order=higher_order).passes] == [0, 0]
 
 
 def test_supported():
@@ -120,6 +168,8 @@ def test_supported():
     assert not supported(x, x, x, mask=jnp.ones((64, 64)))
     with gpu_target(compute_capability=90):
         assert supported(x, x, x, implementation="triton")
+        assert not supported(x, x, x, config={"fwd": fa.Config(overlaps=True)}, block_ptr=False)
+        assert not supported(x, x, x, score_mod=lambda s, b, h, i, j: jax.lax.lgamma(s))
 
 
 def test_explain_raises_what_the_call_would():
@@ -139,3 +189,5 @@ def test_masks_by_head_are_counted_by_head():
         k = jax.ShapeDtypeStruct((1, 512, kv_heads, 16), jnp.float32)
         met = tiles.reshape(kv_heads, -1, 4, 4).any(1).sum() * (4 // kv_heads)
         assert [p.visited for p in explain(q, k, k, mask=mask).passes] == [met, met]
+        union = tiles.any((0, 1)).sum() * 4  # with a bias of one head, backward, as its gradient is summed over heads
+        assert [p.visited for p in explain(q, k, k, jnp.zeros(512), mask=mask).passes] == [met, union]

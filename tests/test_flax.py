@@ -12,7 +12,7 @@ from jax import lax
 from jax.lax import DotAlgorithmPreset, Precision
 
 import jax_flash_attn2.flax as adapter
-from jax_flash_attn2 import Config, flash_attention
+from jax_flash_attn2 import Config, flash_attention, masks
 from jax_flash_attn2.flax import attention_fn, make_attention_fn
 
 HEADS, WIDTH, T = 4, 32, 12
@@ -298,16 +298,19 @@ def test_precision_beside_a_config(monkeypatch):
     for given in (config, {"fwd": Config(), "dq": config}):
         with pytest.raises(ValueError, match=r"precision=highest asks for 'ieee', got config.precision='tf32x3'"):
             attention_fn(Q, K, V, precision="highest", config=given)
+    for given, what in ((64, "config must be a Config"), (Config(precision="fp8"), "config.precision must be one of")):
+        with pytest.raises((TypeError, ValueError), match=what):
+            attention_fn(Q, K, V, precision="highest", config=given)
 
 
 def test_precision_of_other_dtypes(monkeypatch):
     assert config_for(monkeypatch, "bfloat16", precision=Precision.HIGHEST) is None
     assert config_for(monkeypatch, "bfloat16", precision=lax.DotAlgorithmPreset.BF16_BF16_F32) is None
-    with pytest.raises(ValueError, match="BF16_BF16_F32_X3 is none that bfloat16 attention has"):
+    with pytest.raises(ValueError, match=r"for bfloat16, got DotAlgorithmPreset\.BF16_BF16_F32_X3"):
         config_for(monkeypatch, "bfloat16", precision=lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
-    with pytest.raises(ValueError, match="is none that float32 attention has"):
+    with pytest.raises(ValueError, match=r'"highest" or one of DEFAULT, F32_F32_F32, TF32_TF32_F32, .* for float32'):
         attention_fn(Q, K, V, precision=DotAlgorithmPreset.BF16_BF16_F32)
-    with pytest.raises(ValueError, match="finest"):
+    with pytest.raises(ValueError, match=r"precision must be None, .* got 'finest'"):
         attention_fn(Q, K, V, precision="finest")
 
 
@@ -336,6 +339,16 @@ def test_the_same_options_are_one_object():
     for name, said in (("windowsize", "did you mean window_size"), ("deterministic", "it has rope, score_mod, causal")):
         with pytest.raises(TypeError, match=f"no argument '{name}'; {said}"):
             make_attention_fn(**{name: None})
+
+
+def test_what_may_hold_arrays_is_not_kept():
+    ids = jax.device_put(np.zeros((2, T), np.int32))
+    before = adapter._made.cache_info().currsize
+    make_attention_fn(mask=masks.causal() & masks.documents(ids))
+    make_attention_fn(mask=masks.from_dense(ids[:, :, None] == ids[:, None]))
+    make_attention_fn(score_mod=lambda s, b, h, i, j: s + ids[b, j])
+    assert adapter._made.cache_info().currsize == before
+    assert make_attention_fn(mask=masks.causal()) is make_attention_fn(mask=masks.causal())
 
 
 def test_rope():

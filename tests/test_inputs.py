@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from jax_flash_attn2 import Config, flash_attention, get_cached_flash_attention, gpu_target
+from jax_flash_attn2.base import arguments
 
 X = jax.device_put(np.zeros((2, 10, 4, 16), np.float32))
 KV = jax.device_put(np.zeros((2, 12, 2, 16), np.float32))
@@ -51,13 +53,15 @@ WRONG = {
     "segments_alone": (lambda: call(q_segment_ids=jnp.zeros((2, 10), int)), ValueError, "got no kv_segment_ids (only kv_segment_ids may be left out, and only where Sq == Sk; here Sq = 10, Sk = 12)"),
     "segments_kv_alone": (lambda: call(kv_segment_ids=jnp.zeros((2, 12), int)), ValueError, "got no q_segment_ids"),
     "segments_float": (lambda: call(q_segment_ids=jnp.zeros((2, 10)), kv_segment_ids=jnp.zeros((2, 12))), TypeError, "q_segment_ids must be an array of integers [*batch, seqlen_q], got"),
-    "positions_alone": (lambda: call(q_positions=jnp.zeros((2, 10), int), causal=True), ValueError, "q_positions and kv_positions go together, got no kv_positions; of an index it is jnp.arange(S)"),
+    "positions_alone": (lambda: call(q_positions=jnp.zeros((2, 10), int), causal=True), ValueError, "q_positions and kv_positions must be given together, got no kv_positions; where positions are the index, pass jnp.arange(Sk)"),
     "positions_float": (lambda: call(q_positions=jnp.zeros((2, 10)), kv_positions=jnp.zeros((2, 12), int)), TypeError, "q_positions must be an array of integers [*batch, seqlen_q], got"),
     "positions_shape": (lambda: call(q_positions=jnp.zeros(10, int), kv_positions=jnp.zeros((3, 12), int)), ValueError, "kv_positions must broadcast to [*batch, seqlen_k] = (2, 12)"),
     "positions_wide": (lambda: call(q_positions=np.full(10, 2**40), kv_positions=np.zeros(12, int)), ValueError, "q_positions must fit int32, got values from 1099511627776 to 1099511627776"),
     "positions_aligned": (lambda: call(q_positions=jnp.zeros(10, int), kv_positions=jnp.zeros(12, int), causal_alignment="bottom_right"), ValueError, 'causal_alignment="bottom_right" says what the position of an index is, and so do q_positions and kv_positions; leave one of them out'),
     "segments_shape": (lambda: call(q_segment_ids=jnp.zeros((2, 12), int), kv_segment_ids=jnp.zeros((2, 12), int)), ValueError, "q_segment_ids must broadcast to [*batch, seqlen_q] = (2, 10)"),
     "lengths_shape": (lambda: call(kv_lengths=jnp.zeros(3, int)), ValueError, "kv_lengths must broadcast to [*batch] = (2,) (each axis 1 or full), got shape (3,)"),
+    "lengths_foreign": (lambda: call(q_lengths=types.SimpleNamespace(dtype="torch.int64")), TypeError, "q_lengths must be an array of integers [*batch], got SimpleNamespace of dtype torch.int64"),
+    "sinks_long": (lambda: call(sinks=[0.5] * 1000), TypeError, "sinks must be a floating array [heads], got [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, ...]"),
     "lengths_float": (lambda: call(q_lengths=3.0), TypeError, "q_lengths must be an array of integers [*batch], got 3.0"),
     "soft_cap": (lambda: call(logits_soft_cap=0.0), ValueError, "logits_soft_cap must be positive and finite, got 0.0; None means that there is none"),
     "soft_cap_traced": (lambda: jax.jit(lambda c: call(logits_soft_cap=c))(3.0), TypeError, "logits_soft_cap must be a number (it is static under jit) or None"),
@@ -108,6 +112,7 @@ WRONG = {
     "target": (lambda: gpu_target(compute_capability=75).__enter__(), ValueError, "compute_capability must be an integer of at least 80 (Ampere), such as 80, 86, 89, 90 or 100, got 75"),
     "cached_block_size": (lambda: get_cached_flash_attention(100), ValueError, "blocksize_q must be a power of two from 16 to 512, or None (tuned), got 100"),
     "cached_scale": (lambda: get_cached_flash_attention(softmax_scale=jnp.ones(())), TypeError, "softmax_scale must be a number here"),
+    "cached_scale_nan": (lambda: get_cached_flash_attention(softmax_scale=float("nan")), ValueError, "softmax_scale must be finite, got nan"),
     "cached_implementation": (lambda: get_cached_flash_attention(implementation="gpu"), ValueError, 'implementation must be "triton", "xla" or None'),
 }  # fmt: skip
 
@@ -121,6 +126,14 @@ def test_wide_positions_do_not_wrap(dtype, far):
         f = jax.jit(lambda at: flash_attention(x, x, x, kv_positions=at, **options)[1])
         lse = f(np.where(rows > 2, far, rows).astype(dtype))
     np.testing.assert_allclose(np.exp(lse[0, 0]), [1, 2, 3, 3], rtol=1e-5)
+
+
+def test_positions_of_other_processes_are_not_looked_at(monkeypatch):
+    with jax.enable_x64(True):
+        x = jnp.full(4, 2**40)
+        assert x.dtype == jnp.int64
+        monkeypatch.setattr(type(x), "is_fully_addressable", property(lambda self: False))
+        assert arguments.int32_array("q_positions", x) is x
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import signal
 import threading
 
 import jax
@@ -267,3 +269,27 @@ def test_lru_of_what_fails():
     assert results == ["no"] * 4
     assert cache.info() == (0, 4, 2, 0, 0)
     assert cache.get("key", lambda: "value", lambda value: 1) == "value"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_fork_while_something_is_made():
+    """The child, in which nobody is at it any more and nobody holds the lock, makes it itself."""
+    cache, begun, go_on = Lru(2, 10), threading.Event(), threading.Event()
+    make = lambda: begun.set() or (go_on.wait() and 1)
+    thread = threading.Thread(target=lambda: cache.get("key", make, lambda _: 1))
+    thread.start()
+    begun.wait()
+    with cache._lock:
+        child = os.fork()
+        if not child:
+            try:
+                signal.alarm(20)
+                assert cache.get("key", lambda: 2, lambda _: 1) == 2
+                os._exit(0)
+            finally:
+                os._exit(1)
+    go_on.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert cache.get("key", lambda: 2, lambda _: 1) == 1

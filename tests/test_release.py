@@ -92,14 +92,23 @@ def test_about(monkeypatch, capsys):
     assert said["setting"]
 
 
-def test_about_of_a_gpu_without_triton(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.missing_triton_error(ImportError("no triton")),
+        ValueError("the Triton kernels need compute capability 8.0"),
+    ],
+)
+def test_about_of_a_gpu_that_cannot_run_kernels(monkeypatch, error):
+    """Something is not installed, or it is too old."""
+
     def refuses(*_):
-        raise errors.missing_triton_error(ImportError("no triton"))
+        raise error
 
     monkeypatch.setattr(command, "explained", refuses)
     monkeypatch.setenv(command.store.FOLDER, "off")
     said = dict(command.about())
-    assert said["runs"].startswith("nothing: the Triton kernels need jax-triton")
+    assert said["runs"].startswith("nothing: the Triton kernels need")
     assert said["kernels"] == "not kept"
 
 

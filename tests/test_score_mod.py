@@ -120,12 +120,14 @@ INDICES = {
     "of a difference": (lambda i, j: i - j, True),
     "of the other": (lambda i, j: jnp.abs(j - i) // 2, True),
     "of one that is moved": (lambda i, j: i + 3 - j, True),
+    "of one that a number is moved by": (lambda i, j: 3 + i - j, True),
     "of a sum": (lambda i, j: i + j, False),
     "of a multiple": (lambda i, j: 2 * i - j, False),
     "of quotients": (lambda i, j: i // 2 - j // 2, False),
     "of a difference and a row": (lambda i, j: i - j + i, False),
     "of data": (lambda i, j: PLACES[i] - PLACES[j], False),
     "of products": (lambda i, j: (i - j) * (i - j), True),
+    "of a reversed row": (lambda i, j: S - 1 - i - j, False),
 }
 PLACES = jnp.asarray(RNG.integers(0, S, S), jnp.int32)
 

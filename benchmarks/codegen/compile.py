@@ -44,10 +44,10 @@ def launches(point: Point) -> list[tuple]:
     o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
 
     def backward(q, k, v, operands, o, stats, do, dlse):
-        given = {"wanted": extra.wanted, "apart": (1,) * len(extra.wanted)}
+        given = {"wanted": extra.wanted, "groups": (1,) * len(extra.wanted)}
         return passes.backward(run, spec, configs, q, k, v, operands, o, stats, do, dlse, **given)
 
-    stats = (row,) * (2 if spec.reshapes else 1)
+    stats = (row,) * (2 if spec.alters_logits else 1)
     jax.eval_shape(backward, q, k, v, operands, o, stats, o, row if extra.dlse else None)
     return [launch for launch in seen if point.name in launch[0].__name__]
 

@@ -7,6 +7,7 @@ import functools
 import math
 import numbers
 import pathlib
+import reprlib
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -30,6 +31,11 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 KERNEL_HEAD_DIM = 256  # wider rows would leave no registers to the backward pass
 MAX_HEAD_DIM = 1024
 FAR = 2**30  # a bound that no index reaches, and that can be added to one
+
+
+def accumulator(dtype: Any) -> np.dtype:
+    """What sums of numbers of this dtype are kept in: fp64 for fp64, else fp32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def array(name: str, x: Any) -> Array:
@@ -156,7 +162,7 @@ def integer_array(name: str, x: Any, wanted: str = "") -> Any:
 def int32_array(name: str, x: Any, wanted: str = "") -> Any:
     """x itself, if it is an array of integers that, as far as is known, int32 holds."""
     x = integer_array(name, x, wanted)
-    if is_wide(x.dtype) and x.size and not isinstance(x, jax.core.Tracer):
+    if is_wide(x.dtype) and x.size and _is_here(x):
         values = np.asarray(x)
         least, largest = int(values.min()), int(values.max())
         if least < INT32.min or largest > INT32.max:
@@ -176,6 +182,11 @@ def is_array(x: Any) -> bool:
     return isinstance(x, Array | np.ndarray)
 
 
+def _is_here(x: Any) -> bool:
+    """Whether an array's values can be looked at: it is not traced, nor in part another process's."""
+    return isinstance(x, np.ndarray) or (not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
+
+
 def are_integers(x: Any) -> bool:
     """Whether x is an array of integers."""
     return isinstance(x, Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.integer)
@@ -192,7 +203,7 @@ def per_head(name: str, x: Any, batch: tuple[int, ...], heads: int, dtype: Any) 
     if not isinstance(x, Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} must be a floating array {wanted}, got {describe(x)}")
     x = flat(name, x, batch, (heads,), wanted)[:, :, None, None]
-    return x.astype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return x.astype(accumulator(dtype))
 
 
 def window(window: Any, causal: bool) -> tuple[int | None, int | None]:
@@ -301,13 +312,12 @@ def _words_of(seed: Array, of_sign: bool) -> tuple[Array, Array]:
 
 def scale_of(scale: Any, q: Array) -> tuple[Array, Array]:
     """The softmax scale as a non-negative operand, and q with the scale's sign: kernels count on max(s) * scale."""
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    dtype = accumulator(q.dtype)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
-        if not math.isfinite(scale):
-            raise ValueError(f"softmax_scale must be finite, got {scale}")
-        return full(abs(float(scale)), jnp.dtype(dtype), (1, 1, 1, 1)), -q if float(scale) < 0 else q
+        scale = _finite(scale)
+        return full(abs(scale), dtype, (1, 1, 1, 1)), -q if scale < 0 else q
     if not isinstance(scale, Array | np.ndarray) or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"softmax_scale must be a number or a 0-d floating array, got {describe(scale)}")
     if scale.shape != ():
@@ -324,8 +334,14 @@ def _unsigned(scale: Array, q: Array) -> tuple[Array, Array]:
 def static_scale(scale: Any) -> float | None:
     """`softmax_scale` where it is part of a cache's key, so a plain number."""
     if scale is None or (isinstance(scale, numbers.Real) and not isinstance(scale, bool)):
-        return None if scale is None else float(scale)
+        return None if scale is None else _finite(scale)
     raise TypeError(f"softmax_scale must be a number here, got {describe(scale)}; flash_attention takes a traced one")
+
+
+def _finite(scale: numbers.Real) -> float:
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
+    return float(scale)
 
 
 def four_lengths(name: str, shape: Any) -> tuple[int, int, int, int]:
@@ -345,7 +361,9 @@ def boolean(name: str, x: Any) -> bool:
 
 def describe(x: Any) -> str:
     """What came, for a message."""
-    return f"{type(x).__name__} of dtype {x.dtype.name}" if hasattr(x, "dtype") else repr(x)
+    if hasattr(x, "dtype"):
+        return f"{type(x).__name__} of dtype {getattr(x.dtype, 'name', x.dtype)}"
+    return reprlib.repr(x)
 
 
 def is_integer(n: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Literal
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 PASSES = ("fwd", "dq", "dkdv", "dbias")
-"""Every kernel of the package, by the name that `tuning` and the codegen check know it by."""
+"""Every kernel that is tuned; `combine` follows from fwd."""
 
 ONLY_FOR = {"overlaps": ("fwd", "dkdv"), "num_splits": ("fwd",), "warp_specialize": ("fwd", "dq")}
 """Those that have these fields of a `Config`; all have the others."""
@@ -14,10 +14,11 @@ ONLY_FOR = {"overlaps": ("fwd", "dkdv"), "num_splits": ("fwd",), "warp_specializ
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How a kernel shall run. Nothing here changes what is computed; None means the tuned value.
+    """How a kernel shall run; None means the tuned value.
 
-    Block sizes hold on every backend; the other fields speak to the GPU and have no meaning elsewhere. Under a block
-    mask the kernels' tiles are a part of its tiles, or all of one, as asked here; the XLA path takes each one whole.
+    Only `precision` changes numbers, on every backend; block sizes hold on every backend; all else speaks to the GPU.
+    Under a block mask the kernels' tiles are a part of its tiles, or all of one, as asked here; the XLA path takes each
+    one whole.
     """
 
     block_m: int | None = None

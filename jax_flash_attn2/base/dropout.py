@@ -28,7 +28,7 @@ def keep(key0: Array, key1: Array, rows: Array, cols: Array, threshold: int) -> 
     words = philox(rows, cols // 4, 0, 0, key0, key1)
     which = cols % 4
     word = jnp.where(which < 2, jnp.where(which == 0, *words[:2]), jnp.where(which == 2, *words[2:]))
-    return word >= _threshold(threshold)
+    return word >= np.uint32(threshold)
 
 
 def keep_range(
@@ -45,7 +45,7 @@ def keep_range(
         start, key0, key1, rows = lax.optimization_barrier((start, key0, key1, rows))
     quads = jnp.arange(-(-size // 4) + (not aligned), dtype=jnp.int32)
     quads += lax.div(jnp.asarray(start, jnp.int32), jnp.int32(4))
-    kept = [(word >= _threshold(threshold)).astype(jnp.uint32) for word in philox(rows, quads, 0, 0, key0, key1)]
+    kept = [(word >= np.uint32(threshold)).astype(jnp.uint32) for word in philox(rows, quads, 0, 0, key0, key1)]
     packed = kept[0] | kept[1] << 8 | kept[2] << 16 | kept[3] << 24  # a byte each
     # Without the barrier XLA would fuse philox into what unpacks the bytes, and run it for each of them.
     unpacked = lax.bitcast_convert_type(lax.optimization_barrier(packed), jnp.uint8)
@@ -79,7 +79,3 @@ def _multiply(a: int, b: Array) -> tuple[Array, Array]:
 def _uint32(x: Any) -> Array:
     """x mod 2**32."""
     return jnp.asarray(np.uint32(x & 0xFFFFFFFF)) if isinstance(x, int) else jnp.asarray(x).astype(jnp.uint32)
-
-
-def _threshold(threshold: int) -> np.uint32:
-    return np.uint32(min(threshold, 0xFFFFFFFF))

@@ -1,6 +1,4 @@
-"""Errors that only show once something is differentiated, or lowered for a platform: rooms that raise them do not know
-the arguments, so their words are here. Imports nothing.
-"""
+"""Messages shared by rooms that do not know the arguments; imports no other room."""
 
 from typing import Any
 
@@ -62,13 +60,13 @@ def warp_specialize_error(target: Any) -> ValueError:
 
 
 def overlaps_error(listed: bool) -> ValueError:
-    """What is past the end could not be read as 0, or the tile before is not a tile's width away."""
+    """config.overlaps=True was asked for where the kernel cannot overlap: with pointers, or under a block mask."""
     why = "this call has a block mask; leave overlaps None" if listed else "these are pointers; add block_ptr=True"
     return ValueError(f"config.overlaps=True needs tensor descriptors and no block mask, and {why}")
 
 
 def check_pages(config: Any, page_size: int) -> None:
-    """Raises if keys in pages cannot be read so."""
+    """Raises if this config cannot read keys in pages."""
     if config.block_ptr and config.block_n > page_size:
         raise ValueError(
             f"block_ptr=True reads tiles that lie in one page, got block_n={config.block_n} and pages of {page_size}; "

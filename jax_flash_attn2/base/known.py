@@ -1,7 +1,8 @@
 """What is known when Python runs: made at once, whatever is being traced, and never sent to the device call by call.
 
 Outside jit each number that an operation is given is sent to the device, at each call. What is known is a program of
-its own instead (and under jit a part of the program), what is not is sent in so many words.
+its own instead (and under jit a part of the program); a number that only the caller knows is put on the device
+explicitly (`sent`), so that transfer guards allow it.
 """
 
 import functools

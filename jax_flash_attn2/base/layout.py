@@ -15,7 +15,7 @@ class Layout:
     heads: int
     width: int
     packed: int = 1
-    """How many rows of a tile are one row, of as many heads: a power of two."""
+    """Consecutive rows of a tile that are the same query row, of `packed` query heads of one group: a power of two."""
     heads_packed: int = 1
     """How many heads these are; the last of them may be there more than once."""
     page: int = 0

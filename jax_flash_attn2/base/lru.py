@@ -1,7 +1,9 @@
 """A cache that forgets what was used least recently: bounded by count and by memory, for any number of threads."""
 
 import collections
+import os
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ class Lru:
         )  # last used at the end
         self._making: dict[Hashable, threading.Event] = {}
         self._hits = self._misses = self._nbytes = 0
+        _every.add(self)
 
     def get(
         self,
@@ -62,7 +65,7 @@ class Lru:
                 if made is None:
                     self._misses += 1
                     self._forget(key)
-                    self._making[key] = threading.Event()
+                    made = self._making[key] = threading.Event()
                     break
             made.wait()  # somebody else is at it
         try:
@@ -70,7 +73,7 @@ class Lru:
             self._hold(key, value, nbytes(value))
         finally:
             with self._lock:
-                self._making.pop(key).set()
+                self._making.pop(key, made).set()  # a fork, if it was within `make`, has none
         return value
 
     def _hold(self, key: Hashable, value: Any, nbytes: int) -> None:
@@ -95,3 +98,20 @@ class Lru:
         with self._lock:
             self._held.clear()
             self._hits = self._misses = self._nbytes = 0
+
+    def _after_fork(self) -> None:
+        """In the child, whose only thread is the one that forked: nobody else holds the lock, or is at it."""
+        self._lock = threading.Lock()
+        self._making.clear()
+
+
+_every: weakref.WeakSet[Lru] = weakref.WeakSet()
+
+
+def _renew() -> None:
+    for cache in list(_every):
+        cache._after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew)

@@ -1,6 +1,9 @@
 """What a call may carry besides q, k and v: by what names, in what order, with what axes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+import jax.numpy as jnp
+from jax import Array
 
 OPERANDS = (
     "scale",
@@ -61,6 +64,12 @@ SERVED = ("page_table", "cu_q_lens", "k_scale", "v_scale")
 BLOCK_LISTS = OPERANDS[-6:]
 """The operands of a block mask."""
 
+HIDING = (
+    *("mask", "q_segments", "kv_segments", "q_lengths", "kv_lengths", "q_positions", "kv_positions", "offset"),
+    *BLOCK_LISTS,
+)
+"""Those that decide which tiles are met."""
+
 DIFFERENTIABLE = ("scale", "bias", "sinks", "slopes")
 """Which of them have a gradient."""
 
@@ -93,3 +102,18 @@ def names_of(operands: Collection[str]) -> tuple[str, ...]:
     of_scores = sum(map(is_score_array, operands))
     of_masks = sum(map(is_read, operands)) - of_scores
     return (*(name for name in OPERANDS if name in operands), *score_arrays(of_scores), *mask_arrays(of_masks))
+
+
+def for_every_batch(x: Array, batch: int) -> Array:
+    """`[n, ...]` -> `[1|B, ...]`: batch b reads b % n."""
+    return x if x.shape[0] in (1, batch) else jnp.tile(x, (batch // x.shape[0], *(1,) * (x.ndim - 1)))
+
+
+def summed_to(x: Array, shape: Sequence[int], groups: int) -> Array:
+    """The gradient of an operand of this shape, `[groups * n, 1|H, 1|M, 1|N]`, of what each batch and head gives to it,
+    `[B, H, M, N]`: summed over the axes that it lacks, and over the batches, seen as (groups, rest, n)."""
+    lacks = [axis for axis in (1, 2, 3) if shape[axis] == 1]
+    if x.shape[0] == groups * shape[0]:
+        return x.sum(lacks, keepdims=True)
+    x = x.reshape(groups, -1, shape[0], *x.shape[1:]).sum([1, *(axis + 2 for axis in lacks)], keepdims=True)
+    return x.reshape(groups * shape[0], *x.shape[3:])

@@ -12,7 +12,7 @@ from .layout import Layout
 from .operands import BLOCK_LISTS, OPERANDS
 
 
-def reshapes(rules: "Rules", names: Iterable[str]) -> bool:
+def alters_logits(rules: "Rules", names: Iterable[str]) -> bool:
     """Whether logits are more than scale * q kᵀ, with operands of these names: then the scale cannot wait for the
     exponential, and a maximum may be so large that log2 of the sum is lost beside it; or whether they are to be treated
     as if they were."""
@@ -129,7 +129,7 @@ class Spec:
     """Whether rows are few, or keys in pages: then one launch does without a table of spans where bounds are all that
     decides."""
     packed: int = 1
-    """How many rows of a tile are one row, of as many heads that share a key head; a power of two."""
+    """Consecutive rows of a tile that are the same query row, of `packed` query heads of one group: a power of two."""
     page_size: int = 0
     """The keys of a page, if they lie in pages (`operands.SERVED`)."""
     one_head: bool = False
@@ -269,9 +269,9 @@ class Spec:
         return self.spans or self.listed or self.bias is not None or self.scores
 
     @property
-    def reshapes(self) -> bool:
-        """`reshapes` of this call."""
-        return self.score is not None or reshapes(self.rules, [name for name, _ in self.operands])
+    def alters_logits(self) -> bool:
+        """`alters_logits` of this call."""
+        return self.score is not None or alters_logits(self.rules, [name for name, _ in self.operands])
 
     @property
     def by_function(self) -> bool:
@@ -321,7 +321,7 @@ class Spec:
     @property
     def constants(self) -> int:
         """How many numbers the backward kernels tell each other of a row."""
-        return 3 if self.reshapes else 2
+        return 3 if self.alters_logits else 2
 
     @property
     def summed(self) -> int:

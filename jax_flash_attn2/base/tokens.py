@@ -26,24 +26,28 @@ def lengths(name: str, x: Any, batch: tuple[int, ...]) -> Array:
         x = min(max(int(x), 0), INT32.max)  # no sequence is longer
     elif isinstance(x, np.ndarray) and are_integers(x):
         x = np.clip(x, 0, INT32.max).astype(np.int32)
-    return _clipped(integers(name, x, batch, (), "[*batch]"), 0).reshape(-1, 1, 1, 1)
+    return clipped(integers(name, x, batch, (), "[*batch]"), 0).reshape(-1, 1, 1, 1)
 
 
 def positions(q: Any, kv: Any, batch: tuple[int, ...], seqlen_q: int, seqlen_k: int) -> dict[str, Array]:
     """Positions as the operands `q_positions` and `kv_positions`; none if there are none."""
     if (q is None) != (kv is None):
-        missing = "q_positions" if q is None else "kv_positions"
-        raise ValueError(f"q_positions and kv_positions go together, got no {missing}; of an index it is jnp.arange(S)")
+        missing, index = ("q_positions", "Sq") if q is None else ("kv_positions", "Sk")
+        raise ValueError(
+            f"q_positions and kv_positions must be given together, got no {missing}; where positions are the index, "
+            f"pass jnp.arange({index})"
+        )
     made: dict[str, Array] = {}
     for name, x, seqlen in (("q_positions", q, seqlen_q), ("kv_positions", kv, seqlen_k)) if q is not None else ():
         wanted = f"[*batch, {'seqlen_q' if name[0] == 'q' else 'seqlen_k'}]"
-        x = _clipped(integers(name, int32_array(name, x, wanted), batch, (seqlen,), wanted), INT32.min)
+        x = clipped(integers(name, int32_array(name, x, wanted), batch, (seqlen,), wanted), INT32.min)
         made[name] = x[:, None, :, None] if name[0] == "q" else x[:, None, None, :]
     return made
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def _clipped(x: Array, least: int) -> Array:
+def clipped(x: Array, least: int) -> Array:
+    """Integers as int32, the nearest one of those from `least` on."""
     least = max(least, int(jnp.iinfo(x.dtype).min))
     return (jnp.clip(x, least, INT32.max) if is_wide(x.dtype) else x).astype(jnp.int32)
 

@@ -111,7 +111,7 @@ def flash_attention(
         hidden by                            in q, k, v        in bias
         q_lengths, kv_lengths                held off          held off
         mask, segments, window, causality    0 * NaN is NaN    held off
-        a bias of -inf                       0 * NaN is NaN
+        a bias of -inf                       0 * NaN is NaN    held off
 
     Args:
       q: `[*batch, Sq, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D from 1 to 1024, beyond
@@ -144,7 +144,7 @@ def flash_attention(
         only. Negative is padding, which sees nothing and is not seen. Sorted ids (packed documents) let whole tiles be
         skipped.
       kv_segment_ids: integers `[*batch, Sk]`; q_segment_ids if left out and Sq == Sk.
-      q_positions: integers `[*batch, Sq]` (each axis 1 or full), within 2**30 of 0: i', what causal, window_size and
+      q_positions: integers `[*batch, Sq]` (each axis 1 or full) that fit int32: i', what causal, window_size and
         alibi_slopes compare, in place of the index; with kv_positions. In any order (zigzag, left padding, the ring
         buffer of a window's cache, documents counted each from 0 under segment ids); tiles are skipped by the least and
         the largest of a block. Dropout counts by the index.
@@ -191,20 +191,10 @@ def flash_attention(
       >>> lse.shape, lse.dtype
       ((2, 8, 128), dtype('float32'))
     """
-    arrays = {
-        **{"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "sinks": sinks, "alibi_slopes": alibi_slopes},
-        **{"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "q_lengths": q_lengths},
-        **{"q_positions": q_positions, "kv_positions": kv_positions},
-        **{"kv_lengths": kv_lengths, "softmax_scale": softmax_scale, "dropout_seed": dropout_seed},
-    }
-    options = {
-        **{"causal": causal, "causal_alignment": causal_alignment, "window_size": window_size},
-        **{"logits_soft_cap": logits_soft_cap, "dropout_rate": dropout_rate, "higher_order": higher_order},
-        **{"implementation": implementation, "block_ptr": block_ptr, "config": config},
-        **{"return_lse": return_lse, "return_max_logits": return_max_logits, "score_mod": score_mod},
-    }
-    results = sharding.on_auto_axes(_flash_attention, arrays, options)
-    return results[0] if len(results) == 1 else results
+    options = dict(locals())  # first of all: the arguments, and nothing else
+    arrays = {name: options.pop(name) for name in ARRAYS}
+    unpacked = sharding.typed_as_q(_flash_attention, arrays, options)
+    return unpacked[0] if len(unpacked) == 1 else unpacked
 
 
 @functools.cache
@@ -226,9 +216,11 @@ def attend(call: Call, operands: tuple[Any, ...], higher_order: bool) -> tuple[A
     return results(call, natively(call, *operands))[:3] if higher_order else _with_kernels(call, *operands)
 
 
-def returned(results: tuple[Array, Array, Array | None], batch: tuple[int, ...], return_lse: bool) -> tuple[Array, ...]:
+def returned(
+    unpacked: tuple[Array, Array, Array | None], batch: tuple[int, ...], return_lse: bool
+) -> tuple[Array, ...]:
     """What was asked for, with the caller's batch axes."""
-    o, lse, row_max = results
+    o, lse, row_max = unpacked
     asked = [o.reshape(*batch, *o.shape[1:])]
     if return_lse:
         asked.append(lse.reshape(*batch, *lse.shape[1:]))
@@ -359,7 +351,7 @@ def get_cached_flash_attention(
     """`flash_attention` with block sizes fixed, as a function `(query, key, value, bias=None)`.
 
     The same arguments, and the same `FLASH_ATTN_BLOCK_PTR` in the environment when it is called ("1": tensor
-    descriptors, "0": pointers, unset: tuned), give the same object, so jit traces it once.
+    descriptors, "0": pointers, unset: tuned), give the same object, so jit traces it once; the last 256 are kept.
 
     Args:
       blocksize_q: query rows per tile, a power of two from 16 to 512; None: tuned.
@@ -384,7 +376,7 @@ def get_cached_flash_attention(
     return _cached(blocksize_q, blocksize_k, arguments.static_scale(softmax_scale), implementation, block_ptr)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _cached(blocksize_q, blocksize_k, softmax_scale, implementation, block_ptr) -> CachedAttention:
     config = Config(block_m=blocksize_q, block_n=blocksize_k)
     options = Options(softmax_scale=softmax_scale, implementation=implementation, block_ptr=block_ptr)

@@ -1,10 +1,12 @@
-"""Two masks of one call: one that was fixed beforehand, and one that comes with the call."""
+"""Masks and biases as other libraries give them; and two masks of one call: one that was fixed beforehand, and one that
+comes with the call."""
 
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from ..base.arguments import are_integers
 from ..masks.block import BlockMask
 from ..masks.mask import Mask
 from ..masks.predicates import all_of
@@ -13,6 +15,21 @@ from ..masks.predicates import all_of
 def is_structured(mask: Any) -> bool:
     """Whether it is a mask that is no array: a `Mask`, a `BlockMask` or a function."""
     return isinstance(mask, Mask | BlockMask) or callable(mask)
+
+
+def floating(x: Any) -> Any:
+    """x, in floating numbers if it is an array of integers."""
+    if are_integers(x):
+        return jnp.asarray(x).astype(jnp.float32)
+    return x
+
+
+def booleans(mask: Any) -> Any:
+    """A mask, its numbers as whether they are not 0 if it is an array."""
+    if mask is None or is_structured(mask):
+        return mask
+    mask = jnp.asarray(mask)
+    return mask if mask.dtype == jnp.bool_ else mask != 0
 
 
 def both(fixed: Any, given: Any, bias: Any) -> tuple[Any, Any]:

@@ -13,13 +13,13 @@ from jax import Array
 
 from .. import primitives, xla
 from ..base import errors, names
-from ..base.arguments import KERNEL_HEAD_DIM
+from ..base.arguments import KERNEL_HEAD_DIM, full
 from ..base.config import PASSES, Tuned
 from ..base.known import is_known, now
-from ..base.operands import DIFFERENTIABLE
+from ..base.operands import HIDING
 from ..base.spec import Spec
 from ..gpu import functions, interpret, passes, short, tuning
-from ..gpu.target import Target, present
+from ..gpu.target import INTERPRETED, Target, of_default_backend
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
 from ..xla import by_head
@@ -110,12 +110,17 @@ def explain(q, k, v, bias=None, **options: Any) -> Explanation:
 def explained(q, k, v, bias=None, **options: Any) -> Explanation:
     """`explain` of arrays, traced ones too."""
     call, (q, k, v, operands), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
+    if "offset" in operands:  # which lengths decide: known, whatever is traced
+        with now():
+            operands["offset"] = full(k.shape[1] - q.shape[1], jnp.dtype(jnp.int32), (1, 1, 1, 1))
     spec = Spec.of(call.rules, q, k, v, operands)
-    target, reasons = _target(call, q, v, bool(options.get("higher_order")))
-    if not options.get("higher_order"):
+    natively = bool(options.get("higher_order"))
+    target, reasons = _target(call, q, v, natively)
+    if not natively:
         reasons += primitives.said_of_keys(call, q, k, v, operands)
     if target is None:
-        result = Explanation("xla", jax.default_backend(), _xla_passes(call, spec, q, k, v, operands), reasons)
+        made = _native_passes if natively else _xla_passes
+        result = Explanation("xla", jax.default_backend(), made(call, spec, q, k, v, operands), reasons)
     else:
         dq_does = "bias" in operands and passes.gives_dbias(spec, operands["bias"].shape, q, k)
         summed = "bias" in operands and not dq_does
@@ -148,6 +153,8 @@ def _with_source(result: Explanation, spec: Spec, operands: Mapping[str, Array],
 def supported(q, k, v, bias=None, **options: Any) -> bool:
     """Whether `flash_attention` takes these arguments on this machine; does not raise for what it would refuse.
 
+    That a config's tiles are too large for the GPU's shared memory is found only when a call is compiled.
+
     Args:
       q, k, v, bias, **options: as for `flash_attention`; arrays, or `jax.ShapeDtypeStruct`s in their place.
 
@@ -161,15 +168,10 @@ def supported(q, k, v, bias=None, **options: Any) -> bool:
     """
     names.check("supported", options, defaults())
     try:
-        with_shapes(_check_supported, {"q": q, "k": k, "v": v, "bias": bias, **options})
+        with_shapes(explained, {"q": q, "k": k, "v": v, "bias": bias, **options})
     except (TypeError, ValueError, ImportError):
         return False
     return True
-
-
-def _check_supported(q, k, v, bias, **options: Any) -> None:
-    call, (q, _, v, _), _ = inputs.prepare(q, k, v, bias, **defaults() | options)
-    _target(call, q, v, bool(options.get("higher_order")))
 
 
 def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target | None, tuple[str, ...]]:
@@ -184,7 +186,7 @@ def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target 
     if call.implementation == "triton" and not gpu and call.target is None:
         if not interpret.enabled():
             raise errors.not_on_this_platform_error()
-        return Target(80), ("TRITON_INTERPRET=1: the kernels run in Triton's interpreter",)
+        return INTERPRETED, ("TRITON_INTERPRET=1: the kernels run in Triton's interpreter",)
     if q.dtype == jnp.float64:
         return None, ("the Triton kernels have no float64",)
     if call.target is None and not gpu:
@@ -195,7 +197,7 @@ def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target 
         except ImportError as error:
             raise errors.missing_triton_error(error) from error
     reason = "an enclosing gpu_target names it" if call.target else "JAX's default backend is this GPU"
-    return call.target or present(), (reason,)
+    return call.target or of_default_backend(), (reason,)
 
 
 def _kernel(name: str, config: Tuned, spec: Spec, q, k, v, operands) -> Pass:
@@ -207,20 +209,38 @@ def _kernel(name: str, config: Tuned, spec: Spec, q, k, v, operands) -> Pass:
 
 def _xla_passes(call: Call, spec: Spec, q, k, v, operands) -> tuple[Pass, ...]:
     made = []
-    for name, wanted in (("fwd", "fwd"), ("bwd", "dkdv")):
-        starts, block_m, block_n = xla.tiles(spec, call.config(wanted), q, k, operands, forward=name == "fwd")
-        counts = _count(spec, q, k, operands, starts, block_m, block_n, together=True)
+    for name, config in (("fwd", "fwd"), ("bwd", "dkdv")):
+        block_m, block_n, counts = 0, 0, (0, 0, 0)
+        if not primitives.nothing_to_see(q, k, v):
+            forward = name == "fwd"
+            starts, block_m, block_n = xla.tiles(spec, call.config(config), q, k, operands, forward=forward)
+            wanted = () if forward else tuple(operands)
+            by_heads = by_head.pays(spec, q, operands, wanted)
+            counts = _count(spec, q, k, operands, starts, block_m, block_n, spec.kv_heads if by_heads else 1)
         made.append(_pass(name, None, block_m, block_n, counts, spec, q, k, v, operands))
     return tuple(made)
+
+
+def _native_passes(call: Call, spec: Spec, q, k, v, operands) -> tuple[Pass, ...]:
+    """With higher_order=True: whole rows, of which nothing is skipped."""
+    block_m, block_n, counts = 0, 0, (0, 0, 0)
+    if not primitives.nothing_to_see(q, k, v):
+        t = xla.whole_rows(spec, call.config("fwd"), q, k, operands)
+        tiles = q.shape[0] * spec.heads * t.blocks_q
+        block_m, block_n, counts = t.block_m, t.block_n, (tiles, tiles, tiles * t.masked)
+    return tuple(
+        _pass(name, None, block_m, block_n, counts, spec, q, k, v, operands, products)
+        for name, products in (("fwd", (1, 1)), ("bwd", (3, 3)))  # JAX computes o again, too
+    )
 
 
 # Matrix products of each pass, as multiples of D (q k', ds k, ds' q) and of Dv (p v, do v', p' do).
 _PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkdv": (2, 2), "dbias": (1, 1), "bwd": (3, 2)}
 
 
-def _pass(name, config, block_m, block_n, counts, spec: Spec, q, k, v, operands) -> Pass:
+def _pass(name, config, block_m, block_n, counts, spec: Spec, q, k, v, operands, products=None) -> Pass:
     tiles, visited, masked = counts
-    with_d, with_dv = _PRODUCTS[name]
+    with_d, with_dv = products or _PRODUCTS[name]
     flops = None
     if visited is not None:
         flops = 2 * visited * block_m * block_n * (with_d * spec.head_dim + with_dv * spec.v_dim)
@@ -238,15 +258,16 @@ def _pass(name, config, block_m, block_n, counts, spec: Spec, q, k, v, operands)
 
 
 def _count(
-    spec: Spec, q, k, operands, starts, block_m, block_n, together: bool = False
+    spec: Spec, q, k, operands, starts, block_m, block_n, together: int = 0
 ) -> tuple[int, int | None, int | None]:
-    """Tiles in all, visited and masked. together: a tile is met for all batches and heads, or for none of them."""
+    """Tiles in all, visited and masked. together: in how many groups of heads a tile is met for all of them and all
+    batches, or for none; 0: each head meets its own."""
     batch, seqlen_q, heads = q.shape[0], q.shape[1], spec.heads // spec.heads_packed
     seqlen_k = k.shape[1]
     tiles = batch * heads * len(starts) * -(-seqlen_k // block_n) if seqlen_k else 0
     if not tiles:
         return 0, 0, 0
-    hiding = {name: x for name, x in operands.items() if name not in DIFFERENTIABLE}
+    hiding = {name: x for name, x in operands.items() if name in HIDING}
     with now() if is_known(hiding) else contextlib.nullcontext():
         if spec.listed:
             return tiles, *_count_listed(spec, q, k, operands, block_m, block_n, together)
@@ -263,7 +284,7 @@ def _count(
     return tiles, int((end - begin).sum()) * copies, int((full - begin + end - stop).sum()) * copies
 
 
-def _count_listed(spec: Spec, q, k, operands, block_m, block_n, together) -> tuple[int | None, int | None]:
+def _count_listed(spec: Spec, q, k, operands, block_m, block_n, together: int) -> tuple[int | None, int | None]:
     """Tiles visited and masked where there is a block mask, of whose tiles these are pieces."""
     batch, seqlen_q, heads = q.shape[0], q.shape[1], spec.heads // spec.heads_packed
     parts, bounded = block_lists.parts(operands), spec.causal or spec.bounded
@@ -271,7 +292,7 @@ def _count_listed(spec: Spec, q, k, operands, block_m, block_n, together) -> tup
     if isinstance(status, jax.core.Tracer):
         return None, None
     if together:
-        status = block_lists.union_by_head(status, spec.kv_heads if by_head.pays(spec, q, operands) else 1)
+        status = block_lists.union_by_head(status, together)
     status = np.asarray(status)
     rows = np.minimum(seqlen_q - np.arange(0, seqlen_q, spec.tile_rows), spec.tile_rows)
     pieces = -(-rows // block_m)[:, None] * max(spec.tile_keys // block_n, 1)

@@ -54,7 +54,7 @@ def prepare(
     soft_cap, rate = arguments.soft_cap(logits_soft_cap), arguments.rate(dropout_rate)
     score_arrays: list[Array] = []
     if score_mod is not None:
-        dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+        dtype = arguments.accumulator(q.dtype)
         own, score_arrays = as_called(lambda: trace(score_mod, "score_mod", dtype, beside=q))
         score_mod = dataclasses.replace(own, batch=math.prod(batch))
     largest = arguments.boolean("return_max_logits", return_max_logits)
@@ -98,8 +98,8 @@ def prepare(
     if rules.dropout_rate:
         operands |= arguments.dropout_keys(dropout_seed, batch, heads)
     positions = tokens.positions(q_positions, kv_positions, batch, seqlen_q, seqlen_k)
-    low = arguments.alignment(causal_alignment) == "bottom_right"
-    if low and positions:
+    bottom_right = arguments.alignment(causal_alignment) == "bottom_right"
+    if bottom_right and positions:
         raise ValueError(
             'causal_alignment="bottom_right" says what the position of an index is, and so do q_positions and '
             "kv_positions; leave one of them out"
@@ -107,7 +107,7 @@ def prepare(
     compared = left is not None or right is not None or "slopes" in operands
     if compared:
         operands |= positions
-    if low and (compared or rules.dropout_rate > 0) and whole_q != whole_k:
+    if bottom_right and (compared or rules.dropout_rate > 0) and whole_q != whole_k:
         operands["offset"] = arguments.full(whole_k - whole_q, jnp.dtype(jnp.int32), (1, 1, 1, 1))
     q, k, v = (x.reshape(-1 if x.size else math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
     return call, (q, k, v, operands), batch
@@ -137,8 +137,8 @@ def _add_mask(
     whole = (math.prod(batch), *every)
     if not checks.fits(mask.shape, whole):
         raise ValueError(f"mask must be a BlockMask of shape {whole} (B and H may be 1), got {mask.shape}")
-    configs = tuple(_within(mask, config, name) for name, config in zip(PASSES, call.configs, strict=True))
-    call = dataclasses.replace(call, configs=configs)
+    within = tuple(_within(mask, config, name) for name, config in zip(PASSES, call.configs, strict=True))
+    call = dataclasses.replace(call, configs=within)
     operands |= {name: x for name, x in mask.operands().items() if call.rules.mask is None or name != "tile_bits"}
     tiles = mask.block_m, mask.block_n
     return dataclasses.replace(call, rules=dataclasses.replace(call.rules, tiles=tiles)), q
@@ -243,8 +243,8 @@ def _of_weights(
     seen = weights if weights.dtype == jnp.bool_ else weighing.seen_of(weights)
     if mask.dtype == jnp.bool_:
         return seen
-    dtype = jnp.float64 if weights.dtype == jnp.float64 else jnp.float32
-    correction = arguments.bias_of(weighing.correction_of(weights, jnp.dtype(dtype)), batch, axes)
+    dtype = arguments.accumulator(weights.dtype)
+    correction = arguments.bias_of(weighing.correction_of(weights, dtype), batch, axes)
     operands["bias"] = _sum(operands["bias"], correction) if "bias" in operands else correction
     return seen
 

@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives
 from ..base import axes
+from ..base.arguments import accumulator
 from ..base.operands import is_read
 from ..call import api
 from ..primitives import share
@@ -67,7 +68,7 @@ def _forward(gathering: Gathering, q, k, v, operands, within):
         results = run(gathering.call, own_q, *keys, own)
         return [_put(gathering, x, y, 1 if n else 2, group) for n, (x, y) in enumerate(zip(made, results, strict=True))]
 
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    dtype = accumulator(q.dtype)
     row = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype)
     made = [jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), *[row] * gathering.call.row_results(operands)]
     o, *rows = _over_groups(gathering, k, v, axes.vary_alike((made, q))[0], step)

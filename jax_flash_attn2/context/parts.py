@@ -9,7 +9,11 @@ from jax import Array
 
 from .. import primitives
 from ..base import axes
+from ..base.arguments import accumulator
+from ..base.operands import for_every_batch
+from ..primitives import share
 from ..primitives.call import Call
+from ..primitives.share import sum_beside
 
 
 class Part(NamedTuple):
@@ -28,14 +32,14 @@ class Part(NamedTuple):
 def unit(call: Call, q: Array, operands: Mapping[str, Array], native: bool) -> Array:
     """How many nats there are to the unit of `Part.m`."""
     if native or call.row_stats(operands) == 1:
-        return jnp.ones((), jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
+        return jnp.ones((), accumulator(q.dtype))
     return primitives.unit(call, q.dtype)
 
 
 def nothing(call: Call, q: Array, v: Array) -> Part:
     """No keys."""
     batch, rows, heads, _ = q.shape
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    dtype = accumulator(q.dtype)
     row = jnp.zeros((batch, heads, rows), dtype)
     part = Part(
         jnp.zeros((batch, rows, heads, v.shape[3]), dtype), row - jnp.inf, row,
@@ -54,18 +58,13 @@ def of_keys(
     return Part(o, m, l, largest)
 
 
-def sum_beside(lse: Array) -> Array:
-    """The sum that m = lse goes with: 0 where nothing is seen, else 1."""
-    return (lse != -jnp.inf).astype(lse.dtype)
-
-
 def both(x: Part, y: Part, unit: Array) -> Part:
     """The keys of x and those of y."""
     m = jax.lax.stop_gradient(jnp.maximum(x.m, y.m))
     finite = jnp.where(m == -jnp.inf, 0, m)
     parts = [part.l * jnp.exp((part.m - finite) * unit) for part in (x, y)]
     l = parts[0] + parts[1]
-    by_row = lambda share: jnp.moveaxis(share / jnp.where(l == 0, 1, l), -2, -1)[..., None]
+    by_row = lambda x: jnp.moveaxis(x / jnp.where(l == 0, 1, l), -2, -1)[..., None]
     o = x.o * by_row(parts[0]) + y.o * by_row(parts[1])
     return Part(o, m, l, None if x.largest is None or y.largest is None else jnp.maximum(x.largest, y.largest))
 
@@ -82,8 +81,7 @@ def with_sinks(part: Part, sinks: Array | None, within: Array | None, unit: Arra
 
 def lse_of(part: Part, unit: Array) -> Array:
     """The logarithm of each row's sum, in nats."""
-    seen = part.l != 0
-    return jnp.where(seen, part.m * unit + jnp.log(jnp.where(seen, part.l, 1)), -jnp.inf)
+    return share.lse_of(part.m, part.l, unit)
 
 
 def gradient_of_sinks(part: Part, sinks: Array, within: Array | None, unit: Array, do: Array, dlse: Any) -> Array:
@@ -98,4 +96,4 @@ def gradient_of_sinks(part: Part, sinks: Array, within: Array | None, unit: Arra
 
 def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:
     """`[n, 1|H, 1|S]` -> `[B, H, S]`: batch b reads b % n."""
-    return jnp.broadcast_to(jnp.tile(x, (shape[0] // x.shape[0], 1, 1)), shape)
+    return jnp.broadcast_to(for_every_batch(x, shape[0]), shape)

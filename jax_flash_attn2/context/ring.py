@@ -18,8 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives
 from ..base import axes
+from ..base.operands import summed_to
 from ..call import api
-from ..gpu import passes
 from ..primitives import share
 from ..primitives.call import Call
 from . import collectives, parts
@@ -157,7 +157,7 @@ def _of_sinks(ring: Ring, q, operands, within, o, stats, do, dlse) -> Array:
     unit, sinks = parts.unit(ring.call, q, operands, ring.native), operands["sinks"]
     m, l = stats if len(stats) == 2 else (stats[0], parts.sum_beside(stats[0]))
     grad = parts.gradient_of_sinks(parts.Part(o, m, l, None), sinks, within, unit, do, dlse)
-    return passes.reduce_to(grad, sinks.shape, 1)
+    return summed_to(grad, sinks.shape, 1)
 
 
 def _zeros(x: Array, dtype: Any, like: Array) -> Array:

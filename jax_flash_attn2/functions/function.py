@@ -32,9 +32,8 @@ _SHAPES = {"squeeze", "reshape", "stack", "concatenate", "slice", "broadcast_in_
 _LIGHT |= {"gather", *_SHAPES}
 """What costs little beside a product."""
 
-_CALLS = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr"}
-_CALLS |= {"checkpoint": "jaxpr", "remat2": "jaxpr"}
-_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+_CALLS = {"jit": "jaxpr", "remat2": "jaxpr"}
+_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 class Read(NamedTuple):
@@ -82,8 +81,9 @@ class Function:
         if not self.has_rules or self.jaxpr.outvars[0].aval.dtype == jnp.bool_:
             return key
         args = [v.aval for v in self.jaxpr.invars]
-        bound = lambda arrays: self.bound(arrays, False, False)
-        slopes = [lambda *x: bound(x[5:]).slope(*x[:5]), lambda *x: bound(x[5:]).slopes(*x[:5])]
+        n = len(SCALARS)
+        of = lambda x: self.bound(x[n:], False, False)
+        slopes = [lambda *x: of(x).slope(*x[:n]), lambda *x: of(x).slopes(*x[:n])]
         return (*key, *(key_of(jax.make_jaxpr(f)(*args).jaxpr) for f in slopes))
 
     @property
@@ -156,10 +156,10 @@ class Function:
         return tuple(read.array for read in self.reads)
 
     def _is_float(self, n: int) -> bool:
-        return jnp.issubdtype(self.jaxpr.invars[5 + n].aval.dtype, jnp.floating)
+        return jnp.issubdtype(self.jaxpr.invars[len(SCALARS) + n].aval.dtype, jnp.floating)
 
     def _is_read(self, eqn: Any) -> bool:
-        arrays = self.jaxpr.invars[5:]
+        arrays = self.jaxpr.invars[len(SCALARS) :]
         return (
             eqn.primitive.name == "gather"
             and any(eqn.invars[0] is v for v in arrays)
@@ -176,7 +176,8 @@ class Function:
         """What each value depends on."""
         varies = dict(zip(self.jaxpr.invars, map(_Varies.of, SCALARS), strict=False))
         for eqn in self.jaxpr.eqns:
-            own = _Varies.of_equation(eqn, [varies.get(v, _Varies()) for v in eqn.invars if not isinstance(v, Literal)])
+            inputs = [_Varies() if isinstance(v, Literal) else varies.get(v, _Varies()) for v in eqn.invars]
+            own = _Varies.of_equation(eqn, inputs)
             varies.update(dict.fromkeys(eqn.outvars, own))
         return varies
 
@@ -187,7 +188,7 @@ class Function:
         for eqn in self.jaxpr.eqns:
             if self._is_read(eqn):
                 own = varies[eqn.outvars[0]]
-                found.append(Read(self.jaxpr.invars.index(eqn.invars[0]) - 5, own.by, own.relative))
+                found.append(Read(self.jaxpr.invars.index(eqn.invars[0]) - len(SCALARS), own.by, own.relative))
         return tuple(found)
 
     @functools.cached_property
@@ -210,13 +211,13 @@ class Function:
         found = set()
         for eqn in self.jaxpr.eqns:
             if not self._is_read(eqn):
-                found |= {n for n, v in enumerate(self.jaxpr.invars[5:]) if any(v is x for x in eqn.invars)}
+                found |= {n for n, v in enumerate(self.jaxpr.invars[len(SCALARS) :]) if any(v is x for x in eqn.invars)}
         return tuple(sorted(n for n in found if self._is_float(n)))
 
     def _evaluated(self, scalars: Sequence[Any], read: Callable[..., Any], whole: Callable[..., Any]) -> Any:
         """Its value. read: (number of an array, index) -> element; whole: number -> array."""
         env: dict[Any, Any] = dict(zip(self.jaxpr.invars, scalars, strict=False))
-        at = {v: n for n, v in enumerate(self.jaxpr.invars[5:])}
+        at = {v: n for n, v in enumerate(self.jaxpr.invars[len(SCALARS) :])}
         wider: dict[Any, Any] = {}  # elements of half precision, where fp32 is given for them
 
         def get(v: Any) -> Any:
@@ -237,7 +238,7 @@ class Function:
                 elif eqn.primitive.name == "convert_element_type" and _is_given(eqn, wider):
                     results = [wider[eqn.invars[0]]]
                 else:
-                    results = bound(eqn, [*map(get, eqn.invars)])
+                    results = evaluated_equation(eqn, [*map(get, eqn.invars)])
             env.update(zip(eqn.outvars, results, strict=True))
         return get(self.jaxpr.outvars[0])
 
@@ -255,12 +256,10 @@ def _has_rules(jaxpr: Any) -> bool:
     return False
 
 
-def bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def evaluated_equation(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """The results of an equation of other inputs, which within `shard_map` need not vary alike."""
     inputs = axes.vary_alike([*inputs])
-    made = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = made if isinstance(made, tuple) else ((), made)  # the latter from jax 0.11 on
-    results = eqn.primitive.bind(*functions, *inputs, **params)
+    results = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
     return [*results] if eqn.primitive.multiple_results else [results]
 
 
@@ -273,7 +272,7 @@ def inner_of(eqn: Any, rules: bool = False) -> tuple[Any, Sequence[Any]] | None:
     return (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
 
 
-def where(eqn: Any) -> str:
+def callers_line(eqn: Any) -> str:
     """The caller's line."""
     text = source_info_util.summarize(eqn.source_info) if eqn is not None else "unknown"
     return "".join(c if c.isprintable() else "?" for c in text) or "JAX keeps no line of it"
@@ -297,7 +296,7 @@ class _Varies(NamedTuple):
     def of_equation(cls, eqn: Any, inputs: Sequence["_Varies"]) -> "_Varies":
         by: frozenset[str] = frozenset().union(*(x.by for x in inputs))
         name = eqn.primitive.name
-        difference = name == "sub" and all(x.shifted for x in inputs) and by == {"i", "j"} and len(inputs) == 2
-        moved = name in ("add", "sub") and inputs and inputs[0].shifted and by == inputs[0].by and len(by) == 1
-        moved = moved and not any(x.by for x in inputs[1:])
+        difference = name == "sub" and all(x.shifted for x in inputs) and by == {"i", "j"}
+        dependent = [x for x in inputs if x.by]
+        moved = len(dependent) == 1 and dependent[0].shifted and (name == "add" or (name == "sub" and inputs[0].by))
         return cls(by, difference or all(x.relative for x in inputs), bool(moved))

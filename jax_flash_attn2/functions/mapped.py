@@ -25,20 +25,20 @@ def over(function: Callable[..., Any], score: Array, *place: Array) -> Any:
 
 
 def add_gradient(
-    grad: Array, function: Function, bound: Bound, k: int, part: Array, score: Any, place: Sequence[Any], apart: int,
+    grad: Array, function: Function, bound: Bound, k: int, part: Array, score: Any, place: Sequence[Any], groups: int,
     in_order: bool = True,
 ) -> Array:  # fmt: skip
     """Adds what a read gives to the gradient of its array.
 
     Args:
-      grad: `[apart * n, ...]`, for an array `[n, ...]`.
+      grad: `[groups * n, ...]`, for an array `[n, ...]`.
       function: what reads.
       bound: the same, with its arrays.
       k: which of `function.reads`.
       part: the gradient of what it read, `[B, H, M, N]`; an axis along which it does not vary may have been summed.
       score: `[B, H, M, N]`, or None if it does not decide what is read.
       place: b `[B, 1, 1, 1]`, h `[1, H, 1, 1]`, i `[1, 1, M, 1]` and j `[1, 1, 1, N]`, int32.
-      apart: how many parts of the batch have a gradient of their own.
+      groups: how many parts of the batch have a gradient of their own.
       in_order: whether i and j are consecutive numbers.
     """
     read = function.reads[k]
@@ -56,9 +56,9 @@ def add_gradient(
     if "score" not in varies:
         score = jnp.zeros((1, 1, 1, 1), jnp.float32)
     at = [jnp.asarray(x) for x in over(lambda *scalars: bound.places(*scalars)[k], score, *place)]
-    if apart > 1:
+    if groups > 1:
         b = lax.broadcasted_iota(jnp.int32, part.shape, 0)
-        at[0] = at[0] + b // (part.shape[0] // apart) * (grad.shape[0] // apart)
+        at[0] = at[0] + b // (part.shape[0] // groups) * (grad.shape[0] // groups)
     return _scattered(grad, at, part)
 
 

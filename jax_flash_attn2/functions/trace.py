@@ -19,7 +19,7 @@ from jax._src import source_info_util  # so that what is recorded again keeps th
 from jax.extend.core import Literal
 
 from . import views
-from .function import SCALARS, Function, bound, inner_of, where
+from .function import SCALARS, Function, callers_line, evaluated_equation, inner_of
 
 ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
 """(score, b, h, i, j) -> score, of scalars: what a caller writes."""
@@ -34,10 +34,10 @@ class _Number:
     place: int
 
     def value(self) -> Any:
-        return bound(self.eqn, [*map(_value, self.inputs)])[self.place]
+        return evaluated_equation(self.eqn, [*map(_value, self.inputs)])[self.place]
 
 
-_TYPES_OF_DEVICES = ("pvary", "pcast", "pbroadcast")
+_TYPES_OF_DEVICES = ("pvary", "pbroadcast")
 """Within `shard_map` these say over which devices a value differs, which is no matter to what is computed of it."""
 # What the first walk says of a value that it does not compute, and of an equation that was taken apart.
 _COMPUTED, _APART = object(), object()
@@ -68,12 +68,12 @@ def _traced(function: Any, argument: str, dtype: Any, result: Any, beside: Any) 
         closed = jax.make_jaxpr(lambda *args: function(*args))(*scalars)  # anew: JAX keeps what it traced, by function
         _check(closed, argument, result, function)
         walk = _Walk()
-        results = walk.beforehand(closed.jaxpr, closed.consts, [_COMPUTED] * 5)
+        results = walk.beforehand(closed.jaxpr, closed.consts, [_COMPUTED] * len(SCALARS))
         walk.use(results)
         walk.check_arrays(argument, beside)
         arrays = [x if isinstance(x, Array) else jax.device_put(x) for x in walk.used]
         arrays = [x.reshape(1) if x.ndim == 0 else x for x in arrays]
-        again = lambda *args: walk.again(closed.jaxpr, closed.consts, args[:5], args[5:])
+        again = lambda *args: walk.again(closed.jaxpr, closed.consts, args[: len(SCALARS)], args[len(SCALARS) :])
         made = jax.make_jaxpr(again)(*scalars, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
     return Function(made.jaxpr), arrays
 
@@ -99,12 +99,12 @@ def _check(closed: Any, argument: str, dtype: Any, function: Any) -> None:
     for eqn in closed.jaxpr.eqns:
         if eqn.effects:
             raise TypeError(
-                f"{argument} has a side effect, {eqn.primitive.name} ({where(eqn)}): it is computed of every logit, in "
-                "no order, and again in the backward pass; leave it out"
+                f"{argument} has a side effect, {eqn.primitive.name} ({callers_line(eqn)}): it is computed of every "
+                "logit, in no order, and again in the backward pass; leave it out"
             )
     if [(x.shape, x.dtype) for x in closed.out_avals] != [((), dtype)]:
         got = ", ".join(f"{np.dtype(x.dtype).name}{[*x.shape]}" for x in closed.out_avals) or "nothing"
-        line = f" ({where(closed.jaxpr.eqns[-1])})" if closed.jaxpr.eqns else ""
+        line = f" ({callers_line(closed.jaxpr.eqns[-1])})" if closed.jaxpr.eqns else ""
         name = getattr(function, "__name__", repr(function))
         raise TypeError(f"{argument} must return one scalar of {dtype.name}, and {name} returned {got}{line}")
 
@@ -135,13 +135,13 @@ class _Walk:
         for x, reader in zip(self.used, self._readers, strict=True):
             if math.prod(np.shape(x)) >= 2**31:
                 raise ValueError(
-                    f"{argument} reads an array of 2**31 elements or more, {np.shape(x)} ({where(reader)})"
+                    f"{argument} reads an array of 2**31 elements or more, {np.shape(x)} ({callers_line(reader)})"
                 )
             own = _devices(x)
             if own is not None and there is not None and own != there:
                 raise ValueError(
-                    f"{argument} reads an array of shape {x.shape} on {sorted(map(str, own))} ({where(reader)}), and q "
-                    f"is on {sorted(map(str, there))}; jax.device_put it there"
+                    f"{argument} reads an array of shape {x.shape} on {sorted(map(str, own))} "
+                    f"({callers_line(reader)}), and q is on {sorted(map(str, there))}; jax.device_put it there"
                 )
 
     # The first walk.
@@ -173,7 +173,7 @@ class _Walk:
         if all(map(_is_number, inputs)) and all(v.aval.shape == () for v in eqn.outvars):
             results: list[Any] = [_Number(eqn, tuple(inputs), n) for n in range(len(eqn.outvars))]
         else:
-            results = bound(eqn, [*map(_value, inputs)])
+            results = evaluated_equation(eqn, [*map(_value, inputs)])
         self._found.append(results)
         return results
 
@@ -209,7 +209,7 @@ class _Walk:
             view = views.narrowed(eqn, inputs[0], [*map(views.plain, inputs[1:])])
             if view is not None:
                 return [view]
-        return bound(eqn, [*map(views.plain, inputs)])
+        return evaluated_equation(eqn, [*map(views.plain, inputs)])
 
     def _chosen(self, branches: Sequence[Any], inputs: list[Any]) -> list[Any]:
         """A `cond` or `switch`: every branch is computed, and one of them taken."""

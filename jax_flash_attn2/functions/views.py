@@ -88,7 +88,7 @@ def narrowed(eqn: Any, view: View, rest: Sequence[Any]) -> View | None:
         starts = params["start_indices"]
         return _sliced(view, [n - m for m, n in zip(starts, params["limit_indices"], strict=True)], starts)
     if name == "gather" and math.prod(rest[0].shape[:-1]) == 1:
-        return _gathered(view, params, lax.reshape(rest[0], rest[0].shape[-1:]))
+        return _gathered(view, params, rest[0])
     return None
 
 

@@ -148,7 +148,8 @@ def gradients(
     origin = operands["origin"][0, 0, 0] if "origin" in operands else jnp.zeros(3, jnp.int32)
     names = score_arrays(function.arrays)
     grads = {
-        n: jnp.zeros((apart * operands[n].shape[0], *operands[n].shape[1:]), jnp.float32) for n, apart in wanted.items()
+        name: jnp.zeros((n * operands[name].shape[0], *operands[name].shape[1:]), jnp.float32)
+        for name, n in wanted.items()
     }
 
     def add(grad: Array, name: str, n: int, part: Array, first: Any) -> Array:

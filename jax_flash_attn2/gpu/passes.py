@@ -15,7 +15,7 @@ from jax import Array
 
 from ..base.config import Tuned
 from ..base.layout import next_power_of_two
-from ..base.operands import is_score_array
+from ..base.operands import is_score_array, summed_to
 from ..base.spec import Operand, Spec, length_of_keys, sequences
 from ..tiles import block_lists, ragged, spans
 from . import functions, short
@@ -60,7 +60,7 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     row = _struct((batch, heads, seqlen_q), jnp.float32)
-    own = row if spec.reshapes else None
+    own = row if spec.alters_logits else None
     o = _struct((*q.shape[:3], spec.v_dim), spec.rules.result(q.dtype))
     results = (o, row, own, own, row if spec.rules.max_logits else None)
     splits = config.num_splits
@@ -114,7 +114,7 @@ def backward(
     q, k, v, operands: Mapping[str, Array], o, stats: Sequence[Array], do, dlse,
     *,
     wanted: tuple[str, ...],
-    apart: tuple[int, ...],
+    groups: tuple[int, ...],
     before: Array | None = None,
     one_head: bool = False,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def backward(
     is rounded before that, as always, and is there before dk and dv are begun, so that less is held. one_head: dk and
     dv are computed for each query head by itself (`tuning.one_head`).
 
-    The gradient of an operand `[n, ...]` is `[apart * n, ...]`: the batch, seen as (apart, rest, n), is summed over
+    The gradient of an operand `[n, ...]` is `[groups * n, ...]`: the batch, seen as (groups, rest, n), is summed over
     its middle.
     """
     from ..kernels import bwd
@@ -232,14 +232,14 @@ def backward(
         "sinks": lambda _: sinks(),
         "slopes": lambda _: dslopes.sum(-1)[..., None, None],
     }
-    read = {name: groups for name, groups in zip(wanted, apart, strict=True) if is_score_array(name)}
+    read = {name: n for name, n in zip(wanted, groups, strict=True) if is_score_array(name)}
     of_reads = lambda axes, shape, first, n: summed(axes, _struct(shape, jnp.float32), first, n)
     grads_of_reads = functions.gradients(of_reads, spec, configs["dbias"], operands, q, k, read) if read else {}
     grads = (
         grads_of_reads[name].astype(result(operands[name].dtype))
         if name in read
-        else reduce_to(partials[name](groups), operands[name].shape, groups).astype(result(operands[name].dtype))
-        for name, groups in zip(wanted, apart, strict=True)
+        else summed_to(partials[name](n), operands[name].shape, n).astype(result(operands[name].dtype))
+        for name, n in zip(wanted, groups, strict=True)
     )
     return dq, dk, dv, *grads
 
@@ -250,13 +250,6 @@ def gives_dbias(spec: Spec, bias: tuple[int, ...], q: Any, k: Any) -> bool:
     Not under a block mask, whose list does not name the tiles that nobody sees.
     """
     return bias == (q.shape[0], q.shape[2], q.shape[1], k.shape[1]) and not spec.listed
-
-
-def reduce_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:
-    """What each batch and head contributes to the gradient of an operand of `shape`, summed; see `backward`."""
-    if x.shape[0] != apart * shape[0]:
-        x = x.reshape(apart, -1, shape[0], *x.shape[1:]).sum(1).reshape(-1, *x.shape[1:])
-    return x.sum([i for i in range(1, 4) if x.shape[i] != shape[i]], keepdims=True)
 
 
 def _read(spec: Spec, operands: Mapping[str, Array], table: tuple[Array, ...]) -> tuple[Array, ...]:

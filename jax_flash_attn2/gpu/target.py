@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import jax.extend.backend
 from jax.export import DisabledSafetyCheck
 
 # Bytes of shared memory that one block may use (CUDA C Programming Guide, "Technical Specifications per Compute
@@ -102,6 +103,28 @@ def named() -> Target | None:
 def is_default() -> bool:
     """Whether JAX runs things on a GPU unless it is told otherwise."""
     return jax.default_backend() in ("gpu", "cuda", "rocm")
+
+
+INTERPRETED = Target(80)
+"""What Triton's interpreter takes kernels to be made for."""
+
+
+def of_platform(platform: str) -> Target:
+    """The GPU of this machine that "cuda" or "rocm" stands for.
+
+    Raises:
+      ValueError: as `present`.
+    """
+    return present() if platform == "cuda" else Target(0)
+
+
+def of_default_backend() -> Target:
+    """The GPU that JAX's default backend is.
+
+    Raises:
+      ValueError: as `present`.
+    """
+    return of_platform("rocm" if "rocm" in jax.extend.backend.get_backend().platform_version else "cuda")
 
 
 def present() -> Target:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Literal
 
-from ..functions.function import SCALARS, bound, inner_of, where
+from ..functions.function import SCALARS, callers_line, evaluated_equation, inner_of
 from . import elementwise
 from .elementwise import REDUCTIONS, TYPES, Scalar, chosen, is_number, number, place_of_largest
 
@@ -118,7 +118,7 @@ class _Writer:
             raise self.refusal(eqn, "has a side effect")
         if all(map(is_number, inputs)) and all(v.aval.shape == () for v in eqn.outvars):
             with jax.ensure_compile_time_eval():  # now, under jit too
-                return [number(x) for x in bound(eqn, [jnp.asarray(x.number) for x in inputs])]
+                return [number(x) for x in evaluated_equation(eqn, [jnp.asarray(x.number) for x in inputs])]
         if (inner := inner_of(eqn, rules=True)) is not None:
             jaxpr, constants = inner
             if _function(jaxpr) in _WHOLE:
@@ -245,8 +245,8 @@ class _Writer:
     def refusal(self, eqn: Any, why: str) -> TypeError:
         """What is raised for what cannot be translated."""
         return TypeError(
-            f"{self.argument} uses {eqn.primitive.name}, which {why} ({where(eqn)}); write it another way, or pass "
-            f'implementation="xla", which runs every function'
+            f"{self.argument} uses {eqn.primitive.name}, which {why} ({callers_line(eqn)}); write it another way, or "
+            f'pass implementation="xla", which runs every function'
         )
 
 
@@ -261,7 +261,7 @@ def _shape(x: Any) -> tuple[int, ...]:
 
 def _comment(eqn: Any) -> str:
     """The caller's line, where JAX knows it."""
-    line = re.search(r"[^/\\\\]*:\d+", where(eqn))
+    line = re.search(r"[^/\\\\]*:\d+", callers_line(eqn))
     return f"  # {line[0]}" if line else ""
 
 

@@ -94,7 +94,7 @@ def dense_attention(
 def _attend(q, k, v, bias, scale, mask, seen, reach: tuple[int | None, int | None, int] | None) -> tuple[Array, Array]:
     """o and the softmax of `[B, S, H, D]`, under a mask of booleans or weights and a window, seen or as its reach."""
     (size, seqlen_q, heads, _), (_, seqlen_k, kv_heads, _) = q.shape, k.shape
-    real = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    real = arguments.accumulator(q.dtype)
     grouped = q.reshape(size, seqlen_q, kv_heads, heads // kv_heads, q.shape[-1])
     s = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, precision="highest", preferred_element_type=real)
     s = s.reshape(size, heads, seqlen_q, seqlen_k) * scale

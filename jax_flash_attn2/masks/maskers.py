@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from ..base import arguments, axes, known
+from ..base.arguments import accumulator
 from . import checks, weighing
 from .mask import Mask
 from .shown import Range, scatter_keys, top_keys
@@ -204,7 +205,7 @@ class TopKMasker(Masker):
         q, k = jnp.asarray(q), jnp.asarray(k)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if isinstance(scale, int | float):
-            scale = known.full(float(scale), jnp.dtype(jnp.float64 if q.dtype == jnp.float64 else jnp.float32))
+            scale = known.full(float(scale), accumulator(q.dtype))
         find = functools.partial(top_keys, count=self._count(shape[3]), causal=self.causal)
 
         def shown(q: Array, k: Array, scale: Array, allowed: Any) -> Mask:

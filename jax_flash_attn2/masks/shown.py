@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..base.arguments import accumulator
 from .checks import check_size
 from .mask import Mask
 
@@ -89,7 +90,7 @@ def top_keys(q: Array, k: Array, scale: Any, allowed: Array | None, count: int, 
 
     A NaN is largest, so that attention under the mask is NaN too.
     """
-    dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    dtype = accumulator(q.dtype)
     batch, rows, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     q = q.astype(dtype).reshape(batch, rows, kv_heads, heads // kv_heads, width)

@@ -71,7 +71,7 @@ def _batch_paged(size, args, dims, *, call: Call, names):
 _OF_PAGES = ("k", "v", "k_scale", "v_scale")
 
 
-def _batch_backward(args, dims, *, call: Call, names, wanted, apart, adds):
+def _batch_backward(args, dims, *, call: Call, names, wanted, groups, adds):
     size, first = _mapped_size(args, dims), 5 + call.row_stats(names)
     end = first + len(names)
     arrays = [_fold(size, x, d) for x, d in zip(args[:first], dims[:first], strict=True)]
@@ -83,22 +83,25 @@ def _batch_backward(args, dims, *, call: Call, names, wanted, apart, adds):
     # Each of the mapped calls has gradients of its own. An operand that is not mapped is summed apart for each; one
     # that is has them in its batch axis, which may now be longer than it was.
     mapped = [dims[first + names.index(name)] is not None for name in wanted]
-    inner = tuple(1 if m else n * size for m, n in zip(mapped, apart, strict=True))
-    params = {"call": call, "names": names, "wanted": wanted, "apart": inner, "adds": adds}
+    inner = tuple(1 if m else n * size for m, n in zip(mapped, groups, strict=True))
+    params = {"call": call, "names": names, "wanted": wanted, "groups": inner, "adds": adds}
     out = backward_p.bind(*arrays, *operands, *others, **params)
     results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
-    for x, name, m, n in zip(out[3:], wanted, mapped, apart, strict=True):
-        x = x.reshape(size, x.shape[0] // size, *x.shape[1:])
+    for x, name, n in zip(out[3:], wanted, groups, strict=True):
         i = first + names.index(name)
-        own = args[i].shape[1 if dims[i] == 0 else 0] if m else x.shape[1] // n
-        if m and x.shape[1] != n * own:
-            x = (
-                x.reshape(size, n, x.shape[1] // (n * own), own, *x.shape[2:])
-                .sum(2)
-                .reshape(size, n * own, *x.shape[2:])
-            )
-        results.append(x)
+        own = args[i].shape[1 if dims[i] == 0 else 0]
+        results.append(_unfolded(x, size, n, own))
     return results, [0] * len(results)
+
+
+def _unfolded(x: Array, size: int, n: int, own: int) -> Array:
+    """A gradient `[size * n * rest * own, ...]` -> `[size, n * own, ...]`: what each of the mapped calls has for its
+    operand `[own, ...]`, in n groups of batches; the rest are batches that read the same."""
+    rest = x.shape[0] // max(size * n * own, 1)
+    if rest > 1:
+        x = x.reshape(size, n, rest, own, *x.shape[1:]).sum(2)
+        return x.reshape(size, n * own, *x.shape[3:])
+    return x.reshape(size, n * own, *x.shape[1:])
 
 
 batching.primitive_batchers[forward_p] = _batch_forward

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..base.arguments import Implementation
 from ..base.config import PASSES, Config
-from ..base.spec import Rules, reshapes
+from ..base.spec import Rules, alters_logits
 from ..gpu.target import Target
 
 
@@ -29,12 +29,12 @@ class Call:
 
     def row_stats(self, names: Iterable[str]) -> int:
         """How many numbers of each row the backward pass reads, with operands of these names: lse, or m and l."""
-        return 2 if reshapes(self.rules, names) else 1
+        return 2 if alters_logits(self.rules, names) else 1
 
     def row_results(self, names: Iterable[str]) -> int:
         """How many numbers of each row the forward pass returns: lse, m and l if the backward pass reads them, and the
         largest logit if the rules want it."""
-        return 1 + 2 * reshapes(self.rules, names) + self.rules.max_logits
+        return 1 + 2 * alters_logits(self.rules, names) + self.rules.max_logits
 
     def wants_triton(self, dtype: Any) -> bool:
         """Whether a GPU runs the kernels; they have no fp64, which is left to XLA unless Triton is insisted on."""

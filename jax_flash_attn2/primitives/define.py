@@ -15,6 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from .. import xla
+from ..base.arguments import accumulator
 from ..base.config import PASSES
 from ..base.errors import (
     higher_order_error,
@@ -22,17 +23,18 @@ from ..base.errors import (
     narrow_pages_error,
     not_on_this_platform_error,
 )
-from ..base.operands import names_of
+from ..base.operands import for_every_batch, names_of, summed_to
 from ..base.spec import Spec
 from ..gpu import interpret, passes, short, tuning
-from ..gpu.target import Target, present
+from ..gpu.target import INTERPRETED, of_platform
 from . import sharding
 from .call import Call
 
 
 def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> list[Array]:
-    """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`; where lse is not enough for `backward` (`spec.reshapes`), the statistics m
-    and l of each row, which nothing else reads; and, if the rules want them, each row's largest logit `[B, H, Sq]`."""
+    """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`; where lse is not enough for `backward` (`spec.alters_logits`), the
+    statistics m and l of each row, which nothing else reads; and, if the rules want them, each row's largest logit
+    `[B, H, Sq]`."""
     names = names_of(operands)
     return forward_p.bind(q, k, v, *(operands[n] for n in names), call=call, names=names)
 
@@ -56,8 +58,8 @@ def backward(
     names = names_of(operands)
     extra = [*stats, *(operands[n] for n in names), *([] if dlse is None else [dlse])]
     extra += [] if before is None else [before]
-    apart, adds = (1,) * len(wanted), before is not None
-    params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": adds}
+    groups, adds = (1,) * len(wanted), before is not None
+    params = {"call": call, "names": names, "wanted": wanted, "groups": groups, "adds": adds}
     dq, dk, dv, *grads = backward_p.bind(q, k, v, o, do, *extra, **params)
     return dq, dk, dv, dict(zip(wanted, grads, strict=True))
 
@@ -72,14 +74,14 @@ def unit(call: Call, dtype: Any) -> Array:
 
 
 def _forward_shapes(q, k, v, *operands, call: Call, names):
-    stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    stats = accumulator(q.dtype)
     row = _aval((q.shape[0], q.shape[2], q.shape[1]), stats)
     return [_aval((*q.shape[:3], call.rules.v_dim(v)), call.rules.result(q.dtype)), *[row] * call.row_results(names)]
 
 
-def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, apart, adds):
+def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, groups, adds):
     operands = dict(zip(names, rest[call.row_stats(names) :], strict=False))
-    grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, apart, strict=True)]
+    grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, groups, strict=True)]
     own = [(x.shape, x.dtype) for x in (q, k, v)]
     own += [(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
     made = [_aval(shape, call.rules.result(dtype)) for shape, dtype in own]
@@ -104,23 +106,23 @@ def _forward(run, target, q, k, v, *rest, call: Call, names):
     return _present(*passes.forward(functools.partial(run, target), spec, config, q, k, v, operands))
 
 
-def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, apart, adds):
+def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, groups, adds):
     *rest, before = (*rest, None) if not adds else rest
     n = call.row_stats(names)
     stats, operands = rest[:n], dict(zip(names, rest[n:], strict=False))
     dlse = rest[n + len(names)] if len(rest) > n + len(names) else None
     if nothing_to_see(q, k, v):
-        params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": False}
+        params = {"call": call, "names": names, "wanted": wanted, "groups": groups, "adds": False}
         grads = [jnp.zeros(x.shape, x.dtype) for x in _backward_shapes(q, k, v, o, do, *rest, **params)]
         grads[0] = grads[0] if before is None else before
         if "sinks" in wanted and dlse is not None:  # lse is the sink itself
             i, shape = wanted.index("sinks"), operands["sinks"].shape
             empty = stats[0] == -jnp.inf  # lse and m alike
             per_head = jnp.where(empty, 0, dlse).sum(-1)[..., None, None]
-            grads[3 + i] = passes.reduce_to(per_head, shape, apart[i]).astype(grads[3 + i].dtype)
+            grads[3 + i] = summed_to(per_head, shape, groups[i]).astype(grads[3 + i].dtype)
         return grads
     spec = Spec.of(call.rules, q, k, v, operands)
-    args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "apart": apart}
+    args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "groups": groups}
     if run is None:
         dq, *others = xla.backward(spec, call.config("dkdv"), *args, **options)
         return [dq if before is None else before + dq.astype(before.dtype), *others]
@@ -151,15 +153,11 @@ def _lse_of_nothing(operands: Mapping[str, Array], row: Array) -> Array:
     """lse where there are no keys: the sink alone, if any, in the rows that there are."""
     lse = row - jnp.inf
     if "sinks" in operands:
-        lse = jnp.maximum(lse, _every_batch(operands["sinks"], row.shape[0])[..., 0].astype(row.dtype))
+        lse = jnp.maximum(lse, for_every_batch(operands["sinks"], row.shape[0])[..., 0].astype(row.dtype))
     if "q_lengths" in operands:
-        inside = jnp.arange(row.shape[2]) < _every_batch(operands["q_lengths"], row.shape[0])[..., 0]
+        inside = jnp.arange(row.shape[2]) < for_every_batch(operands["q_lengths"], row.shape[0])[..., 0]
         lse = jnp.where(inside, lse, -jnp.inf)
     return lse
-
-
-def _every_batch(x: Array, batch: int) -> Array:
-    return jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if x.shape[0] > 1 else x
 
 
 def _on_gpu(maths, platform: str):
@@ -170,7 +168,7 @@ def _on_gpu(maths, platform: str):
             from ..gpu import launch
         except ImportError as error:
             raise missing_triton_error(error) from error
-        target = call.target or (present() if platform == "cuda" else Target(0))
+        target = call.target or of_platform(platform)
         if operands[1].dtype == jnp.float8_e4m3fn and 0 < target.capability < 89:
             raise narrow_pages_error(operands[1].dtype, target)
         return maths(launch.run, target, *operands, call=call, **params)
@@ -184,7 +182,7 @@ def _elsewhere(maths):
             return maths(None, None, *operands, call=call, **params)
         if not interpret.enabled():
             raise not_on_this_platform_error()
-        return maths(interpret.run, call.target or Target(80), *operands, call=call, **params)
+        return maths(interpret.run, call.target or INTERPRETED, *operands, call=call, **params)
 
     return lowered
 
@@ -204,12 +202,11 @@ def _primitive(name: str, shapes, maths, divided) -> Primitive:
 
 def _unit_primitive() -> Primitive:
     primitive = Primitive("flash_attention_unit")
-    stats = lambda dtype: jnp.float64 if dtype == jnp.float64 else jnp.float32
-    primitive.def_abstract_eval(lambda *, call, dtype: _aval((), stats(dtype)))
-    primitive.def_impl(lambda **params: jax.jit(functools.partial(primitive.bind, **params))())
+    primitive.def_abstract_eval(lambda *, call, dtype: _aval((), accumulator(dtype)))
+    primitive.def_impl(functools.partial(_run, primitive))
 
     def lowered(by_kernels):
-        nats = lambda *, call, dtype: jnp.asarray(passes.LN2 if by_kernels(call, dtype) else 1, stats(dtype))
+        nats = lambda *, call, dtype: jnp.asarray(passes.LN2 if by_kernels(call, dtype) else 1, accumulator(dtype))
         return mlir.lower_fun(nats, multiple_results=False)
 
     mlir.register_lowering(primitive, lowered(lambda call, dtype: call.implementation == "triton"))

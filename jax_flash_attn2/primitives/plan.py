@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from ..base.arguments import accumulator
+
 WHOLE = "*"
 """The letter of an axis along which a result does not vary, and that all devices which share the keys have all of."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class Division:
     """What there is to divide."""
 
     sizes: Mapping[str, int]
@@ -44,13 +46,13 @@ class Plan:
     sizes: Mapping[str, int]
 
     @classmethod
-    def of(cls, mesh: Mesh, what: Pass, operands: Sequence[Any], results: Sequence[Any]) -> "Plan":
+    def of(cls, mesh: Mesh, what: Division, operands: Sequence[Any], results: Sequence[Any]) -> "Plan":
         """What moves least of what is asked for by how operands lie, and results shall lie."""
         plans = cls.possible(mesh, what, operands, results)
         return min(plans, key=lambda plan: plan.moves(what, operands, results))
 
     @classmethod
-    def possible(cls, mesh: Mesh, what: Pass, operands: Sequence[Any], results: Sequence[Any]) -> list["Plan"]:
+    def possible(cls, mesh: Mesh, what: Division, operands: Sequence[Any], results: Sequence[Any]) -> list["Plan"]:
         """Keys divided by what q leaves, keys whole, heads divided by what keys leave; of two that move as much the
         first, as it repeats no work. Rows are divided as q's are: keys are too long to have them all in one place."""
         orders = (("bih", "j"), ("bih",), ("bi", "j", "h")) if "j" in what.sizes else (("bih",),)
@@ -81,7 +83,7 @@ class Plan:
         missing = (letter for letter in "bihj" if letter not in letters and not (letter == "j" and WHOLE in letters))
         return tuple(a for letter in missing for a in self.axes[letter])
 
-    def made(self, what: Pass, results: Sequence[Any]) -> list[tuple[tuple[str, ...], ...]]:
+    def made(self, what: Division, results: Sequence[Any]) -> list[tuple[tuple[str, ...], ...]]:
         """By what each axis of each result is divided."""
         if what.merged is not None:
             return [tuple(self.axes.get(letter, ()) for letter in letters) for letters in what.results]
@@ -104,7 +106,7 @@ class Plan:
         left = self.summed(letters)
         if not left:
             return x.astype(dtype)
-        x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+        x = x.astype(accumulator(x.dtype))
         for axis, (letter, names) in enumerate(zip(letters, divided, strict=True)):
             more = names[len(self.axes.get(letter, ())) :]
             if more:
@@ -114,7 +116,7 @@ class Plan:
 
     # What that moves.
 
-    def moves(self, what: Pass, operands: Sequence[Any], results: Sequence[Any]) -> float:
+    def moves(self, what: Division, operands: Sequence[Any], results: Sequence[Any]) -> float:
         """Bytes that a device receives: what it lacks of its operands, what is summed, what is asked for of results and
         not made here."""
         own = [[self.axes.get(letter, ()) for letter in letters] for letters in what.operands]
@@ -155,7 +157,7 @@ def axes_of(x: Any) -> list[tuple[str, ...]]:
 
 
 def _asked(
-    mesh: Mesh, what: Pass, arrays: Sequence[tuple[str, Any]], order: Sequence[str]
+    mesh: Mesh, what: Division, arrays: Sequence[tuple[str, Any]], order: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
     """What the arrays' shardings ask for, as far as it goes together: of the first letters first, and of these what the
     first array asks."""

@@ -22,10 +22,11 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..base import axes
-from ..base.operands import BLOCK_LISTS, SERVED, is_read, names_of
+from ..base.arguments import accumulator
+from ..base.operands import BLOCK_LISTS, SERVED, for_every_batch, is_read, names_of
 from . import share
 from .call import Call
-from .plan import WHOLE, Pass, Plan, axes_of, devices
+from .plan import WHOLE, Division, Plan, axes_of, devices
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _whole_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("whole_mesh", default=None)
@@ -93,7 +94,7 @@ def _plain(aval: Any) -> Any:
     return jax.core.ShapedArray(aval.shape, aval.dtype) if isinstance(aval, jax.core.ShapedArray) else aval
 
 
-def on_auto_axes(function: Callable, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
+def typed_as_q(function: Callable, arrays: dict[str, Any], options: dict[str, Any]) -> tuple[Array, ...]:
     """function(arrays, options), on a mesh with explicit axes too: results are typed as q is, XLA does the rest."""
     moving = {name: x for name, x in arrays.items() if _is_arrays(x)}
     q = arrays["q"]
@@ -128,21 +129,21 @@ def forward(unit: Callable[..., Array], maths: Maths, *args: Array, call: Call, 
     return _divided(maths, own_share, args, _forward_pass(call, names, args), params)
 
 
-def backward(maths: Maths, *args: Array, call: Call, names, wanted, apart, adds) -> list[Array]:
+def backward(maths: Maths, *args: Array, call: Call, names, wanted, groups, adds) -> list[Array]:
     """The backward pass, divided."""
     first, batch = 5 + call.row_stats(names), args[0].shape[0]
     end = first + len(names)
     args = (*args[:first], *_whole_batches(names, args[first:end], batch), *args[end:])
     full = [not is_read(n) and args[first + names.index(n)].shape[0] == batch for n in wanted]
-    apart = tuple(1 if each else n for each, n in zip(full, apart, strict=True))
-    params = {"call": call, "names": names, "wanted": wanted, "apart": apart, "adds": adds}
-    of_pass = _backward_pass(call, names, args, wanted, apart, adds)
+    groups = tuple(1 if each else n for each, n in zip(full, groups, strict=True))
+    params = {"call": call, "names": names, "wanted": wanted, "groups": groups, "adds": adds}
+    of_pass = _backward_pass(call, names, args, wanted, groups, adds)
 
     def own_share(plan: Plan, divided, q, k, v, o, do, *rest):
         stats, rest = rest[: first - 5], rest[first - 5 :]
         operands = share.own_operands(plan, call, dict(zip(names, rest, strict=False)))
         summed = any(plan.summed(letters) for letters in of_pass.results[:3])
-        here = params | {"names": tuple(operands), "apart": tuple(max(n // plan.parts("b"), 1) for n in apart)}
+        here = params | {"names": tuple(operands), "groups": tuple(max(n // plan.parts("b"), 1) for n in groups)}
         here["call"] = share.wide(call) if summed else call
         heads = share.own_heads(plan, k), share.own_heads(plan, v)
         if adds and plan.axes["j"]:  # on one of the devices whose shares are summed
@@ -169,7 +170,7 @@ def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str
         return ()
     batch, rows, heads, _ = axes_of(q)
     o = _struct((*q.shape[:3], v.shape[3]), q.dtype, mesh, batch, rows, heads)
-    stats = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    stats = accumulator(q.dtype)
     row = _struct((q.shape[0], q.shape[2], q.shape[1]), stats, mesh, batch, heads, rows)
     names = tuple(operands)
     forward = _forward_pass(call, names, args), args, (o, *[row] * call.row_results(names))
@@ -181,7 +182,7 @@ def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str
     )
 
 
-def _said(mesh: Mesh, lying: tuple[str, ...], what: Pass, operands: Sequence[Any], results: Sequence[Any]) -> str:
+def _said(mesh: Mesh, lying: tuple[str, ...], what: Division, operands: Sequence[Any], results: Sequence[Any]) -> str:
     mib = lambda plan: f"{plan.moves(what, operands, results) / 2**20:.3g} MiB"
     chosen, plans = Plan.of(mesh, what, operands, results), Plan.possible(mesh, what, operands, results)
     whole = next(plan for plan in plans if not plan.axes["j"])
@@ -199,8 +200,8 @@ def _said(mesh: Mesh, lying: tuple[str, ...], what: Pass, operands: Sequence[Any
     return f"{why}: gathered, {mib(chosen)} a device"
 
 
-def _struct(shape: Sequence[int], dtype: Any, mesh: Mesh, *axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-    spec = PartitionSpec(*(names or None for names in axes))
+def _struct(shape: Sequence[int], dtype: Any, mesh: Mesh, *divided: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+    spec = PartitionSpec(*(names or None for names in divided))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
@@ -213,16 +214,16 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _forward_pass(call: Call, names: Sequence[str], args: Sequence[Any]) -> Pass:
+def _forward_pass(call: Call, names: Sequence[str], args: Sequence[Any]) -> Division:
     keys = ["bjxd", "bjxv"]
     if "page_table" in names:  # a page is anybody's
         keys = ["1jxd", "1jxd" if call.rules.latent else "1jxv"]
     letters = ["bihd", *keys, *(_letters(n, x, *args[:2]) for n, x in zip(names, args[3:], strict=True))]
     results = ["bihv", *["bhi"] * call.row_results(names)]
-    return Pass(_sizes(call, args[0], args[1], names), letters, results, merged=2 + call.rules.max_logits)
+    return Division(_sizes(call, args[0], args[1], names), letters, results, merged=2 + call.rules.max_logits)
 
 
-def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, apart, adds: bool) -> Pass:
+def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, groups, adds: bool) -> Division:
     first = 5 + call.row_stats(names)
     end = first + len(names)
     letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bhi"] * (first - 5)]
@@ -231,9 +232,9 @@ def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted
     own = {name: letters[first + names.index(name)] for name in wanted}
     if "sinks" in own:  # no key has a part in their gradient
         own["sinks"] = own["sinks"][:3] + WHOLE
-    grads = [f"b{own[name][1:]}" if n > 1 else own[name] for name, n in zip(wanted, apart, strict=True)]
-    groups = math.gcd(*(n for n in apart if n > 1))
-    return Pass(_sizes(call, args[0], args[1], names), letters, ["bihd", "bjxd", "bjxv", *grads], groups)
+    grads = [f"b{own[name][1:]}" if n > 1 else own[name] for name, n in zip(wanted, groups, strict=True)]
+    divisor = math.gcd(*(n for n in groups if n > 1))
+    return Division(_sizes(call, args[0], args[1], names), letters, ["bihd", "bjxd", "bjxv", *grads], divisor)
 
 
 def _sizes(call: Call, q: Any, k: Any, names: Sequence[str]) -> dict[str, int]:
@@ -258,11 +259,10 @@ def _letters(name: str, x: Array, q: Array, k: Array) -> str:
 def _whole_batches(names: Sequence[str], operands: Sequence[Array], batch: int) -> list[Array]:
     """Operands whose batch axis has a period of its own, repeated: their batches must divide as all others do."""
     fixed = lambda name: is_read(name) or name in SERVED
-    parts = [not fixed(n) and 1 < x.shape[0] < batch for n, x in zip(names, operands, strict=True)]
-    return [jnp.tile(x, (batch // x.shape[0], 1, 1, 1)) if p else x for p, x in zip(parts, operands, strict=True)]
+    return [x if fixed(n) else for_every_batch(x, batch) for n, x in zip(names, operands, strict=True)]
 
 
-def _divided(maths, own_share, args, what: Pass, params) -> list[Array]:
+def _divided(maths, own_share, args, what: Division, params) -> list[Array]:
     whole = _whole_mesh.get()
 
     def partition(mesh: Mesh, arg_shapes, result_shapes):
@@ -282,7 +282,7 @@ def _divided(maths, own_share, args, what: Pass, params) -> list[Array]:
     return call(*args)
 
 
-def _rule(what: Pass, mesh: Mesh) -> tuple[str, dict[str, Any]]:
+def _rule(what: Division, mesh: Mesh) -> tuple[str, dict[str, Any]]:
     """The call in Shardy's notation, an einsum whose query heads are pairs (key head, head of its group).
 
     A mesh axis that does not divide the key heads would divide such a pair in two ways at once, which a PartitionSpec
@@ -297,7 +297,7 @@ def _rule(what: Pass, mesh: Mesh) -> tuple[str, dict[str, Any]]:
     def factors(letters: str) -> str:
         return " ".join(query if x == "h" else f"u{next(ones)}" if x in ("1", WHOLE) else x for x in letters)
 
-    sides = [", ".join(map(factors, group)) for group in (what.operands, what.results)]
+    sides = [", ".join(map(factors, side)) for side in (what.operands, what.results)]
     factor_sizes = {"g": group} if pairs else {}
     whole = tuple(letter for letter in "idjv" if letter not in sizes)
     return " -> ".join(sides), {"need_replication_factors": whole, **factor_sizes}

@@ -72,16 +72,26 @@ def merge(plan: Plan, call: Call, unit: Callable[..., Array], results: Sequence[
     over = plan.axes["j"]
     o, lse, *rest = results
     largest = [rest.pop()] if call.rules.max_logits else []
-    m, l, nats = (*rest, unit(call, dtype)) if rest else (lse, (lse != -jnp.inf).astype(lse.dtype), 1)
+    m, l, nats = (*rest, unit(call, dtype)) if rest else (lse, sum_beside(lse), 1)
     m = jnp.where(l == 0, -jnp.inf, m)
     top, *largest = lax.pmax((m, *largest), over)
     pivot = jnp.where(top == -jnp.inf, 0, top)
     weight = l * jnp.exp((m - pivot) * nats)
     o, l = lax.psum((o * _by_row(weight), weight), over)
-    l_or_1 = jnp.where(l == 0, 1, l)
-    lse = jnp.where(l == 0, -jnp.inf, pivot * nats + jnp.log(l_or_1))
-    o = (o / _by_row(l_or_1)).astype(call.rules.result(dtype))
+    lse = lse_of(pivot, l, nats)
+    o = (o / _by_row(jnp.where(l == 0, 1, l))).astype(call.rules.result(dtype))
     return [o, lse, *([top, l] if rest else []), *largest]
+
+
+def sum_beside(lse: Array) -> Array:
+    """The sum that m = lse goes with: 0 where nothing is seen, else 1."""
+    return (lse != -jnp.inf).astype(lse.dtype)
+
+
+def lse_of(m: Array, l: Array, unit: Any) -> Array:
+    """The logarithm of each row's sum l of exp((s - m) * unit), in nats. unit: how many nats there are to that of m."""
+    seen = l != 0
+    return jnp.where(seen, m * unit + jnp.log(jnp.where(seen, l, 1)), -jnp.inf)
 
 
 def _by_row(x: Array) -> Array:

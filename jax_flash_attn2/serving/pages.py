@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..base import names
-from ..base.arguments import AnyArray
+from ..base.arguments import AnyArray, accumulator
 from ..tiles.ragged import sequence_of_rows
 from . import inputs
 
@@ -201,7 +201,7 @@ def _power_of_two(x: Array) -> Array:
 def _narrowed(x: Array, scale: Array | None, dtype: Any) -> Array:
     """x as a cache holds it."""
     if scale is not None:
-        x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+        x = x.astype(accumulator(x.dtype))
         x = x / scale.reshape(()).astype(x.dtype)
     return _rounded(x.astype(jnp.float32), dtype) if dtype.name in inputs.NARROW else x.astype(dtype)
 

@@ -138,7 +138,7 @@ def varlen_attention(
         **{"block_ptr": block_ptr, "config": config},
         **{"return_lse": return_lse, "return_max_logits": return_max_logits},
     }
-    results = sharding.on_auto_axes(_varlen_attention, arrays, options)
+    results = sharding.typed_as_q(_varlen_attention, arrays, options)
     return results[0] if len(results) == 1 else results
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..base.operands import BLOCK_LISTS
+from ..base.operands import BLOCK_LISTS, for_every_batch
 from ..base.spec import Spec
 from . import kinds, spans
 from .kinds import EMPTY, FULL, NO_MASK, NO_TILE, PARTIAL
@@ -94,7 +94,7 @@ def status(
     begin, full, stop, end = (x[..., None] for x in jnp.moveaxis(table, -1, 0))
     tile = jnp.arange(part.shape[3], dtype=jnp.int32)
     met, whole = (begin <= tile) & (tile < end), (full <= tile) & (tile < stop)
-    part = spans.per_batch(part, batch) if met.shape[0] > 1 else part
+    part = for_every_batch(part, batch) if met.shape[0] > 1 else part
     return jnp.where((part == NO_TILE) | ~met, EMPTY, jnp.where((part == NO_MASK) & whole, FULL, PARTIAL))
 
 
@@ -152,8 +152,7 @@ def for_kernels(
 
 def _in_planes(x: Array, planes: list[int]) -> Array:
     """`[n, h, ...]` as `[*planes, ...]`: batch b reads b % n, heads as they broadcast."""
-    x = jnp.tile(x, (planes[0] // x.shape[0], *(1,) * (x.ndim - 1)))
-    return jnp.broadcast_to(x, (*planes, *x.shape[2:]))
+    return jnp.broadcast_to(for_every_batch(x, planes[0]), (*planes, *x.shape[2:]))
 
 
 def element_masks(operands: Mapping[str, Array], part: Array, block_m: int, block_n: int) -> Array:

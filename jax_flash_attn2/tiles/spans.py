@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from ..base import positions
+from ..base.operands import for_every_batch
 from ..base.spec import Spec
 from .kinds import EMPTY, FULL, PARTIAL
 
@@ -136,25 +137,22 @@ def _starts(seqlen: int, block: int) -> Array:
 def _side(operands: Mapping[str, Array], name: str, batch: int, starts: Array, block: int, seqlen: int) -> _Side:
     length, ids = operands.get(f"{name}_lengths"), operands.get(f"{name}_segments")
     length = jnp.full((1, 1, 1), seqlen) if length is None else length[..., 0]
-    length = per_batch(jnp.clip(length, 0, seqlen).astype(jnp.int32), batch)
+    length = for_every_batch(jnp.clip(length, 0, seqlen).astype(jnp.int32), batch)
     if ids is not None:
         ids = _gather(ids.reshape(ids.shape[0], 1, seqlen), 2, starts, block)
         lowest = jnp.where(ids < 0, np.iinfo(np.int32).max, ids)
         inits = np.int32(np.iinfo(np.int32).max), np.int32(np.iinfo(np.int32).min), np.bool_(False)
         # One reduction: it is a kernel to compile, and three of them would be six more.
         ids = lax.reduce((lowest, ids, ids < 0), inits, _reduce_extremes_and_any, (ids.ndim - 1,))
-        ids = tuple(per_batch(x, batch) for x in ids)
+        ids = tuple(for_every_batch(x, batch) for x in ids)
     return _Side(starts, block, seqlen, length, ids)
 
 
 def _offset(operands: Mapping[str, Array], batch: int) -> Array:
     """`[1|B, 1, 1]`."""
-    return per_batch(operands["offset"][..., 0], batch) if "offset" in operands else jnp.zeros((1, 1, 1), jnp.int32)
-
-
-def per_batch(x: Array, batch: int) -> Array:
-    """`[n, ...]` -> `[1|B, ...]`."""
-    return x if x.shape[0] in (1, batch) else jnp.tile(x, (batch // x.shape[0],) + (1,) * (x.ndim - 1))
+    if "offset" not in operands:
+        return jnp.zeros((1, 1, 1), jnp.int32)
+    return for_every_batch(operands["offset"][..., 0], batch)
 
 
 def _gather(x: Array, axis: int, starts: Array, block: int) -> Array:
@@ -255,7 +253,7 @@ def _position_tiles(spec: Spec, operands: Mapping[str, Array], batch: int, rows:
     if "q_positions" not in operands or (left, right) == (None, None):
         return []
     (q_low, q_high), (k_low, k_high) = (
-        _least_largest(per_batch(operands[f"{name}_positions"].reshape(-1, 1, side.seqlen), batch), side)
+        _least_largest(for_every_batch(operands[f"{name}_positions"].reshape(-1, 1, side.seqlen), batch), side)
         for name, side in (("q", rows), ("kv", cols))
     )
     (q_low, q_high), (k_low, k_high) = (q_low[..., None], q_high[..., None]), (k_low[:, :, None], k_high[:, :, None])
@@ -290,7 +288,7 @@ def _mask_tiles(operands: Mapping[str, Array], batch: int, rows: _Side, cols: _S
         some, every = (jnp.concatenate(x, -1) for x in zip(*tiles, strict=True))
     if mask.shape[2] > 1:
         some, every = _any_all(*(_gather(x, 2, rows.starts, rows.block).swapaxes(3, 4) for x in (some, every)))
-    return [(per_batch(some, batch), per_batch(every, batch))]
+    return [(for_every_batch(some, batch), for_every_batch(every, batch))]
 
 
 def _any_all(some: Array, every: Array) -> tuple[Array, Array]:

@@ -18,8 +18,8 @@ says how a call is cut and which tiles are met, `logits` what is in a tile, `onl
 """
 
 from .backward import backward
-from .differentiable import differentiable
+from .differentiable import differentiable, whole_rows
 from .forward import forward
 from .tiling import tiles
 
-__all__ = ["backward", "differentiable", "forward", "tiles"]
+__all__ = ["backward", "differentiable", "forward", "tiles", "whole_rows"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..base.config import Config
-from ..base.operands import is_score_array
+from ..base.operands import is_score_array, summed_to
 from ..base.spec import Spec
 from . import by_head, layout
 from .logits import Logits
@@ -28,28 +28,28 @@ def backward(
     dlse: Array | None,
     *,
     wanted: tuple[str, ...],
-    apart: tuple[int, ...],
+    groups: tuple[int, ...],
 ) -> tuple[Array, ...]:
     """Gradients, from the output and the statistics that `forward` returned.
 
     Args:
       spec: as in `forward`, and so are config, q, k, v and operands.
       o: `[B, Sq, H, Dv]`, from `forward`.
-      stats: `[B, H, Sq]` each, likewise: lse, or m and l where `spec.reshapes`.
+      stats: `[B, H, Sq]` each, likewise: lse, or m and l where `spec.alters_logits`.
       do: `[B, Sq, H, Dv]`, the gradient of o.
       dlse: None or `[B, H, Sq]`, the gradient of lse.
       wanted: the operands to return the gradients of, in the order of `base.operands.DIFFERENTIABLE`.
-      apart: for each of them, how many parts of the batch have a gradient of their own.
+      groups: for each of them, how many parts of the batch have a gradient of their own.
 
     Returns:
       dq, dk and dv, each of the shape and dtype of what it is the gradient of; then the gradients of the wanted
-      operands, `[apart * n, ...]` for an operand `[n, ...]`.
+      operands, `[groups * n, ...]` for an operand `[n, ...]`.
     """
     if by_head.pays(spec, q, operands, wanted):
         args = spec, config, q, k, v, operands, o, stats, do, dlse
-        return by_head.backward(backward, *args, wanted=wanted, apart=apart)
+        return by_head.backward(backward, *args, wanted=wanted, groups=groups)
     t = Tiling(spec, config, q, k, operands, whole_rows=False)
-    logits, apart_of = Logits(t, operands), dict(zip(wanted, apart, strict=True))
+    logits, groups_of = Logits(t, operands), dict(zip(wanted, groups, strict=True))
     q, k, v, do = logits.clear("q", q), logits.clear("kv", k), logits.clear("kv", v), logits.clear("q", do)
     args, scale = (q, k, v), logits.per_batch("scale").astype(t.dtype)
     # p is exp(s - shift) * norm. The product with norm moves from the tiles of p to the rows of do and delta.
@@ -100,19 +100,19 @@ def backward(
         put = layout.add if t.seqlen_q % t.block_m else layout.put
         return put(dq, dq_tile, start_m * spec.group, 2), *sums
 
-    tiled = [name for name in apart_of if name in ("bias", "slopes") or is_score_array(name)]
-    grads = {name: _grad_zeros(name, operands[name], apart_of[name], t) for name in tiled}
+    tiled = [name for name in groups_of if name in ("bias", "slopes") or is_score_array(name)]
+    grads = {name: _grad_zeros(name, operands[name], groups_of[name], t) for name in tiled}
     carry = (jnp.zeros_like(q), *(jnp.zeros_like(x).swapaxes(2, 3) for x in (k, v)), grads)
     dq, dkt, dvt, grads = loop(0, t.blocks_q, query_block, carry)
     dq = layout.rows_out(dq, t.seqlen_q)
-    if "scale" in apart_of:
+    if "scale" in groups_of:
         # The sum of ds * (q k), as a product of vectors: that sums more exactly than a reduction does.
         dscale = jnp.einsum("bn,bn->b", *(x.astype(t.dtype).reshape(x.shape[0], -1) for x in (dq, args[0])))
-        grads["scale"] = _sum_to(dscale[:, None, None, None], operands["scale"].shape, apart_of["scale"])
-    if "sinks" in apart_of:
+        grads["scale"] = summed_to(dscale[:, None, None, None], operands["scale"].shape, groups_of["scale"])
+    if "sinks" in groups_of:
         delta = -layout.stats_out(delta, t.seqlen_q)
         dsinks = delta * jnp.exp(logits.per_batch("sinks")[..., 0] - shift)
-        grads["sinks"] = _sum_to(dsinks[..., None], operands["sinks"].shape, apart_of["sinks"])
+        grads["sinks"] = summed_to(dsinks[..., None], operands["sinks"].shape, groups_of["sinks"])
     dqkv = (dq * scale, *(layout.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
     result = spec.rules.result
     dqkv = (g.astype(result(x.dtype)) for g, x in zip(dqkv, args, strict=True))
@@ -123,19 +123,19 @@ def _shift_and_norm(spec: Spec, stats: Sequence[Array]) -> tuple[Array, Array | 
     """What turns rows' logits into probabilities, exp(s - shift) * norm; norm is None where it is 1. Where logits are
     only scaled products, lse is enough. A bias may make m so large that log(l) would be lost beside it. A row that sees
     nothing has an infinite shift."""
-    if not spec.reshapes:
+    if not spec.alters_logits:
         (lse,) = stats
         return jnp.where(lse == -jnp.inf, jnp.inf, lse), None
     m, l = stats
     return jnp.where(l == 0, jnp.inf, m), jnp.where(l == 0, 0, 1 / jnp.where(l == 0, 1, l))
 
 
-def _grad_zeros(name: str, operand: Array, apart: int, t: Tiling) -> Array:
+def _grad_zeros(name: str, operand: Array, groups: int, t: Tiling) -> Array:
     """Where the gradient of an operand is summed."""
     dtype = t.dtype
     if name == "bias" and 1 not in operand.shape[2:]:
         dtype = t.spec.rules.result(operand.dtype)  # each element is added to once, and needs no wider one
-    return jnp.zeros((apart * operand.shape[0], *operand.shape[1:]), dtype)
+    return jnp.zeros((groups * operand.shape[0], *operand.shape[1:]), dtype)
 
 
 def _add_grads(grads, ds: Array, logits: Logits, start_m, start_n):
@@ -151,14 +151,7 @@ def _add_grads(grads, ds: Array, logits: Logits, start_m, start_n):
 
 def _add_grad(grad: Array, x: Array, shape: tuple[int, ...], block_m: int, start_m, start_n) -> Array:
     """Add x [B, Hkv, M * G, 1|N] to the gradient of an operand of this shape, summed over the axes that it lacks."""
-    x = _sum_to(layout.by_heads(x, block_m), shape, grad.shape[0] // shape[0]).astype(grad.dtype)
+    x = summed_to(layout.by_heads(x, block_m), shape, grad.shape[0] // shape[0]).astype(grad.dtype)
     start = (0, 0, start_m if grad.shape[2] > 1 else 0, start_n if grad.shape[3] > 1 else 0)
     own = lax.dynamic_slice(grad, start, x.shape, allow_negative_indices=False)
     return lax.dynamic_update_slice(grad, own + x, start, allow_negative_indices=False)
-
-
-def _sum_to(x: Array, shape: tuple[int, ...], apart: int) -> Array:
-    """[B, H, M, N] -> [apart * n, 1|H, 1|M, 1|N], summed over the axes that an operand of this shape lacks."""
-    x = x.reshape(apart, -1, shape[0], *x.shape[1:])
-    x = x.sum([1, *(axis + 2 for axis in (1, 2, 3) if shape[axis] == 1)], keepdims=True)
-    return x.reshape(-1, *x.shape[3:])

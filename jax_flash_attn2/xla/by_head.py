@@ -45,7 +45,7 @@ def forward(
 
 def backward(
     run: Callable, spec: Spec, config: Config, q: Array, k: Array, v: Array, operands: Mapping[str, Array], o: Array,
-    stats: Any, do: Array, dlse: Array | None, *, wanted: tuple[str, ...], apart: tuple[int, ...],
+    stats: Any, do: Array, dlse: Array | None, *, wanted: tuple[str, ...], groups: tuple[int, ...],
 ) -> tuple[Array, ...]:  # fmt: skip
     """`backward.backward`, which is `run`."""
 
@@ -54,7 +54,7 @@ def backward(
         args = _of_heads(q, h, spec.group), _of_heads(k, h, 1), _of_heads(v, h, 1)
         here = [None if x is None else layout.take(x, h * spec.group, spec.group, 1) for x in (*stats, dlse)]
         given = own, _of_heads(o, h, spec.group), here[:-1], _of_heads(do, h, spec.group), here[-1]
-        return run(Spec.of(spec.rules, *args, own), config, *args, *given, wanted=wanted, apart=apart)
+        return run(Spec.of(spec.rules, *args, own), config, *args, *given, wanted=wanted, groups=groups)
 
     dq, dk, dv, *grads = lax.map(head, jnp.arange(spec.kv_heads, dtype=jnp.int32))
     grads = (_join(x, 1) if operands[name].shape[1] > 1 else x.sum(0) for name, x in zip(wanted, grads, strict=True))

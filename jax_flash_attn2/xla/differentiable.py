@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,14 @@ _HALF = ("float16", "bfloat16")
 """Of operands: their gradients, to which each block of rows adds, are summed in fp32."""
 
 
+def whole_rows(spec: Spec, config: Config | None, q: Any, k: Any, operands: Mapping[str, Any]) -> Tiling:
+    """How `differentiable` cuts a call: some rows at a time, with all keys."""
+    config = config or Config()
+    rows_at_once = max(_SCORES // (q.shape[0] * spec.heads * k.shape[1]), 16)
+    config = dataclasses.replace(config, block_m=config.block_m or rows_at_once, block_n=k.shape[1])
+    return Tiling(spec, config, q, k, operands, whole_rows=True, whole_keys=True)
+
+
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def differentiable(
     spec: Spec, config: Config, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
@@ -31,9 +40,7 @@ def differentiable(
     """
     dtype = q.dtype
     operands = {name: x.astype(jnp.float32) if x.dtype.name in _HALF else x for name, x in operands.items()}
-    rows_at_once = max(_SCORES // (q.shape[0] * spec.heads * k.shape[1]), 16)
-    config = dataclasses.replace(config, block_m=config.block_m or rows_at_once, block_n=k.shape[1])
-    t = Tiling(spec, config, q, k, operands, whole_rows=True, whole_keys=True)
+    t = whole_rows(spec, config, q, k, operands)
     every = Logits(t, operands)
     q, k, v = every.clear("q", q), every.clear("kv", k), every.clear("kv", v)
     q, k, v = t.rows(q.astype(t.dtype) * every.per_batch("scale").astype(t.dtype)), t.rows(k), t.rows(v)
@@ -56,7 +63,7 @@ def differentiable(
         if sink is not None:
             l += jnp.exp(sink - m)
         o = acc / (jnp.where(l == 0, 1, l) / spec.keep_scale)[..., None]
-        return o, online.lse(m, l), *([m, l] if spec.reshapes else []), *row_max
+        return o, online.lse(m, l), *([m, l] if spec.alters_logits else []), *row_max
 
     own = [name for name in operands if name not in BLOCK_LISTS and not is_read(name)]
     by_rows = [name for name in own if operands[name].shape[2] > 1]

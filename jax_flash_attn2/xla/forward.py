@@ -29,7 +29,7 @@ def forward(
 
     Returns:
       A tuple of five: o, lse, m or None, l or None, largest logit or None. o is `[B, Sq, H, Dv]` in q's dtype, the
-      others are `[B, H, Sq]`. m and l are there where lse is not enough for the backward pass (`spec.reshapes`): a
+      others are `[B, H, Sq]`. m and l are there where lse is not enough for the backward pass (`spec.alters_logits`): a
       row's maximum, its sink included, and its sum of `exp(s - m)`. The row's largest logit, without the sink, is there
       if the rules want it. A row that sees nothing has o = 0, lse = -inf and a largest logit of -inf.
     """
@@ -84,4 +84,4 @@ def forward(
     o, *stats = loop(0, t.blocks_q, query_block, out)
     m, l, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
     o = layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype))
-    return o, online.lse(m, l), *((m, l) if spec.reshapes else (None, None)), row_max[0] if row_max else None
+    return o, online.lse(m, l), *((m, l) if spec.alters_logits else (None, None)), row_max[0] if row_max else None

@@ -48,8 +48,8 @@ class FunctionTiles:
             name = names[read.array]
             if name in grads and read.array not in self.function.whole:
                 part, scores = (layout.by_heads(x, rows) for x in (jnp.where(p == 0, 0, ds * slopes[k]), s))
-                apart = grads[name].shape[0] // self.arrays[name].shape[0]
-                given = self.function, self.bound, k, part, scores, place, apart, self.logits.in_order
+                groups = grads[name].shape[0] // self.arrays[name].shape[0]
+                given = self.function, self.bound, k, part, scores, place, groups, self.logits.in_order
                 added[name] = mapped.add_gradient(added[name], *given)
         for n in self.function.whole:
             if (name := names[n]) in grads:

@@ -10,9 +10,8 @@ import numpy as np
 from jax import Array, lax
 
 from ..base import dropout, positions
-from ..base.operands import mask_arrays, score_arrays
+from ..base.operands import for_every_batch, mask_arrays, score_arrays
 from ..tiles import block_lists
-from ..tiles.spans import per_batch
 from . import layout
 from .functions import FunctionTiles
 from .tiling import Tiling
@@ -168,7 +167,7 @@ class Logits:
             x = layout.take(x, start_m, block_m, 2)
         if x.shape[3] > block_n:
             x = layout.take(x, start_n, block_n, 3)
-        x = per_batch(x, self.tiling.batch)
+        x = for_every_batch(x, self.tiling.batch)
         b, h, m, n = x.shape
         if group == 1 or (h == 1 and m == 1):
             return x
@@ -194,7 +193,7 @@ class Logits:
 
     def per_batch(self, name: str) -> Array:
         """An operand [n, ...] -> [1|B, ...]: batch b reads b % n."""
-        return per_batch(self.operands[name], self.tiling.batch)
+        return for_every_batch(self.operands[name], self.tiling.batch)
 
     def clear(self, side: str, x: Array, start=0) -> Array:
         """x [B, S, ...] of "q" or "kv", of the rows or keys from `start` on, with zeros past the length of its side:

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..base.arguments import accumulator
 from ..base.config import Config
-from ..base.operands import SERVED
+from ..base.operands import SERVED, for_every_batch
 from ..base.spec import Spec, sequences
 from ..tiles import ragged
-from ..tiles.spans import per_batch
 from . import cached, layout, online
 from .logits import HIDDEN, Logits
 from .tiling import Tiling
@@ -60,7 +60,7 @@ def forward(
     o, lse = lax.fori_loop(0, batch, sequence, out)
     o = o[:rows].reshape(*q.shape[:3], spec.v_dim).astype(spec.rules.result(q.dtype))
     lse = lse[:rows].reshape(q.shape[:3]).swapaxes(1, 2)
-    stats = (lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse))) if spec.reshapes else (None, None)
+    stats = (lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse))) if spec.alters_logits else (None, None)
     return o, lse, *stats, None
 
 
@@ -69,10 +69,11 @@ class _Call:
 
     def __init__(self, spec: Spec, config: Config, q, k, v, operands: Mapping[str, Array], starts: Array):
         self.spec, self.config, self.q, self.starts = spec, config, q, starts
-        self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+        self.dtype = accumulator(q.dtype)
         batch = starts.shape[0] - 1
-        self.table = per_batch(operands["page_table"], batch)[:, 0, 0]
-        self.lengths, self.offsets = (per_batch(operands[name], batch).ravel() for name in ("kv_lengths", "offset"))
+        of_each = lambda name: for_every_batch(operands[name], batch)
+        self.table = of_each("page_table")[:, 0, 0]
+        self.lengths, self.offsets = of_each("kv_lengths").ravel(), of_each("offset").ravel()
         self.others = {name: x for name, x in operands.items() if name not in (*SERVED, "kv_lengths", "offset")}
         self.cache = [
             (k, operands.get("k_scale"), spec.head_dim),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..base.arguments import accumulator
 from ..base.config import Config
 from ..base.spec import Spec
 from ..tiles import block_lists, spans
@@ -35,7 +36,7 @@ class Tiling:
 
     def __init__(self, spec: Spec, config: Config, q, k, operands, whole_rows, whole_keys=False):
         self.spec, self.config, self.batch = spec, config, q.shape[0]
-        self.dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+        self.dtype = accumulator(q.dtype)
         self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
         self.masked = spec.masks
         self.in_place = whole_rows and not whole_keys and in_place(q, k)
