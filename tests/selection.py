@@ -28,7 +28,7 @@ def kept(item, third: str) -> bool:
     if item.get_closest_marker("thorough"):
         return False
     params = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    cases = [getattr(x, "name", "") for x in params]
+    cases = [getattr(x, "name", None) or "" for x in params]
     numbers = [int(found[1]) for name in cases if (found := re.fullmatch(r"pair_(\d+)", name))]
     shapes = [found[1] for name in cases if (found := re.fullmatch(r"bias_([bhqk-]+)", name))]
     numbers += [sum(1 << i for i, axis in enumerate("bhqk") if axis in shape) for shape in shapes]

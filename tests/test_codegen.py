@@ -144,13 +144,13 @@ def test_what_was_read_is_kept(tmp_path, monkeypatch):
     compile.compile_point(point, anew=True)
     compile.compile_point(dataclasses.replace(point, arch=80))
     compile.compile_point(dataclasses.replace(point, config=Tuned(128, 64, 8, 3)))
-    monkeypatch.setattr(cache, "sources", lambda folder: "other sources")
+    monkeypatch.setattr(cache, "made_of", lambda: "other sources")
     compile.compile_point(point)
     assert len(compiled) == 5
     compile.compile_point(point, ptxas="another")
     assert len(compiled) == 5
     assert assembled[-1] == (assembled[0][0], "another")
-    monkeypatch.setattr(cache, "sources", lambda folder: "yet others")
+    monkeypatch.setattr(cache, "made_of", lambda: "yet others")
     compile.compile_point(point, ptxas="another")
     compile.compile_point(point)
     assert len(compiled) == 7
