@@ -296,21 +296,35 @@ def named(o: Array, lse: Array, stats: tuple[Array, ...]) -> tuple[Array, Array,
 def _attention_fwd(call: Call, q, k, v, operands):
     wanted = wanted_of(operands)
     q, k, v, operands = values((q, k, v, operands))
-    splits = call.rules.precise and q.dtype.itemsize < 4
-    made = primitives.forward(primitives.wide(call) if splits else call, q, k, v, operands)
-    o, lse, row_max, stats = results(call, made)
-    o, rest = _split(o, q.dtype) if splits else (o, None)
+    o, lse, row_max, stats = results(call, primitives.forward(unrounded(call), q, k, v, operands))
+    o, rest = split(o, q.dtype)
     o, lse, stats = named(o, lse, stats)
-    rest = rest if rest is None else checkpoint_name(rest, CHECKPOINT_NAMES[0])
     return (o, lse, row_max), (q, k, v, operands, o, rest, stats, wanted)
+
+
+def unrounded(call: Call) -> Call:
+    """What runs forward where there is a backward pass: its o is for `split`, where the rules want it precise."""
+    return primitives.wide(call) if call.rules.precise else call
+
+
+def split(o: Array, dtype: Any) -> tuple[Array, Array | None]:
+    """o in this dtype, and what it lost, if so: of a row's do * o all gradients of its logits have the same error,
+    which does not average out (arXiv:2510.04212)."""
+    if o.dtype == dtype:
+        return o, None
+    o, rest = _split(o, dtype)
+    return o, checkpoint_name(rest, CHECKPOINT_NAMES[0])
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _split(o: Array, dtype: Any) -> tuple[Array, Array]:
-    """o in half precision, and what it lost there: of a row's do * o all gradients of its logits have the same error,
-    which does not average out (arXiv:2510.04212)."""
     rounded = o.astype(dtype)
     return rounded, (o - rounded.astype(o.dtype)).astype(jnp.bfloat16)
+
+
+def joined(o: Array, rest: Array | None) -> Array:
+    """What was `split`."""
+    return o if rest is None else _joined(o, rest)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -323,7 +337,7 @@ def _attention_bwd(call: Call, residuals, cotangents):
     do, dlse, _ = cotangents
     do = _zeros_like(o) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    o = o if rest is None else _joined(o, rest)
+    o = joined(o, rest)
     dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
     return dq, dk, dv, {name: grads.get(name) for name in operands}
 

@@ -70,7 +70,10 @@ def _forward(gathering: Gathering, q, k, v, operands, within):
 
     dtype = accumulator(q.dtype)
     row = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype)
-    made = [jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), *[row] * gathering.call.row_results(operands)]
+    made = [
+        jnp.zeros((*q.shape[:3], v.shape[3]), gathering.call.rules.result(q.dtype)),
+        *[row] * gathering.call.row_results(operands),
+    ]
     o, *rows = _over_groups(gathering, k, v, axes.vary_alike((made, q))[0], step)
     return api.results(gathering.call, [o, *_within(rows, within)])
 
@@ -97,17 +100,19 @@ def _over_groups(gathering: Gathering, k: Array, v: Array, state: Any, step: Cal
 def _attention_fwd(gathering: Gathering, q, k, v, operands, within):
     wanted = api.wanted_of(operands)
     q, k, v, operands, within = api.values((q, k, v, operands, within))
-    o, lse, largest, stats = _forward(gathering, q, k, v, operands, within)
+    unrounded = dataclasses.replace(gathering, call=api.unrounded(gathering.call))
+    o, lse, largest, stats = _forward(unrounded, q, k, v, operands, within)
+    o, rest = api.split(o, q.dtype)
     o, lse, stats = api.named(o, lse, stats)
-    return (o, lse, largest), (q, k, v, operands, within, o, stats, wanted)
+    return (o, lse, largest), (q, k, v, operands, within, o, rest, stats, wanted)
 
 
 def _attention_bwd(gathering: Gathering, residuals, cotangents):
-    q, k, v, operands, within, o, stats, wanted = residuals
+    q, k, v, operands, within, o, rest, stats, wanted = residuals
     do, dlse, _ = cotangents
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    call = share.wide(gathering.call)
+    o, call = api.joined(o, rest), share.wide(gathering.call)
 
     def scattered(made: dict[str, Array], group: Any) -> dict[str, Array]:
         """With what the group before gave for keys."""

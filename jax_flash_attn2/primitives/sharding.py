@@ -259,7 +259,8 @@ def _letters(name: str, x: Array, q: Array, k: Array) -> str:
 def _whole_batches(names: Sequence[str], operands: Sequence[Array], batch: int) -> list[Array]:
     """Operands whose batch axis has a period of its own, repeated: their batches must divide as all others do."""
     fixed = lambda name: is_read(name) or name in SERVED
-    return [x if fixed(n) else for_every_batch(x, batch) for n, x in zip(names, operands, strict=True)]
+    parts = [not fixed(n) and 1 < x.shape[0] < batch for n, x in zip(names, operands, strict=True)]
+    return [for_every_batch(x, batch) if p else x for p, x in zip(parts, operands, strict=True)]
 
 
 def _divided(maths, own_share, args, what: Division, params) -> list[Array]:
