@@ -1,8 +1,8 @@
 """Which versions of other packages there must be. Each is looked at where it is first needed, so that one too old is
 named, and not what it lacks.
 
-What is older does not work with a jax that does: jax 0.10 fails under sharding, jax-triton 0.4.0 takes no `out_type`,
-Triton 3.7 no tensor descriptors from the host; Flax 0.12.6 and Equinox 0.13.0 use what jax 0.11 took away.
+What is older lacks something: jaxlib 0.10 what jax-triton 0.4.1 launches kernels with, jax-triton 0.4.0 None for an
+argument, Triton 3.7 tensor descriptors from the host. Flax 0.12.6 and Equinox 0.13.0 use what jax 0.11 took away.
 """
 
 import importlib.metadata
