@@ -41,7 +41,7 @@ import jax_flash_attn2
 def test_an_old_jax_is_refused():
     done = subprocess.run([sys.executable, "-c", AN_OLD_JAX], cwd=matrix.ROOT, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
-        'ImportError: jax_flash_attn2 needs jax 0.11 or later, got 0.10.2: pip install --upgrade "jax>=0.11"'
+        'ImportError: jax_flash_attn2 needs jax 0.11.1 or later, got 0.10.2: pip install --upgrade "jax>=0.11.1"'
     )
 
 
@@ -55,7 +55,7 @@ def test_adapters_refuse_what_is_too_old(monkeypatch, name, old, oldest):
         importlib.reload(getattr(jax_flash_attn2, name))
 
 
-@pytest.mark.parametrize("version", ["0.11", "0.11.0", "0.11.0.dev20260801", "0.11.0rc1", "0.12.0+cpu", "1", None])
+@pytest.mark.parametrize("version", ["0.11.1", "0.11.1.dev20260801", "0.11.1rc1", "0.12", "0.12.0+cpu", "1", None])
 def test_what_is_new_enough(monkeypatch, version):
     monkeypatch.setattr(versions, "installed", lambda package: version)
     versions.check("jax_flash_attn2", "jax")

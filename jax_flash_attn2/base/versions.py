@@ -1,15 +1,16 @@
 """Which versions of other packages there must be. Each is looked at where it is first needed, so that one too old is
 named, and not what it lacks.
 
-What is older lacks something: jaxlib 0.10 what jax-triton 0.4.1 launches kernels with, jax-triton 0.4.0 None for an
-argument, Triton 3.7 tensor descriptors from the host. Flax 0.12.6 and Equinox 0.13.0 use what jax 0.11 took away.
+Older ones lack something: jaxlib 0.11.0 what jax-triton 0.4.1 describes tensors with, and jax 0.11.0 a `ClosedJaxpr`
+that makes arguments of constants; jax-triton 0.4.0 None for an argument; Triton 3.7 tensor descriptors from the host.
+Flax 0.12.6 and Equinox 0.13.0 use what jax 0.11 took away.
 """
 
 import importlib.metadata
 import re
 from collections.abc import Iterator
 
-OLDEST = {"jax": "0.11", "jax-triton": "0.4.1", "triton": "3.8", "flax": "0.12.7", "equinox": "0.13.1"}
+OLDEST = {"jax": "0.11.1", "jax-triton": "0.4.1", "triton": "3.8", "flax": "0.12.7", "equinox": "0.13.1"}
 """By distribution. The extras in pyproject.toml ask for these or later; for what all tests pass with, that is."""
 UNTESTED = {"jax": "0.12", "jax-triton": "0.5", "triton": "3.10"}
 """From which on the kernels are tried with none: the extra `triton` stops there."""
