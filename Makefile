@@ -15,8 +15,6 @@ unexport PYTHONDONTWRITEBYTECODE
 CPU := JAX_PLATFORMS=cpu
 PYTEST := .venv/bin/python -m pytest
 WORKERS := -n $(JOBS) --dist worksteal
-OTHER_triton38 := triton==3.8.0
-OTHER_jax012 := $(addsuffix ==0.12.0.1,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)
 
 .PHONY: help demo test test-ci test-all environment test-xla test-kernels test-codegen test-gpu test-matrix codegen bench lint
 .PHONY: docs faults fuzz gallery generate long-context test-drawn test-ptxas lock clean
@@ -43,7 +41,8 @@ ifeq ($(shell uname -s),Linux) # there is no Triton elsewhere
 TRITON := test-kernels test-codegen
 MATRIX := test-matrix
 endif
-# Each day `make test` looks at another third of the combinations of options, and another ninth of the tuned kernels.
+# Each day `make test` looks at another third of the combinations of options, and another ninth of the tuned kernels; the
+# matrix has rows that are run every third day.
 TODAY := $(shell echo $$(( $$(date -u +%s) / 86400 )))
 TODAYS = THIRD=$(or $(THIRD),$(shell echo $$(($(TODAY) % 3)))) NINTH=$(or $(NINTH),$(shell echo $$(($(TODAY) % 9))))
 
@@ -87,16 +86,8 @@ test-codegen: .venv/dev.stamp
 test-gpu: .venv/dev.stamp
 	$(PYTEST) --gpu tests/test_gpu.py $(SOME)
 
-# Each option alone, and all of them; what pairs of options do does not depend on a version.
-ALONE := -k "not pair and not bias_"
-
-test-matrix: .venv-triton38/stamp .venv-jax012/stamp test-ptxas ## the oldest Triton, the newest JAX, the oldest CUDA
-	TRITON_INTERPRET=1 $(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_kernels.py tests/test_gallery.py $(ALONE)
-	$(CPU) .venv-triton38/bin/python -m pytest $(WORKERS) tests/test_lowering.py $(ALONE)
-	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) $(addprefix tests/test_,xla.py block_mask.py score_mod.py) $(ALONE)
-	$(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_context_parallel.py -k "shard_map or half or several"
-	$(CPU) .venv-jax012/bin/python -m pytest tests/test_lowering.py -k smoke
-	TRITON_INTERPRET=1 $(CPU) .venv-jax012/bin/python -m pytest $(WORKERS) tests/test_translate.py -k "not drawn"
+test-matrix: .venv/dev.stamp test-ptxas ## other versions of Python, JAX, Triton, Flax and Equinox; the oldest CUDA
+	.venv/bin/python tests/matrix.py --jobs $(JOBS) $(if $(THIRD),--third $(THIRD))
 
 # CUDA's ptxas, the oldest for each chip: what JAX may assemble with.
 ASSEMBLED := causal=True,head_dim=128,extra=|dropout|blocks
@@ -188,11 +179,4 @@ clean: ## remove the environments and everything generated
 
 .venv-dist/stamp: $(LOCK) | .venv-dist/bin/pip
 	.venv-dist/$(PIP_INSTALL) -c $(LOCK) setuptools $(DIST_TOOLS)
-	@touch $@
-
-# The matrix: .venv but for what is named here, which is found first.
-.venv-triton38/stamp .venv-jax012/stamp: .venv-%/stamp: .venv/dev.stamp | .venv-%/bin/pip
-	$(@D)/$(PIP_INSTALL) --no-deps $(OTHER_$*)
-	.venv/bin/python -c 'import site; print(*site.getsitepackages())' > "$$(echo $(@D)/lib/python*/site-packages)/rest.pth"
-	$(@D)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

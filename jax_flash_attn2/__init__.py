@@ -7,6 +7,10 @@ are imported when they are first used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .base import versions as _versions
+
+_versions.check("jax_flash_attn2", "jax")
+
 from . import masks
 from .base.config import Config
 from .base.version import VERSION as __version__

@@ -5,7 +5,6 @@
 
 import argparse
 import collections
-import importlib.metadata
 import os
 import platform
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
+from .base import versions
 from .base.version import VERSION
 from .call.explain import explained
 from .gpu import store
@@ -66,10 +66,9 @@ def about() -> Iterator[tuple[str, str]]:
     yield "version", f"{VERSION}, in {os.path.dirname(__file__)}"
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     for package in PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield package, "not installed"
+        yield package, versions.installed(package) or "not installed"
+    for newer in versions.untested(*versions.KERNELS):
+        yield "newer", newer
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     yield "devices", ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
     q = jnp.zeros((1, 16, 1, 64), jnp.bfloat16)

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .base import names
+from .base import names, versions
 from .base.errors import install
 from .call.api import flash_attention
 from .call.combined import booleans, both, floating, is_structured
 from .call.options import AnyMask
 
+versions.check("jax_flash_attn2.equinox", "equinox")
 try:
     import equinox as eqx
 except ImportError as error:

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .base import names
+from .base import names, versions
 from .base.config import Config, Precision
 from .call import inputs
 from .call.api import flash_attention
 from .call.combined import booleans, both, floating, is_structured
+
+versions.check("jax_flash_attn2.flax", "flax")
 
 _NOT_OPTIONS = {
     **dict.fromkeys(("q", "k", "v"), "Flax gives it"),
@@ -206,7 +208,8 @@ def _refuse_causal_decoding(seqlen_q: int, seqlen_k: int) -> None:
     if seqlen_q == 1 < seqlen_k:
         raise ValueError(
             f"is_causal=True counts from the first key, so this one query would see key 0 of {seqlen_k} alone; in a "
-            f'decode step pass is_causal=False (the mask does the work), or set causal_alignment="bottom_right"'
+            f"decode step pass is_causal=False (the mask does the work), as Flax does from 0.12.12 on, or set "
+            f'causal_alignment="bottom_right"'
         )
 
 

@@ -3,12 +3,14 @@
 JAX can bound the folder by itself, but then reads all of it, under a lock, for each program that it writes.
 """
 
+import sys
 from pathlib import Path
 
 import jax
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
-XLA = CACHE / "xla"
+XLA = CACHE / ("xla" if sys.version_info < (3, 14) else "xla-zstd")
+"""From Python 3.14 on JAX compresses otherwise, and reads nothing that an older one wrote."""
 LIMIT = 2**30
 """Bytes; a run of everything leaves about a tenth of it."""
 

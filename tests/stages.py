@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "tests" / "stages.toml"
 PASSED = ROOT / ".cache" / "passed"
 """A file for each stage that passed, named by it, which holds what `state` said then."""
-SOURCES = ("jax_flash_attn2", "kernels", "benchmarks", "tests", "pyproject.toml", "requirements-dev.lock")
+SOURCES = (
+    "jax_flash_attn2",
+    "kernels",
+    "benchmarks",
+    "tests",
+    "tests/matrix.toml",
+    "pyproject.toml",
+    "requirements-dev.lock",
+)
 MORE = 1.2
 LEAST = 5.0
 """CPU-seconds by which a stage must be slower, too: a small one may take twice its time by chance."""

@@ -336,6 +336,8 @@ SENT = {
 @pytest.mark.parametrize("name", SENT)
 def test_sends_no_constants(name):
     """Nothing goes to the device unasked for, outside of jit too, in either direction."""
+    if name == "higher_order" and jax.__version_info__ < (0, 11, 2):
+        pytest.skip("the transpose of JAX's slice sent a 0 before 0.11.2")
     options, keys = SENT[name], X[:, :12] if name == "offset" else X
     bias = jnp.zeros((1, 2, 1, keys.shape[1]))
 

@@ -11,8 +11,8 @@ def install(extra: str) -> str:
     return f'pip install ".[{extra}]" in a checkout of jax_flash_attn2'
 
 
-def missing_triton_error(cause: ImportError) -> ImportError:
-    """The GPU extras are not installed."""
+def missing_triton_error(cause: ImportError | str) -> ImportError:
+    """The GPU extras are not installed, or others than they would be."""
     return ImportError(
         f"the Triton kernels need jax-triton and triton ({cause}): {install('cuda13')} (or [cuda12]), "
         'or pass implementation="xla"'

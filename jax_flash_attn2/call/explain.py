@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..base.known import is_known, now
 from ..base.operands import HIDING
 from ..base.spec import Spec
 from ..gpu import functions, interpret, passes, short, tuning
+from ..gpu.loading import launcher
 from ..gpu.target import INTERPRETED, Target, of_default_backend
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
@@ -192,10 +192,7 @@ def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target 
     if call.target is None and not gpu:
         return None, (f"the Triton kernels need a GPU, and JAX's default backend is {jax.default_backend()}",)
     if gpu or call.implementation == "triton":
-        try:
-            importlib.import_module("..gpu.launch", __package__)
-        except ImportError as error:
-            raise errors.missing_triton_error(error) from error
+        launcher()
     reason = "an enclosing gpu_target names it" if call.target else "JAX's default backend is this GPU"
     return call.target or of_default_backend(), (reason,)
 

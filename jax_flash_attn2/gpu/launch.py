@@ -20,6 +20,7 @@ from jax.interpreters import partial_eval
 from jax_triton import triton_lib
 from triton._C import libtriton
 
+from ..base import versions
 from ..base.config import Tuned
 from ..base.errors import shared_memory_error
 from ..base.spec import Spec
@@ -34,6 +35,7 @@ _LINES = os.environ.get("TRITON_DISABLE_LINE_INFO") == "0"
 # The SHA-256 of jax-triton's `_compile_kernel` (0.4.1). `_rebuilt` does what the end of that function does; where it
 # is another, nothing is kept.
 _KNOWN = ("e19dbe877090a5c0c16b1c6620be5aaf799316f1f021e832dbbcf89c379440c5",)
+_NEWER = tuple(versions.untested(*versions.KERNELS))
 
 
 def run(
@@ -51,25 +53,37 @@ def run(
             f"got {jt.__version__}; leave it None"
         )
     absent = {name: None for name, x in zip(_output_names(kernel, outputs), outputs, strict=True) if x is None}
-    results = jt.triton_call(
-        *(_operand(x, target, config) for x in operands),
-        kernel=kernel,
-        out_type=tuple(x for x in outputs if x is not None),
-        grid=(programs,),
-        name=kernel.__name__,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        compute_capability=target.capability or None,
-        backend_options=tuning.compiler_options(config, target),
-        SPEC=spec,
-        CFG=config,
-        **absent,
-    )
+    with _noted():
+        results = jt.triton_call(
+            *(_operand(x, target, config) for x in operands),
+            kernel=kernel,
+            out_type=tuple(x for x in outputs if x is not None),
+            grid=(programs,),
+            name=kernel.__name__,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            compute_capability=target.capability or None,
+            backend_options=tuning.compiler_options(config, target),
+            SPEC=spec,
+            CFG=config,
+            **absent,
+        )
     waiting = iter(results)
     return tuple(None if x is None else next(waiting) for x in outputs)
 
 
 _lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    """What fails with versions that nobody has tried says so; what works with them says nothing."""
+    try:
+        yield
+    except Exception as error:
+        for newer in _NEWER:
+            error.add_note(newer)
+        raise
 
 
 @contextlib.contextmanager
@@ -196,7 +210,7 @@ def _wrap_compiler() -> None:
         if kept is not None:
             result = _rebuilt(kept, gpu_target, backend_options)
         else:
-            with _lines(_LINES):
+            with _lines(_LINES), _noted():
                 result = compile_kernel(self, spec, gpu_target, backend, backend_options)
             if key is not None:
                 kernel = _compiled(result, gpu_target)

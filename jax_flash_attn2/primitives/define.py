@@ -17,15 +17,11 @@ from jax.interpreters import ad, mlir
 from .. import xla
 from ..base.arguments import accumulator
 from ..base.config import PASSES
-from ..base.errors import (
-    higher_order_error,
-    missing_triton_error,
-    narrow_pages_error,
-    not_on_this_platform_error,
-)
+from ..base.errors import higher_order_error, narrow_pages_error, not_on_this_platform_error
 from ..base.operands import for_every_batch, names_of, summed_to
 from ..base.spec import Spec
 from ..gpu import interpret, passes, short, tuning
+from ..gpu.loading import launcher
 from ..gpu.target import INTERPRETED, of_platform
 from . import sharding
 from .call import Call
@@ -164,10 +160,7 @@ def _on_gpu(maths, platform: str):
     def lowered(*operands, call: Call, **params):
         if not call.wants_triton(operands[0].dtype):
             return maths(None, None, *operands, call=call, **params)
-        try:
-            from ..gpu import launch
-        except ImportError as error:
-            raise missing_triton_error(error) from error
+        launch = launcher()
         target = call.target or of_platform(platform)
         if operands[1].dtype == jnp.float8_e4m3fn and 0 < target.capability < 89:
             raise narrow_pages_error(operands[1].dtype, target)
