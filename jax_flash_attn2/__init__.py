@@ -14,8 +14,9 @@ _versions.check("jax_flash_attn2", "jax")
 from . import masks
 from .base.config import Config
 from .base.version import VERSION as __version__
-from .call.api import CHECKPOINT_NAMES, flash_attention, get_cached_flash_attention
+from .call.api import flash_attention, get_cached_flash_attention
 from .call.explain import Explanation, supported
+from .call.kept import CHECKPOINT_NAMES
 from .context.attention import context_parallel_attention
 from .context.explaining import ContextExplanation, explain
 from .context.merging import merge

@@ -9,7 +9,6 @@ from typing import Any, Literal, Protocol, Unpack, overload
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives, xla
@@ -21,13 +20,8 @@ from ..base.spec import Spec
 from ..functions.trace import ScoreFunction
 from ..primitives import sharding
 from ..primitives.call import Call
-from . import inputs
+from . import inputs, kept
 from .options import AnyMask, Options
-
-CHECKPOINT_NAMES = ("flash_attention_o", "flash_attention_lse")
-"""What `jax.checkpoint` must save so that a backward pass does not run attention forward again:
-`policy=jax.checkpoint_policies.save_only_these_names(*CHECKPOINT_NAMES)`."""
-
 
 ARRAYS = (
     *("q", "k", "v", "bias", "mask", "sinks", "alibi_slopes", "q_segment_ids", "kv_segment_ids"),
@@ -286,50 +280,13 @@ def values(given: Any) -> Any:
     return jax.tree.map(lambda x: x.value, given, is_leaf=lambda x: hasattr(x, "perturbed"))
 
 
-def named(o: Array, lse: Array, stats: tuple[Array, ...]) -> tuple[Array, Array, tuple[Array, ...]]:
-    """Results by `CHECKPOINT_NAMES`, and what the backward pass reads of rows: stats, or lse if there are none."""
-    o_name, lse_name = CHECKPOINT_NAMES
-    o, lse = checkpoint_name(o, o_name), checkpoint_name(lse, lse_name)
-    return o, lse, tuple(checkpoint_name(x, lse_name) for x in stats) or (lse,)
-
-
 def _attention_fwd(call: Call, q, k, v, operands):
     wanted = wanted_of(operands)
     q, k, v, operands = values((q, k, v, operands))
-    o, lse, row_max, stats = results(call, primitives.forward(unrounded(call), q, k, v, operands))
-    o, rest = split(o, q.dtype)
-    o, lse, stats = named(o, lse, stats)
+    o, lse, row_max, stats = results(call, primitives.forward(kept.unrounded(call), q, k, v, operands))
+    o, rest = kept.split(o, q.dtype)
+    o, lse, stats = kept.named(o, lse, stats)
     return (o, lse, row_max), (q, k, v, operands, o, rest, stats, wanted)
-
-
-def unrounded(call: Call) -> Call:
-    """What runs forward where there is a backward pass: its o is for `split`, where the rules want it precise."""
-    return primitives.wide(call) if call.rules.precise else call
-
-
-def split(o: Array, dtype: Any) -> tuple[Array, Array | None]:
-    """o in this dtype, and what it lost, if so: of a row's do * o all gradients of its logits have the same error,
-    which does not average out (arXiv:2510.04212)."""
-    if o.dtype == dtype:
-        return o, None
-    o, rest = _split(o, dtype)
-    return o, checkpoint_name(rest, CHECKPOINT_NAMES[0])
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _split(o: Array, dtype: Any) -> tuple[Array, Array]:
-    rounded = o.astype(dtype)
-    return rounded, (o - rounded.astype(o.dtype)).astype(jnp.bfloat16)
-
-
-def joined(o: Array, rest: Array | None) -> Array:
-    """What was `split`."""
-    return o if rest is None else _joined(o, rest)
-
-
-@functools.partial(jax.jit, inline=True)
-def _joined(o: Array, rest: Array) -> Array:
-    return o.astype(jnp.float32) + rest.astype(jnp.float32)
 
 
 def _attention_bwd(call: Call, residuals, cotangents):
@@ -337,7 +294,7 @@ def _attention_bwd(call: Call, residuals, cotangents):
     do, dlse, _ = cotangents
     do = _zeros_like(o) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    o = joined(o, rest)
+    o = kept.joined(o, rest)
     dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
     return dq, dk, dv, {name: grads.get(name) for name in operands}
 

@@ -18,7 +18,7 @@ from .. import primitives
 from ..base import axes
 from ..base.arguments import accumulator
 from ..base.operands import is_read
-from ..call import api
+from ..call import api, kept
 from ..primitives import share
 from ..primitives.call import Call
 from .messages import packed, unpacked
@@ -100,10 +100,10 @@ def _over_groups(gathering: Gathering, k: Array, v: Array, state: Any, step: Cal
 def _attention_fwd(gathering: Gathering, q, k, v, operands, within):
     wanted = api.wanted_of(operands)
     q, k, v, operands, within = api.values((q, k, v, operands, within))
-    unrounded = dataclasses.replace(gathering, call=api.unrounded(gathering.call))
+    unrounded = dataclasses.replace(gathering, call=kept.unrounded(gathering.call))
     o, lse, largest, stats = _forward(unrounded, q, k, v, operands, within)
-    o, rest = api.split(o, q.dtype)
-    o, lse, stats = api.named(o, lse, stats)
+    o, rest = kept.split(o, q.dtype)
+    o, lse, stats = kept.named(o, lse, stats)
     return (o, lse, largest), (q, k, v, operands, within, o, rest, stats, wanted)
 
 
@@ -112,7 +112,7 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
     do, dlse, _ = cotangents
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    o, call = api.joined(o, rest), share.wide(gathering.call)
+    o, call = kept.joined(o, rest), share.wide(gathering.call)
 
     def scattered(made: dict[str, Array], group: Any) -> dict[str, Array]:
         """With what the group before gave for keys."""

@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from .. import primitives
 from ..base import axes
 from ..base.operands import summed_to
-from ..call import api
+from ..call import api, kept
 from ..primitives import share
 from ..primitives.call import Call
 from . import collectives, parts
@@ -104,8 +104,8 @@ def _attention_fwd(ring: Ring, q, k, v, operands, within):
     q, k, v, operands, within = api.values((q, k, v, operands, within))
     part = _forward(ring, q, k, v, operands, within)
     o, lse, largest = _finished(ring, q, part, operands)
-    o, rest = api.split(part.o, q.dtype) if ring.call.rules.precise else (o, None)
-    o, lse, stats = api.named(o, lse, (part.m, part.l) if ring.call.row_stats(operands) == 2 else ())
+    o, rest = kept.split(part.o, q.dtype) if ring.call.rules.precise else (o, None)
+    o, lse, stats = kept.named(o, lse, (part.m, part.l) if ring.call.row_stats(operands) == 2 else ())
     return (o, lse, largest), (q, k, v, operands, within, o, rest, stats, wanted)
 
 
@@ -114,7 +114,7 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
     do, dlse, _ = cotangents
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    o, call, spread = api.joined(o, rest), share.wide(ring.call), ring.spread
+    o, call, spread = kept.joined(o, rest), share.wide(ring.call), ring.spread
     of_hops = tuple(name for name in wanted if name != "sinks")
 
     def step(sums: dict[str, Array], keys: "_Keys", hop: Any) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from .. import primitives
 from ..base import axes
 from ..base.operands import BLOCK_LISTS, is_read
-from ..call import api
+from ..call import api, kept
 from ..primitives import share
 from ..primitives.call import Call
 from .spread import Spread
@@ -85,10 +85,10 @@ def _attention_fwd(ulysses: Ulysses, q, k, v, operands):
     q, k, v = ulysses.exchange(*api.values((q, k, v)))
     operands = api.values(operands)
     o, lse, largest, stats = api.results(
-        ulysses.call, primitives.forward(api.unrounded(ulysses.call), q, k, v, operands)
+        ulysses.call, primitives.forward(kept.unrounded(ulysses.call), q, k, v, operands)
     )
-    o, rest = api.split(o, q.dtype)
-    o, lse, stats = api.named(o, lse, stats)
+    o, rest = kept.split(o, q.dtype)
+    o, lse, stats = kept.named(o, lse, stats)
     return ulysses.back(o, lse, largest), (q, k, v, operands, o, rest, stats, wanted, copies)
 
 
@@ -100,7 +100,7 @@ def _attention_bwd(ulysses: Ulysses, residuals, cotangents):
     dlse = None if isinstance(dlse, SymbolicZero) else spread.exchanged(dlse, 1, 2)
     if copies > 1:  # whose gradients are summed before they are rounded
         call = share.wide(call)
-    o = api.joined(o, rest)
+    o = kept.joined(o, rest)
     dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
     dq, dk, dv = (spread.returned(x, 2, 1) for x in (dq.astype(q.dtype), dk, dv))
     dk, dv = (x.reshape(*x.shape[:2], -1, copies, x.shape[3]).sum(3).astype(k.dtype) for x in (dk, dv))
