@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import stat
@@ -55,11 +54,11 @@ class Fault:
     """Of a source of chance, and an empty folder."""
 
 
-def start(*command: str, before: Callable[[], None] | None = None, **environment: str) -> subprocess.Popen:
-    """A process of `faulty.py`, leader of a group of its own. before: what it does first."""
+def start(*command: str, **environment: str) -> subprocess.Popen:
+    """A process of `faulty.py`, leader of a group of its own."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore:os.fork:RuntimeWarning", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*PROGRAM, *command], env=env, start_new_session=True, preexec_fn=before, **pipes)
+    return subprocess.Popen([*PROGRAM, *command], env=env, start_new_session=True, **pipes)
 
 
 def ended(process: subprocess.Popen) -> tuple[Any, str]:
@@ -196,10 +195,7 @@ def full_disk_lowering(rng: random.Random, folder: Path) -> str:
 def no_more_in_a_file(rng: random.Random, folder: Path) -> str:
     """A limit on the size of files, which cuts writing short wherever it likes."""
     size = rng.randrange(1, 60_000)
-    limited = start(
-        "keep", str(folder), "0", "20", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size,) * 2)
-    )
-    assert ended(limited)[1].count("cannot be written") == 1
+    assert ended(start("keep", str(folder), "0", "20", "", str(size)))[1].count("cannot be written") == 1
     kept, unfinished = whole(folder)
     assert (len(kept.entries()), unfinished) == (0, 0)
     return "nothing is kept"

@@ -33,9 +33,14 @@ def content(number: int) -> tuple[str, dict[str, Any], dict[str, bytes]]:
     return f"kernel {number}", {"name": f"k{number}"}, {"ttir": rng.randbytes(4000), "binary": rng.randbytes(60_000)}
 
 
-def keep(folder: str, first: str, count: str, form: str = "") -> None:
-    """Keeps kernels, one after the other; says how often each was there already and as it should be."""
+def keep(folder: str, first: str, count: str, form: str = "", longest: str = "") -> None:
+    """Keeps kernels, one after the other; says how often each was there already and as it should be. longest: bytes
+    that a file may have."""
     store = store_module()
+    if longest:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(longest),) * 2)
     if form:
         store.FORMAT, store.MAGIC = int(form), b"jax_flash_attn2 kernel %d\n" % int(form)
     kept, found = store.Store(Path(folder), 2**30), 0
