@@ -133,7 +133,9 @@ def passes(row: Row, jobs: int) -> bool:
         command = [python, "-m", "pytest", *[f"tests/test_{name}.py" for name in run.tests]]
         command += ["-n", str(jobs), "--dist", "worksteal", *(["-k", run.only] if run.only else [])]
         settings = {"JAX_PLATFORMS": "cpu"} | ({"TRITON_INTERPRET": "1"} if run.interpret else {})
-        good &= subprocess.run(command, cwd=ROOT, env=os.environ | settings).returncode == 0
+        if status := subprocess.run(command, cwd=ROOT, env=os.environ | settings).returncode:
+            print(f"=== {row.name}: {run.shows}: status {status}", flush=True)  # a signal's says nothing by itself
+            good = False
     return good
 
 
