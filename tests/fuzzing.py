@@ -366,8 +366,9 @@ def _go_together(kind: str, options: dict[str, Any]) -> bool:
     """Whether a kind of values says something of a case, and the numbers of its dtype hold it."""
     return {
         "largest": options["dtype"] == "float16",
-        # Not of two keys that are equal: then log(2) is lost beside lse (docs/limits.md).
-        "huge logits": options["dtype"] == "float32" or (options["dtype"] == "bfloat16" and options["head_dim"] > 1),
+        # For kernels not where two keys are equal: then log(2) is lost beside lse (docs/limits.md).
+        "huge logits": options["dtype"] == "float32"
+        or (options["dtype"] == "bfloat16" and (options["head_dim"] > 1 or not interpret.enabled())),
         "hiding": bool(options["bias"]),
         "empty": bool(options["lengths"]),
         "last positions": bool(options["positions"]),

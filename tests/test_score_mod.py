@@ -328,3 +328,20 @@ def test_gradients_by_half_arrays_are_rounded_once(higher_order):
     x = jnp.array([0.5, 1.0, 2.0])
     got = jax.grad(functools.partial(loss, higher_order=higher_order))(x.astype(jnp.bfloat16))
     np.testing.assert_allclose(got.astype(jnp.float32), jax.grad(loss)(x), rtol=2**-8)
+
+
+@on_xla
+def test_higher_derivatives_take_nothing_of_what_is_hidden():
+    """Where a row does not see a key the function's slopes, by x and by the score, are NaN or infinite."""
+
+    def loss(q, x, ago):
+        score_mod = lambda s, b, h, i, j: s * jnp.sqrt(ago(i, j)) - jnp.log(ago(i, j) + s * 0) * x[j] ** 2
+        return (flash_attention(q, q, q, score_mod=score_mod, causal=True, higher_order=True, config=TILES) * W).sum()
+
+    def second(ago):
+        slopes = jax.grad(lambda q, x: loss(q, x, ago), (0, 1))
+        out, along = jax.jvp(slopes, (Q, READ["rows"][0]), (W, READ["rows"][1]))
+        return out, along, jax.grad(lambda q: sum((x**2).sum() for x in slopes(q, READ["rows"][0])))(Q)
+
+    got, want = second(lambda i, j: i - j + 1.0), second(lambda i, j: jnp.maximum(i - j, 0) + 1.0)
+    assert_near(got, want)

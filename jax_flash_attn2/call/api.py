@@ -118,10 +118,11 @@ def flash_attention(
         for fp64), and of the int32 numbers of batch (all batch axes as one), query head, row and key. Logits are made
         in this order: softmax_scale * q kᵀ, score_mod, logits_soft_cap, bias, alibi_slopes, masks. It may close over
         arrays, also traced ones, and index them with b, h, i, j and what it computes of these; floating ones have
-        gradients. -inf hides a key. What a mask hides it changes nothing for: not even a NaN arrives (with
-        higher_order=True, gradients excepted). The kernels take what `explain` can show as Triton source; "xla" takes
-        all that JAX does. Each element of an array that it reads adds, where the array's gradient is wanted, one more
-        pass over the tiles; an index that both i and j decide, other than by i - j, also a sorted sum on GPUs.
+        gradients. -inf hides a key. What a mask hides it changes nothing for: not even a NaN arrives (but,
+        with higher_order=True, in gradients of functions that read arrays but by elements). The kernels take what
+        `explain` can show as Triton source; "xla" takes all that JAX does. Each element of an array that it reads
+        adds, where the array's gradient is wanted, one more pass over the tiles; an index that both i and j decide,
+        other than by i - j, also a sorted sum on GPUs.
       causal: row i sees keys j <= i'.
       causal_alignment: "top_left" or "bottom_right" (the last row sees the last key): what i' is, for causal,
         window_size, alibi_slopes and dropout.

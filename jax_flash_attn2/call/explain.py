@@ -19,7 +19,7 @@ from ..base.operands import HIDING
 from ..base.spec import Spec
 from ..gpu import functions, interpret, passes, short, tuning
 from ..gpu.loading import launcher
-from ..gpu.target import INTERPRETED, Target, of_default_backend
+from ..gpu.target import INTERPRETED, Target, is_default, of_default_backend
 from ..primitives.call import Call
 from ..tiles import block_lists, spans
 from ..xla import by_head
@@ -176,7 +176,7 @@ def supported(q, k, v, bias=None, **options: Any) -> bool:
 
 def _target(call: Call, q: Array, v: Array, higher_order: bool) -> tuple[Target | None, tuple[str, ...]]:
     """The GPU that would run it, or None for XLA; and why."""
-    gpu = jax.default_backend() == "gpu"
+    gpu = is_default()
     if higher_order:
         return None, ("higher_order=True runs on XLA, which differentiates it to any order",)
     if inputs.is_wide(q, v) and call.implementation == "xla":

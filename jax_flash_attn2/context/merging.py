@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base.arguments import array
+from ..base.arguments import accumulator, array
 from . import parts
 
 
@@ -56,9 +56,9 @@ def _check(o1: Any, lse1: Any, o2: Any, lse2: Any) -> None:
             raise ValueError(
                 f"{name} must have {of}'s shape and dtype, {like.shape} {like.dtype}, got {x.shape} {x.dtype}"
             )
-    dtype = jnp.float64 if o1.dtype == jnp.float64 else jnp.float32
+    dtype = accumulator(o1.dtype)
     if lse1.dtype != dtype:
-        raise TypeError(f"lse1 must be {dtype.__name__} beside o1 in {o1.dtype}, got {lse1.dtype}; cast it")
+        raise TypeError(f"lse1 must be {dtype} beside o1 in {o1.dtype}, got {lse1.dtype}; cast it")
     wanted = (*o1.shape[:-3], o1.shape[-2], o1.shape[-3]) if o1.ndim >= 3 else None
     if lse1.shape != wanted:
         raise ValueError(

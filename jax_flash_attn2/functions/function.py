@@ -54,6 +54,9 @@ class Bound(NamedTuple):
     """To the score that it makes."""
     slope: Callable[..., Any]
     """To that one's derivative by the score."""
+    held: Callable[..., Any]
+    """Of one more, a bool, in front: value, with derivatives of any order that are 0 where it is False, whatever they
+    were (but by `Function.whole`)."""
     slopes: Callable[..., Any]
     """To its derivatives by each of `Function.reads`, a tuple."""
     places: Callable[..., Any]
@@ -148,7 +151,16 @@ class Function:
             reads = tuple(views.element(arrays[n], index).astype(score.dtype) for n, index in at)
             return jax.grad(given)(reads, score, *place) if reads else ()
 
-        return Bound(value, jax.grad(value), slopes, places)
+        def held(seen: Any, score: Any, *place: Any) -> Any:
+            if self.whole:  # no derivative of a scalar by a scalar
+                return value(score, *place)
+            at = zip(self._floats, places(score, *place), strict=True)
+            reads = [views.element(arrays[n], index) for n, index in at]
+            return _held(lambda score, *x: given(x[: len(reads)], score, *x[len(reads) :]), 1 + len(reads))(
+                seen, score, *reads, *place
+            )
+
+        return Bound(value, jax.grad(value), held, slopes, places)
 
     @functools.cached_property
     def _floats(self) -> tuple[int, ...]:
@@ -241,6 +253,27 @@ class Function:
                     results = evaluated_equation(eqn, [*map(get, eqn.invars)])
             env.update(zip(eqn.outvars, results, strict=True))
         return get(self.jaxpr.outvars[0])
+
+
+def _held(f: Callable[..., Any], floats: int) -> Callable[..., Any]:
+    """f, a function of scalars of which the first `floats` have derivatives, with one more argument in front, whether
+    they are anything but 0. It has to be said of each: what masks a gradient comes before a product with, say, an
+    infinite slope, or after it, as JAX goes through the function backward or forward."""
+
+    @jax.custom_jvp
+    def held(seen: Any, *x: Any) -> Any:
+        return f(*x)
+
+    @held.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        seen, *x = primals
+        along = 0
+        for n in range(floats):
+            slope = _held(jax.grad(f, n), floats)(seen, *x)
+            along += jnp.where(seen, slope, 0) * tangents[1 + n]
+        return held(seen, *x), along
+
+    return held
 
 
 def _is_given(eqn: Any, wider: dict[Any, Any]) -> bool:

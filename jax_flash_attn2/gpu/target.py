@@ -102,7 +102,7 @@ def named() -> Target | None:
 
 def is_default() -> bool:
     """Whether JAX runs things on a GPU unless it is told otherwise."""
-    return jax.default_backend() in ("gpu", "cuda", "rocm")
+    return jax.default_backend() == "gpu"
 
 
 INTERPRETED = Target(80)

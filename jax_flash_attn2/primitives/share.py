@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..xla import online
 from .call import Call
 from .plan import Plan
 
@@ -90,8 +91,7 @@ def sum_beside(lse: Array) -> Array:
 
 def lse_of(m: Array, l: Array, unit: Any) -> Array:
     """The logarithm of each row's sum l of exp((s - m) * unit), in nats. unit: how many nats there are to that of m."""
-    seen = l != 0
-    return jnp.where(seen, m * unit + jnp.log(jnp.where(seen, l, 1)), -jnp.inf)
+    return online.lse(m * unit, l)
 
 
 def _by_row(x: Array) -> Array:

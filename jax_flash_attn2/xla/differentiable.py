@@ -21,9 +21,8 @@ _HALF = ("float16", "bfloat16")
 """Of operands: their gradients, to which each block of rows adds, are summed in fp32."""
 
 
-def whole_rows(spec: Spec, config: Config | None, q: Any, k: Any, operands: Mapping[str, Any]) -> Tiling:
+def whole_rows(spec: Spec, config: Config, q: Any, k: Any, operands: Mapping[str, Any]) -> Tiling:
     """How `differentiable` cuts a call: some rows at a time, with all keys."""
-    config = config or Config()
     rows_at_once = max(_SCORES // (q.shape[0] * spec.heads * k.shape[1]), 16)
     config = dataclasses.replace(config, block_m=config.block_m or rows_at_once, block_n=k.shape[1])
     return Tiling(spec, config, q, k, operands, whole_rows=True, whole_keys=True)
@@ -48,7 +47,7 @@ def differentiable(
     @jax.checkpoint
     def query_block(block):
         start_m, q_tile, rows = block
-        logits = Logits(t, {**operands, **rows})
+        logits = Logits(t, {**operands, **rows}, natively=True)
         s, _ = logits.of(t.dot(q_tile, k, 3, 3), start_m, 0, t.masked)
         m = jnp.maximum(lax.stop_gradient(s).max(-1), HIDDEN)
         row_max = [jnp.where(m <= HIDDEN, -jnp.inf, m)] if spec.rules.max_logits else []

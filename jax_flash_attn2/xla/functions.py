@@ -24,9 +24,14 @@ class FunctionTiles:
         self.several = self.origin is not None or tiling.batch > self.function.batch
         self.bound = self.function.bound([*self.arrays.values()], self.several)
 
-    def of(self, s: Array, start_m, start_n) -> Array:
-        """What the function makes of a tile of scores."""
-        return mapped.over(self.bound.value, s, *self._place(start_m, start_n))
+    def of(self, s: Array, start_m, start_n, held: bool, seen: Array | None) -> Array:
+        """What the function makes of a tile of scores. held: JAX is to differentiate it, with nothing of what is not
+        seen."""
+        place = self._place(start_m, start_n)
+        if not held or seen is None:
+            return mapped.over(self.bound.value, s, *place)
+        seen = seen.reshape((1,) * (s.ndim - seen.ndim) + seen.shape)
+        return mapped.over(lambda s, seen, *place: self.bound.held(seen, s, *place), s, seen, *place)
 
     def visible(self, start_m, start_n) -> Array:
         """What a mask function shows of a tile; axes along which it does not vary have length 1."""

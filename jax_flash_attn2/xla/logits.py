@@ -26,8 +26,9 @@ A running maximum starts here. That is finite, so that `exp(s - m)` is 0, not Na
 class Logits:
     """The logits of a call, by tiles: one begins at row `start_m` and key `start_n`, or at that of key block j."""
 
-    def __init__(self, tiling: Tiling, operands: Mapping[str, Array]):
-        self.tiling, self.operands = tiling, operands
+    def __init__(self, tiling: Tiling, operands: Mapping[str, Array], natively: bool = False):
+        """natively: JAX differentiates them, and so a score function."""
+        self.tiling, self.operands, self.natively = tiling, operands, natively
         self.spec, self.dtype = tiling.spec, tiling.dtype
         rules = self.spec.rules
         self.score_function = None if rules.score is None else FunctionTiles(self, rules.score, score_arrays)
@@ -38,7 +39,10 @@ class Logits:
         of the soft cap, or None."""
         t, operands, capped = self.tiling, self.operands, None
         start_n = t.start_n(j)
-        s = products if self.score_function is None else self.score_function.of(products, start_m, start_n)
+        visible = self.visible(start_m, j) if masked else None
+        s = products
+        if self.score_function is not None:
+            s = self.score_function.of(s, start_m, start_n, self.natively, visible)
         if (cap := self.spec.rules.soft_cap) is not None:
             capped = jnp.tanh(s / cap)
             s = cap * capped
@@ -49,7 +53,7 @@ class Logits:
             s -= self.tile("slopes", start_m, start_n) * self.distances(start_m, start_n)
         if masked and "tile_weights" in operands:
             s -= self.of_block_mask(block_lists.log_weights, start_m, j).astype(self.dtype)
-        if masked and (visible := self.visible(start_m, j)) is not None:
+        if visible is not None:
             s = jnp.where(visible, s, -jnp.inf)  # even where a bias made s NaN
             if t.blocks_k > 1:
                 # So that what follows is the code of tiles without a mask, compiled once; fused with the mask, the
