@@ -176,9 +176,12 @@ def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None, *, decided:
     eps32, count = float(jnp.finfo(jnp.float32).eps), math.prod(case.axes("bhqk"))
     for name, x in got.items():
         assert x.shape == want[name].shape, name
+        if decided and name[0] == "d" and interpret.enabled():
+            continue  # docs/limits.md: beyond 10^7
         error, cancels = _error(x, want[name]), name == "dbias" and "k" not in case.bias
         dtype, size = (case.dtype, terms[name]) if name in SUMS else (x.dtype, _size(want[name]))
         band = (ROUNDINGS * float(jnp.finfo(dtype).eps) + largest_logit * eps32) * size
+        band += float(jnp.finfo(x.dtype).eps) * _size(want[name])  # the result is rounded to its own dtype
         band += ROUNDINGS * (float(jnp.finfo(x.dtype).eps) if cancels else eps32) * terms.get(name, 0.0)
         band += float(jnp.finfo(x.dtype).smallest_subnormal) + count * float(jnp.finfo(jnp.float32).tiny)
         if x.dtype.itemsize == 2:

@@ -1,5 +1,6 @@
 """How far roundings may carry results: what `checks.assert_near` allows for, beyond what the plain maths is off."""
 
+import functools
 import math
 from typing import Any
 
@@ -21,6 +22,9 @@ def of(case: Case, inner, given, cotangents, o):
     some roundings of the root of the sum of the squares of p * (|dp| + |delta| + |do| |o| + |dlse|), each times the
     derivative of its logit: `terms`. (dp is 0 where dropout hides it, and for a sink.)
 
+    The slope of a soft cap or a score function is rounded by as much as the largest of them is, 1 - tanh^2 where it is
+    nearly 0, and moves as the logit does that it is taken at: ds is off by as many roundings of itself times these.
+
     In half precision, moreover, ds is rounded before it meets k or q, and delta is made of an o that was: `rounded` has
     what one rounding of each leaves of dq, dk and dbias.
     """
@@ -39,16 +43,19 @@ def of(case: Case, inner, given, cotangents, o):
     to_bias = by_o**2
     ahead = distance(q, k, case.alignment, given.get("q_positions"), given.get("kv_positions"))
     qk = logits(q, k, scale=1.0)
-    made, through_cap, seen = scale * qk, squares, squares > 0
+    made, through_cap, seen, whole = scale * qk, squares, squares > 0, 1.0
     if case.score:
         made = everywhere(arrays["score_mod"], made, seen)
     if case.soft_cap is not None:
-        slope = jax.jvp(lambda s: capped(s, case.soft_cap), (made,), (jnp.ones_like(qk),))[1]
-        through_cap, ds, by_o = squares * slope**2, ds * slope, by_o * slope
+        of_cap = jax.grad(lambda s: capped(s, case.soft_cap))
+        slope, apart = _slope(lambda s, *place: of_cap(s), made, seen)
+        through_cap, ds, by_o = squares * slope**2 + (ds * apart) ** 2, ds * slope, by_o * slope
+        whole = slope
     through_score = through_cap
     if case.score:
-        slope = everywhere(jax.grad(arrays["score_mod"]), scale * qk, seen)
-        through_score = jnp.where(seen, through_cap * slope**2, 0)
+        slope, apart = _slope(jax.grad(arrays["score_mod"]), scale * qk, seen)
+        before, whole = ds, whole * slope
+        through_score = jnp.where(seen, through_cap * slope**2 + (ds * apart) ** 2, 0)
         ds, by_o = (jnp.where(seen, x * slope, 0) for x in (ds, by_o))
 
     def summed(function, x, squares):
@@ -68,8 +75,10 @@ def of(case: Case, inner, given, cotangents, o):
     terms = {"dq": to_dq(through_score), "dk": to_dk(through_score), "dscale": jnp.sum(through_score * qk**2)}
     if "read" in inner:
         by_read = lambda *place: jax.grad(lambda x: SCORES[case.score](x)(*place))(inner["read"])
-        slopes = everywhere(by_read, scale * qk, seen)
-        terms["dread"] = jnp.tensordot(jnp.where(seen, through_cap, 0), slopes**2, seen.ndim)
+        slopes, apart = _slope(by_read, scale * qk, seen)
+        summed_over = functools.partial(jnp.tensordot, axes=seen.ndim)
+        terms["dread"] = summed_over(jnp.where(seen, through_cap, 0), slopes**2)
+        terms["dread"] += summed_over(jnp.where(seen, before**2, 0), apart**2)
     if "bias" in inner:
         terms["dbias"], rounded["dbias"] = (summed(lambda x: x, inner["bias"], x) for x in (squares, to_bias))
     if "alibi_slopes" in inner:
@@ -82,8 +91,17 @@ def of(case: Case, inner, given, cotangents, o):
         terms["dsinks"] = summed(lambda x: x[:, None], inner["sinks"], apart)
     s = logits(q, k, None, scale, ahead, case.soft_cap, inner.get("alibi_slopes"), arrays.get("score_mod"), seen)
     s = jnp.where(jnp.isfinite(s), abs(s), 0)
-    if case.score:  # what a product was rounded by is multiplied
-        s = jnp.maximum(s, jnp.where(seen, abs(scale * qk * slope), 0))
+    # What a product was rounded by, of which it may be a small rest, is multiplied by a soft cap and a score function.
+    products = scale * jnp.sqrt(jnp.einsum("...qhd,...khd->...hqk", q**2, by_query_head(k, q) ** 2))
+    s = jnp.maximum(s, jnp.where(seen, jnp.maximum(abs(scale * qk), products) * abs(whole), 0))
     largest = jnp.max(s, initial=0.0) * math.log2(math.e)
     root = lambda squares: {name: jnp.sqrt(jnp.max(x, initial=0.0)) for name, x in squares.items()}
     return largest, root(terms), root(rounded)
+
+
+def _slope(function, made, seen):
+    """A function's slopes, of a logit and its place, and what they are rounded by: see `of`."""
+    slope, along = jax.jvp(lambda made: everywhere(function, made, seen), (made,), (made,))
+    held = lambda x: jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - seen.ndim)), x, 0)
+    slope, along = held(slope), held(along)
+    return slope, jnp.max(abs(slope), initial=0.0) + abs(along)

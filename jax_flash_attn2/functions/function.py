@@ -54,9 +54,10 @@ class Bound(NamedTuple):
     """To the score that it makes."""
     slope: Callable[..., Any]
     """To that one's derivative by the score."""
-    held: Callable[..., Any]
-    """Of one more, a bool, in front: value, with derivatives of any order that are 0 where it is False, whatever they
-    were (but by `Function.whole`)."""
+    given: Callable[..., Any]
+    """To value, from (score, *elements, b, h, i, j), with what each of `Function.reads` reads."""
+    elements: Callable[..., Any]
+    """To what each of them reads, a tuple."""
     slopes: Callable[..., Any]
     """To its derivatives by each of `Function.reads`, a tuple."""
     places: Callable[..., Any]
@@ -130,10 +131,10 @@ class Function:
 
         value = evaluated(lambda n, index: views.element(arrays[n], index))
 
-        def given(reads: Sequence[Any], *scalars: Any) -> Any:
-            waiting = iter(reads)
+        def given(score: Any, *rest: Any) -> Any:
+            waiting = iter(rest[: len(self.reads)])
             read = lambda n, index: next(waiting) if self._is_float(n) else views.element(arrays[n], index)
-            return evaluated(read)(*scalars)
+            return evaluated(read)(score, *rest[len(self.reads) :])
 
         def places(*scalars: Any) -> tuple[Any, ...]:
             found: list[Any] = []
@@ -146,21 +147,15 @@ class Function:
             evaluated(read)(*scalars)
             return tuple(found)
 
+        def elements(*scalars: Any) -> tuple[Any, ...]:
+            at = zip(self._floats, places(*scalars), strict=True)
+            return tuple(views.element(arrays[n], index) for n, index in at)
+
         def slopes(score: Any, *place: Any) -> tuple[Any, ...]:
-            at = zip(self._floats, places(score, *place), strict=True)
-            reads = tuple(views.element(arrays[n], index).astype(score.dtype) for n, index in at)
-            return jax.grad(given)(reads, score, *place) if reads else ()
+            reads = tuple(x.astype(score.dtype) for x in elements(score, *place))
+            return jax.grad(given, range(1, 1 + len(reads)))(score, *reads, *place) if reads else ()
 
-        def held(seen: Any, score: Any, *place: Any) -> Any:
-            if self.whole:  # no derivative of a scalar by a scalar
-                return value(score, *place)
-            at = zip(self._floats, places(score, *place), strict=True)
-            reads = [views.element(arrays[n], index) for n, index in at]
-            return _held(lambda score, *x: given(x[: len(reads)], score, *x[len(reads) :]), 1 + len(reads))(
-                seen, score, *reads, *place
-            )
-
-        return Bound(value, jax.grad(value), held, slopes, places)
+        return Bound(value, jax.grad(value), given, elements, slopes, places)
 
     @functools.cached_property
     def _floats(self) -> tuple[int, ...]:
@@ -253,27 +248,6 @@ class Function:
                     results = evaluated_equation(eqn, [*map(get, eqn.invars)])
             env.update(zip(eqn.outvars, results, strict=True))
         return get(self.jaxpr.outvars[0])
-
-
-def _held(f: Callable[..., Any], floats: int) -> Callable[..., Any]:
-    """f, a function of scalars of which the first `floats` have derivatives, with one more argument in front, whether
-    they are anything but 0. It has to be said of each: what masks a gradient comes before a product with, say, an
-    infinite slope, or after it, as JAX goes through the function backward or forward."""
-
-    @jax.custom_jvp
-    def held(seen: Any, *x: Any) -> Any:
-        return f(*x)
-
-    @held.defjvp
-    def jvp(primals: Any, tangents: Any) -> Any:
-        seen, *x = primals
-        along = 0
-        for n in range(floats):
-            slope = _held(jax.grad(f, n), floats)(seen, *x)
-            along += jnp.where(seen, slope, 0) * tangents[1 + n]
-        return held(seen, *x), along
-
-    return held
 
 
 def _is_given(eqn: Any, wider: dict[Any, Any]) -> bool:

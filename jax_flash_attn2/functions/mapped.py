@@ -24,6 +24,28 @@ def over(function: Callable[..., Any], score: Array, *place: Array) -> Any:
     return function(*(x.reshape(shape) if len(shape) < x.ndim else x for x, shape in zip(args, kept, strict=True)))
 
 
+def held(function: Callable[..., Any], floats: int) -> Callable[..., Any]:
+    """`over` of (seen, *args), for JAX to differentiate by the first `floats` of args, to any order, with derivatives
+    of 0 where seen is False, whatever they are. Each is held on its own: what masks a gradient would come before a
+    product with an infinite slope, or after it, as JAX goes through the function backward or forward."""
+
+    @jax.custom_jvp
+    def value(seen: Any, *args: Any) -> Any:
+        return over(function, *args)
+
+    @value.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        seen, *args = primals
+        result = value(seen, *args)
+        along = jnp.zeros_like(result)
+        for n in range(floats):
+            slope = held(jax.grad(function, n), floats)(seen, *args)
+            along += (jnp.where(seen, slope, 0) * tangents[1 + n]).astype(along.dtype)
+        return result, along
+
+    return value
+
+
 def add_gradient(
     grad: Array, function: Function, bound: Bound, k: int, part: Array, score: Any, place: Sequence[Any], groups: int,
     in_order: bool = True,

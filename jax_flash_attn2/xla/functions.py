@@ -28,10 +28,10 @@ class FunctionTiles:
         """What the function makes of a tile of scores. held: JAX is to differentiate it, with nothing of what is not
         seen."""
         place = self._place(start_m, start_n)
-        if not held or seen is None:
+        if not held or seen is None or self.function.whole:
             return mapped.over(self.bound.value, s, *place)
-        seen = seen.reshape((1,) * (s.ndim - seen.ndim) + seen.shape)
-        return mapped.over(lambda s, seen, *place: self.bound.held(seen, s, *place), s, seen, *place)
+        reads = mapped.over(self.bound.elements, s, *place)
+        return mapped.held(self.bound.given, 1 + len(reads))(seen, s, *reads, *place)
 
     def visible(self, start_m, start_n) -> Array:
         """What a mask function shows of a tile; axes along which it does not vary have length 1."""
