@@ -38,7 +38,7 @@ def of(case: Case, inner, given, cotangents, o):
     dlse = cotangents["lse"][..., None] if case.lse else 0.0
     least = float(jnp.finfo(case.dtype).tiny)  # numbers below are rounded by as much as this is
     of_o = jnp.sqrt(jnp.einsum("...qhd,...qhd->...hq", do**2, (abs(o) + least) ** 2))[..., None]
-    squares = (p * (abs(dp) + abs(delta) + of_o + abs(dlse))) ** 2
+    squares = (p * (abs(dp) + abs(delta) + of_o + abs(dlse)) + jnp.where(p > 0, least, 0.0)) ** 2
     ds, by_o = p * (dp - delta + dlse), p * of_o
     to_bias = by_o**2
     ahead = distance(q, k, case.alignment, given.get("q_positions"), given.get("kv_positions"))
@@ -72,7 +72,14 @@ def of(case: Case, inner, given, cotangents, o):
         "dq": to_dq(ds**2) + jnp.einsum("...hqk,...khd->...qhd", by_o, keys) ** 2,
         "dk": to_dk(ds**2 + by_o**2),
     }
-    terms = {"dq": to_dq(through_score), "dk": to_dk(through_score), "dscale": jnp.sum(through_score * qk**2)}
+    of_v = p if keep is None else jnp.where(keep, p / (1 - case.dropout), 0)
+    to_dv = summed(lambda v: by_query_head(v, q), inner["v"], jnp.einsum("...hqk,...qhd->...khd", of_v**2, do**2))
+    terms = {
+        "dv": to_dv,
+        "dq": to_dq(through_score),
+        "dk": to_dk(through_score),
+        "dscale": jnp.sum(through_score * qk**2),
+    }
     if "read" in inner:
         by_read = lambda *place: jax.grad(lambda x: SCORES[case.score](x)(*place))(inner["read"])
         slopes, apart = _slope(by_read, scale * qk, seen)
