@@ -108,7 +108,8 @@ def of(case: Case, inner, given, cotangents, o):
 
 def _slope(function, made, seen):
     """A function's slopes, of a logit and its place, and what they are rounded by: see `of`."""
-    slope, along = jax.jvp(lambda made: everywhere(function, made, seen), (made,), (made,))
+    moves = jnp.where(jnp.isfinite(made), made, 0)  # no slope is off by infinity
+    slope, along = jax.jvp(lambda made: everywhere(function, made, seen), (made,), (moves,))
     held = lambda x: jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - seen.ndim)), x, 0)
     slope, along = held(slope), held(along)
     return slope, jnp.max(abs(slope), initial=0.0) + abs(along)
