@@ -231,7 +231,7 @@ class Draw:
             if self.way == "unread":
                 assert_same_bits(*made)
             if self.way == "poisoned":
-                _only_the_first(*made, by_bias=values == "hiding")
+                _only_the_first(*made, by_bias=values == "hiding" or self.case.mask.startswith("weights"))
             for x, got in zip(copies, made[:1] if self.way in SPOILED else made, strict=False):
                 if got:
                     assert_near(self.case, got, x, decided=values == "huge logits")
@@ -242,7 +242,7 @@ SPOILED = {"unread": _unread, "poisoned": _poisoned}
 
 def _only_the_first(clean: Results, got: Results, by_bias: bool) -> None:
     """The first row of the first head is NaN if it sees something; no bit of the others' o and lse is another. by_bias:
-    it may also be NaN where a bias hides all, as -inf and NaN are NaN."""
+    it may also be NaN where a bias, or a mask's weights, which are one, hide all: -inf and NaN are NaN."""
     sees = np.isfinite(clean["lse"][..., :1, :1])
     if by_bias:
         sees = sees | np.isnan(got["lse"][..., :1, :1])

@@ -332,10 +332,11 @@ def test_gradients_by_half_arrays_are_rounded_once(higher_order):
 
 @on_xla
 def test_higher_derivatives_take_nothing_of_what_is_hidden():
-    """Where a row does not see a key the function's slopes, by x and by the score, are NaN or infinite."""
+    """Where a row does not see a key the function's slopes, by x and by the score, are NaN or infinite. One read varies
+    with keys, the other, whose slope is 1, with nothing."""
 
     def loss(q, x, ago):
-        score_mod = lambda s, b, h, i, j: s * jnp.sqrt(ago(i, j)) - jnp.log(ago(i, j) + s * 0) * x[j] ** 2
+        score_mod = lambda s, b, h, i, j: s * jnp.sqrt(ago(i, j)) - jnp.log(ago(i, j) + s * 0) * x[j] ** 2 + x[0]
         return (flash_attention(q, q, q, score_mod=score_mod, causal=True, higher_order=True, config=TILES) * W).sum()
 
     def second(ago):

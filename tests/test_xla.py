@@ -62,6 +62,13 @@ def test_higher_order(case):
     assert_near(case, flash(case, higher_order=True))
 
 
+def test_no_rows_in_float64():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        q, k = jnp.zeros((2, 0, 1, 4)), jnp.zeros((2, 3, 1, 4))
+        o, lse = flash_attention(q, k, k, q_lengths=jnp.zeros(2, jnp.int32), return_lse=True)
+        assert (o.shape, lse.shape, o.dtype) == ((2, 0, 1, 4), (2, 1, 0), jnp.float64)
+
+
 EVERYTHING = Case(
     "float64", 13, 18, dtype="float64", heads=4, kv_heads=2, head_dim=4, batch=(2,), bias="hk", causal=True,
     alignment="bottom_right", window=(12, 2), mask="qk", segments="packed", lengths="qk", soft_cap=3.0, sinks=True,

@@ -105,7 +105,7 @@ def flash_attention(
         hidden by                            in q, k, v        in bias
         q_lengths, kv_lengths                held off          held off
         mask, segments, window, causality    0 * NaN is NaN    held off
-        a bias of -inf                       0 * NaN is NaN    held off
+        a bias of -inf, a Mask's weight of 0 0 * NaN is NaN    held off
 
     Args:
       q: `[*batch, Sq, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D from 1 to 1024, beyond

@@ -151,10 +151,8 @@ def _lse_of_nothing(operands: Mapping[str, Array], row: Array) -> Array:
     if "sinks" in operands:
         lse = jnp.maximum(lse, for_every_batch(operands["sinks"], row.shape[0])[..., 0].astype(row.dtype))
     if "q_lengths" in operands:
-        inside = (
-            jnp.arange(row.shape[2], dtype=jnp.int32) < for_every_batch(operands["q_lengths"], row.shape[0])[..., 0]
-        )
-        lse = jnp.where(inside, lse, -jnp.inf)
+        ends = for_every_batch(operands["q_lengths"], row.shape[0])[..., 0]
+        lse = jnp.where(jnp.arange(row.shape[2], dtype=jnp.int32) < ends, lse, -jnp.inf)
     return lse
 
 

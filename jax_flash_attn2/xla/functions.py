@@ -24,11 +24,10 @@ class FunctionTiles:
         self.several = self.origin is not None or tiling.batch > self.function.batch
         self.bound = self.function.bound([*self.arrays.values()], self.several)
 
-    def of(self, s: Array, start_m, start_n, held: bool, seen: Array | None) -> Array:
-        """What the function makes of a tile of scores. held: JAX is to differentiate it, with nothing of what is not
-        seen."""
+    def of(self, s: Array, start_m, start_n, seen: Array | None = None) -> Array:
+        """What the function makes of a tile of scores. seen: JAX is to differentiate it, with nothing of the rest."""
         place = self._place(start_m, start_n)
-        if not held or seen is None or self.function.whole:
+        if seen is None or self.function.whole:
             return mapped.over(self.bound.value, s, *place)
         reads = mapped.over(self.bound.elements, s, *place)
         return mapped.held(self.bound.given, 1 + len(reads))(seen, s, *reads, *place)

@@ -42,7 +42,7 @@ class Logits:
         visible = self.visible(start_m, j) if masked else None
         s = products
         if self.score_function is not None:
-            s = self.score_function.of(s, start_m, start_n, self.natively, visible)
+            s = self.score_function.of(s, start_m, start_n, visible if self.natively else None)
         if (cap := self.spec.rules.soft_cap) is not None:
             capped = jnp.tanh(s / cap)
             s = cap * capped
