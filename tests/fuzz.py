@@ -5,8 +5,9 @@
     python tests/fuzz.py --batch 17 --shrink      # one batch by itself, and the smallest call that fails (minutes)
 
 Batch n draws the same calls wherever it runs (`fuzzing.draws`, seeded by 1000 n, 1000 n + 1, ...). Results are kept in
-`.cache/fuzz.jsonl`; a batch that failed, or whose process died or hung, runs again next time, from its first call on.
-What a failure shrinks to belongs into `cases.py`, under a name, once it is understood.
+`.cache/fuzz.jsonl`, each as it comes. Next time a batch that failed runs what failed again, and then what it had not
+come to; one whose process died or hung begins anew. What a failure shrinks to belongs into `cases.py`, under a name,
+once it is understood.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,20 +34,25 @@ FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_extra_options=xl
 """See `conftest.OLDER_EMITTERS`."""
 
 
-def batch(seed: int, size: int, *, shrink: bool = False) -> dict[str, object]:
-    """Runs one here: how many calls, of which kinds, and those that failed, or the smallest that they shrink to."""
+def batch(seed: int, size: int, *, before: dict | None = None, shrink: bool = False) -> dict[str, object]:
+    """Runs one here: how many calls, of which kinds, those that failed (or the smallest that they shrink to), and the
+    first draw that it did not come to. before: what it came to last time."""
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_disable_most_optimizations", True)
 
-    counted, started, failures, number = collections.Counter(), time.perf_counter(), [], 1000 * seed
-    while counted.total() < size and len(failures) < MOST:
+    before = before or {"counted": {}, "failures": [], "next": 1000 * seed, "seconds": 0}
+    counted, failures, following = collections.Counter(before["counted"]), [], before["next"]
+    again, started = [failure["number"] for failure in before["failures"]], time.perf_counter()
+    while again or (counted.total() < size and len(failures) < MOST):
+        number = again.pop(0) if again else following
+        following = max(following, number + 1)
         failures += one(number, counted, shrink=shrink)
-        number += 1
         jax.clear_caches()  # programs are never met again
-    seconds = round(time.perf_counter() - started, 1)
-    return {"seed": seed, "size": size, "seconds": seconds, "counted": counted, "failures": failures}
+    seconds = round(before["seconds"] + time.perf_counter() - started, 1)
+    found = {"counted": counted, "failures": failures, "next": following}
+    return {"seed": seed, "size": size, "seconds": seconds, **found}
 
 
 def one(number: int, counted: collections.Counter, *, shrink: bool = False) -> list[dict[str, object]]:
@@ -76,7 +82,7 @@ def one(number: int, counted: collections.Counter, *, shrink: bool = False) -> l
 
 
 def in_a_process(seed: int, size: int) -> dict[str, object]:
-    """The same, of a process that may die or hang."""
+    """The same, of a process that may die or hang, and that goes on from what is kept of the batch."""
     command = [sys.executable, __file__, "--batch", str(seed), "--size", str(size), "--json"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
     env["TRITON_INTERPRET"] = str(int(seed % INTERPRETED == INTERPRETED - 1))
@@ -134,10 +140,12 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="print what has been found, and run nothing")
     parser.add_argument("--batch", type=int, metavar="N", help="run batch N alone, here")
     parser.add_argument("--shrink", action="store_true", help="with --batch: look for the smallest call that fails")
-    parser.add_argument("--json", action="store_true", help="print a batch's result as it is kept")
+    parser.add_argument("--json", action="store_true", help="with --batch: go on, and print what is to be kept")
     args = parser.parse_args()
     if args.batch is not None:
-        result = batch(args.batch, args.size, shrink=args.shrink)
+        before = kept().get(args.batch) if args.json else None
+        before = before if before and "next" in before else None
+        result = batch(args.batch, args.size, before=before, shrink=args.shrink)
         print(json.dumps(result) if args.json else json.dumps(result, indent=1))
         return int(result["failures"] != [])
     found = kept()
@@ -147,7 +155,8 @@ def main() -> int:
         seeds = left(found, args.draws, args.size)
         KEPT.parent.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool, KEPT.open("a") as out, tqdm(total=len(seeds), unit="batch") as bar:
-            for result in pool.map(lambda seed: in_a_process(seed, args.size), seeds):
+            for done in as_completed([pool.submit(in_a_process, seed, args.size) for seed in seeds]):
+                result = done.result()
                 print(json.dumps(result), file=out, flush=True)
                 bar.update()
                 for failure in result["failures"]:

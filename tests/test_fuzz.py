@@ -27,3 +27,25 @@ def test_what_failed_runs_again(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.startswith("150 draws in 3 batches, 1 of them with a fault\n")
     assert "batch 2, 2007:\n  Draw(7)\n  AssertionError: dq" in out
+
+
+def test_a_batch_goes_on(monkeypatch):
+    """First what failed; then what it had not come to, until it has its calls."""
+    ran, faulty = [], {3001, 3003}
+
+    def one(number, counted, *, shrink):
+        ran.append(number)
+        if number in faulty:
+            return [{"number": number, "draw": "", "error": "wrong"}]
+        counted["jit, normal"] += 1
+        return []
+
+    monkeypatch.setattr(fuzz, "one", one)
+    monkeypatch.setattr(fuzz, "MOST", 2)
+    first = fuzz.batch(3, 4)
+    assert ran == [3000, 3001, 3002, 3003]
+    ran.clear()
+    faulty.clear()
+    second = fuzz.batch(3, 6, before=first)
+    assert ran == [3001, 3003, 3004, 3005]
+    assert (second["counted"], second["failures"], second["next"]) == ({"jit, normal": 6}, [], 3006)
