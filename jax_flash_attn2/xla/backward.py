@@ -69,7 +69,6 @@ def backward(
         start_m = t.start_m(i)
         q_tile, do_tile, shift_tile, delta_tile = (t.query_tile(x, start_m) for x in (q, do, shift_rows, delta))
         shift_tile = t.hide_repeated_rows(shift_tile, i)
-        qt_tile, dot_tile = q_tile.swapaxes(2, 3), do_tile.swapaxes(2, 3)
 
         def key_block(masked, j, carry):
             dq_tile, dkt, dvt, grads = carry
@@ -92,8 +91,8 @@ def backward(
                     grads = grads | logits.score_function.add_gradients(of_scores, products, p, ds, start_m, start_n)
                 ds = logits.score_function.back(products, p, ds, start_m, start_n)
             dq_tile += t.dot(ds, k_tile, 3, 2)
-            dkt = layout.add(dkt, t.dot(qt_tile, ds, 3, 2), start_n, 3)
-            dvt = layout.add(dvt, t.dot(dot_tile, p_kept, 3, 2), start_n, 3)
+            dkt = layout.add(dkt, t.dot_of_rows(q_tile, ds), start_n, 3)
+            dvt = layout.add(dvt, t.dot_of_rows(do_tile, p_kept), start_n, 3)
             return dq_tile, dkt, dvt, grads
 
         dq_tile, *sums = t.over_keys(i, key_block, (t.new_rows(dq, 0, i), *sums))

@@ -31,12 +31,17 @@ _CACHE = 2**17
 """With fewer numbers than these, they are in a core's own cache: a tile or two with no loop around them are faster."""
 
 
+_SUMMED = 256
+"""So many rows of products are summed by one dot: as many as Eigen sums at a time of matrices that are tall."""
+
+
 class Tiling:
     """How one call is cut into tiles. Starts and spans are Python ints where the block number is one."""
 
     def __init__(self, spec: Spec, config: Config, q, k, operands, whole_rows, whole_keys=False):
         self.spec, self.config, self.batch = spec, config, q.shape[0]
         self.dtype = accumulator(q.dtype)
+        self.exact = self.dtype == q.dtype
         self.seqlen_q, self.seqlen_k = q.shape[1], k.shape[1]
         self.masked = spec.masks
         self.in_place = whole_rows and not whole_keys and in_place(q, k)
@@ -167,6 +172,14 @@ class Tiling:
             return shift
         rows = self.start_m(i) + jnp.arange(shift.shape[-1]) // self.spec.group
         return jnp.where(rows < i * self.block_m, jnp.inf, shift)
+
+    def dot_of_rows(self, x: Array, y: Array) -> Array:
+        """xᵀ y, summed over the rows of tiles [B, Hkv, M * G, D|N]: in fp32 by parts of them, one long sum being less
+        exact than what it is added to."""
+        rows, xt = x.shape[2], x.swapaxes(2, 3)
+        size = _SUMMED if self.exact else rows
+        parts = [slice(start, start + size) for start in range(0, rows, size)]
+        return sum(self.dot(xt[..., part], y[:, :, part], 3, 2) for part in parts)
 
     def dot(self, x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
         """Batches and heads of x times those of y, contracted along one axis of each."""
