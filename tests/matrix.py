@@ -46,6 +46,7 @@ class Run:
     tests: list[str]
     only: str = ""
     interpret: bool = False
+    thirds: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Row:
     pre: bool = False
     day: int | None = None
     hopeful: bool = False
+
+    @property
+    def when(self) -> str:
+        """When CI runs it."""
+        if self.day is not None:
+            return "every third day"
+        return "always, a third of the tests each day" if any(run.thirds for run in self.runs) else "always"
 
     @property
     def shows(self) -> list[str]:
@@ -125,13 +133,14 @@ def _pip(python: str, *what: str) -> None:
 # Running.
 
 
-def passes(row: Row, jobs: int) -> bool:
-    """Runs a row's tests, all of them."""
+def passes(row: Row, jobs: int, third: int | None) -> bool:
+    """Runs a row's tests: all of them, or on a day a third of those that come in thirds."""
     python, good = environment(row), True
     for run in row.runs:
         print(f"=== {row.name}: {run.shows}", flush=True)
         command = [python, "-m", "pytest", *[f"tests/test_{name}.py" for name in run.tests]]
         command += ["-n", str(jobs), "--dist", "worksteal", *(["-k", run.only] if run.only else [])]
+        command += ["--part", str(third)] if run.thirds and third is not None else []
         settings = {"JAX_PLATFORMS": "cpu"} | ({"TRITON_INTERPRET": "1"} if run.interpret else {})
         if status := subprocess.run(command, cwd=ROOT, env=os.environ | settings).returncode:
             print(f"=== {row.name}: {run.shows}: status {status}", flush=True)  # a signal's says nothing by itself
@@ -145,7 +154,7 @@ def outcome(row: Row, jobs: int, third: int | None) -> str:
         return f"another day (make test-matrix THIRD={row.day})"
     failed = "failed, and may" if row.hopeful else "FAILED"
     try:
-        return "passed" if passes(row, jobs) else failed
+        return "passed" if passes(row, jobs, third) else failed
     except NotHereError as why:
         return f"not here: {why}"
     except subprocess.CalledProcessError as error:
@@ -189,7 +198,7 @@ def table() -> str:
         versions = {name: f"**{own[name]}**" if name in own else pinned[name] for name in PACKAGES}
         if row.python:
             versions["python"] = f"**{row.python}**"
-        lines.append(_line(versions, ", ".join(row.shows), "always" if row.day is None else "every third day"))
+        lines.append(_line(versions, ", ".join(row.shows), row.when))
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Which tests `make test` leaves to `make test-all`: what is marked `thorough`, and two thirds of the combinations of
-options, of the shapes of a bias, and of what is marked `in_thirds`.
+options, of the shapes of a bias, and of what is marked `in_thirds`. And a third of any tests, for a row of
+`matrix.toml`.
 
 Which third is run changes from day to day; the Makefile picks it, and the header of the run names it, so that a run can
 be repeated (`make test THIRD=2`).
@@ -15,10 +16,13 @@ def add_option(parser):
     parser.addoption(
         "--third", choices=THIRDS, help="run this third of the combinations of options, and nothing marked `thorough`"
     )
+    parser.addoption("--part", choices=THIRDS, help="run this third of the tests, whatever they are")
 
 
 def header(config):
     third = config.getoption("--third")
+    if part := config.getoption("--part"):
+        return f"third {part} of these tests"
     return "every test" if third is None else f"third {third} of the combinations (make test THIRD={third})"
 
 
@@ -37,11 +41,15 @@ def kept(item, third: str) -> bool:
     return all(number % len(THIRDS) == int(third) for number in numbers)
 
 
+def in_part(item, part: str) -> bool:
+    """Whether a test is in this third of all, which its name decides."""
+    return zlib.crc32(item.nodeid.encode()) % len(THIRDS) == int(part)
+
+
 def select(config, items):
-    third = config.getoption("--third")
-    if third is None:
-        return
-    left_out = [item for item in items if not kept(item, third)]
+    third, part = config.getoption("--third"), config.getoption("--part")
+    chosen = [x for x in items if (third is None or kept(x, third)) and (part is None or in_part(x, part))]
+    left_out = [*set(items) - set(chosen)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if kept(item, third)]
+        items[:] = chosen

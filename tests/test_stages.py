@@ -93,6 +93,14 @@ def test_what_is_in_every_third_and_in_none(third):
     assert not selection.kept(item("drawn", mark="thorough"), third)
 
 
+def test_parts_are_all_together():
+    """A third of any tests, whose names say which."""
+    items = [types.SimpleNamespace(nodeid=f"test_xla.py::test[case{n}]") for n in range(90)]
+    parts = [[x for x in items if selection.in_part(x, part)] for part in selection.THIRDS]
+    assert sum(map(len, parts)) == len(items)
+    assert all(15 <= len(part) <= 45 for part in parts)
+
+
 def test_the_cache_is_bounded(tmp_path):
     """Those read last stay."""
     for age, name in enumerate("abc"):

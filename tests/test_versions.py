@@ -162,7 +162,7 @@ def listed(monkeypatch):
     """Three rows, of which one is for another day and one for a Python that nobody has."""
     found = [matrix.Row("good", []), matrix.Row("later", [], day=1), matrix.Row("strange", [], python="3.99")]
     monkeypatch.setattr(matrix, "rows", lambda: found)
-    monkeypatch.setattr(matrix, "passes", lambda row, jobs: bool(row.python and matrix.environment(row)) or True)
+    monkeypatch.setattr(matrix, "passes", lambda row, jobs, third: bool(row.python and matrix.environment(row)) or True)
     return found
 
 
@@ -182,7 +182,7 @@ def test_nothing_run_is_no_success(listed):
 @pytest.mark.parametrize(("hopeful", "status"), [(False, 1), (True, 0)])
 def test_failures(listed, monkeypatch, capsys, hopeful, status):
     listed.append(matrix.Row("bad", [], hopeful=hopeful))
-    monkeypatch.setattr(matrix, "passes", lambda row, jobs: row.name == "good")
+    monkeypatch.setattr(matrix, "passes", lambda row, jobs, third: row.name == "good")
     assert matrix.main(["good", "bad"]) == status
     assert ("failed, and may" if hopeful else "FAILED") in capsys.readouterr().out
 
@@ -199,7 +199,7 @@ def test_only_what_is_not_there_is_left_out(monkeypatch, said):
     real = subprocess.run
     script = f"import sys; print({said!r}, file=sys.stderr); sys.exit(1)"
     monkeypatch.setattr(matrix.subprocess, "run", lambda _, **options: real([sys.executable, "-c", script], **options))
-    monkeypatch.setattr(matrix, "passes", lambda row, jobs: matrix._pip("python", "jax>9"))
+    monkeypatch.setattr(matrix, "passes", lambda row, jobs, third: matrix._pip("python", "jax>9"))
     became = matrix.outcome(matrix.Row("any", []), 2, None)
     assert became.startswith(PIP[said])
     assert said.strip().splitlines()[-1] in became

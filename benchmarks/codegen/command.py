@@ -31,8 +31,6 @@ from .compile import compile_point
 from .points import Point, points, read
 from .rules import Baseline, broken_rules
 
-NINTHS = 9
-
 
 @dataclasses.dataclass
 class Line:
@@ -68,6 +66,13 @@ def _format(line: Line) -> str:
     return f"{line.point.title:58} {code.registers:>4} {code.spill_bytes:>5} {code.shared:>7} {fit:>4} | {loops}"
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, parts = map(int, text.split("/"))
+    if not 0 <= part < parts:
+        raise ValueError(text)
+    return part, parts
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 if a row breaks a rule or got worse")
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="KEY=VALUE,...", help="arch=80|90,name=fwd,causal=True,extra=")
     parser.add_argument("--config", metavar="C,C", help="with each of these in place of its own: 128x64-w8-s2-ptr,...")
     parser.add_argument("--anew", action="store_true", help="compile what is kept too")
-    parser.add_argument("--ninth", type=int, choices=range(NINTHS), help="only this ninth of the kernels")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="only part I, from 0 on, of N")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled side by side")
     options = parser.parse_args(argv)
     wanted = dict(part.split("=") for part in options.only.split(",") if part)
@@ -91,15 +96,16 @@ def main(argv: list[str] | None = None) -> int:
             )
             for config in map(read, options.config.split(","))
         ]
-    if options.ninth is not None:
-        print(f"ninth {options.ninth} of the kernels (make test-codegen NINTH={options.ninth})", flush=True)
-        chosen = chosen[options.ninth :: NINTHS]
+    if options.part is not None:
+        part, parts = options.part
+        print(f"part {part} of {parts} of the kernels (--part {part}/{parts})", flush=True)
+        chosen = chosen[part::parts]
     if not chosen:
         parser.error(f"no row matches --only {options.only}")
     lines = list(measure_all(chosen, options.jobs, options.anew, options.ptxas))
     made = [(line.point, line.code) for line in lines if line.code is not None]
     if options.baseline:
-        Baseline(versions()).write(made, whole=not wanted and options.ninth is None and len(made) == len(lines))
+        Baseline(versions()).write(made, whole=not wanted and options.part is None and len(made) == len(lines))
         lines = [dataclasses.replace(line, broken=broken_rules(line.point, line.code)) for line in lines if line.code]
     if options.roofline:
         from . import roofline

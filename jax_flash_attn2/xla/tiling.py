@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -179,7 +180,7 @@ class Tiling:
         rows, xt = x.shape[2], x.swapaxes(2, 3)
         size = _SUMMED if self.exact else rows
         parts = [slice(start, start + size) for start in range(0, rows, size)]
-        return sum(self.dot(xt[..., part], y[:, :, part], 3, 2) for part in parts)
+        return functools.reduce(operator.add, [self.dot(xt[..., part], y[:, :, part], 3, 2) for part in parts])
 
     def dot(self, x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
         """Batches and heads of x times those of y, contracted along one axis of each."""
