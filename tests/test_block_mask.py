@@ -291,6 +291,14 @@ def test_messages(name):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("mask", [masks.causal(), lambda b, h, i, j: j <= i], ids=["predicate", "function"])
+def test_blocks_larger_than_short_rows(mask):
+    """One tile is all there is, however large a block was asked for."""
+    x = draw(1, 20, 1, 16)
+    got = flash_attention(x, x, x, mask=mask, config=Config(64, 64))
+    np.testing.assert_allclose(got, flash_attention(x, x, x, causal=True), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("higher_order", [False, True])
 def test_of_one_tile(higher_order):
     """Where the mask is smaller than a tile."""

@@ -30,6 +30,7 @@ from checks import (
 
 from jax_flash_attn2 import Config, flash_attention, gpu_target, primitives
 from jax_flash_attn2.base.spec import Rules
+from jax_flash_attn2.call import inputs
 from jax_flash_attn2.gpu import interpret, tuning
 from jax_flash_attn2.primitives import share
 from jax_flash_attn2.primitives.call import Call
@@ -61,6 +62,24 @@ def test_a_bias_without_a_scale():
     o = flash_attention(v, v, v, bias, softmax_scale=0.0, implementation="triton")
     want = jnp.broadcast_to(v[:, ::3].mean(1, keepdims=True), o.shape)
     np.testing.assert_allclose(o, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_ptr", [False, True])
+def test_rules_that_either_path_may_follow(block_ptr, monkeypatch):
+    """What is compiled for no GPU in particular keeps m, l and an unrounded o; on one, kernels read them."""
+    prepare, kept = inputs.prepare, []
+
+    def precisely(**arguments):
+        call, *rest = prepare(**arguments)
+        return dataclasses.replace(call, rules=dataclasses.replace(call.rules, precise=True)), *rest
+
+    monkeypatch.setattr(inputs, "prepare", precisely)
+    backward = primitives.backward
+    read = lambda *args, **more: kept.append((args[5].dtype, len(args[6]))) or backward(*args, **more)
+    monkeypatch.setattr(primitives, "backward", read)
+    case = next(c for c in CASES if c.name == "bfloat16")
+    assert_near(case, interpreted(case, block_ptr=block_ptr))
+    assert kept == [(jnp.float32, 2)]
 
 
 GROUPED = ("gqa_6_2", "gqa_8_1", "decode", "gpt_oss", "block_mask_by_head")
