@@ -11,6 +11,7 @@ from .results import Record, parse_case
 from .status import Status
 
 Case = dict[str, str]
+BACKENDS = {"xla": "XLA path", "triton": "Triton kernels"}
 PASSES = {"fwd": "forward", "bwd": "forward and backward"}
 _SAID = {
     ("causal", "True"): "causal", ("causal", "False"): "full",
@@ -309,6 +310,19 @@ def of_cold_start(made: list[dict[str, Any]]) -> list[Panel]:
         }
         if lines:
             panels.append(Panel(title, value, options, lines))
+    return panels
+
+
+def of_numerics(made: list[dict[str, Any]]) -> list[Panel]:
+    """Errors over those of the plain implementation, for each backend and dtype."""
+    made, panels = [r for r in made if "errors" in r], []
+    for backend, dtype in dict.fromkeys((r["backend"], r["dtype"]) for r in made):
+        some = [r for r in made if (r["backend"], r["dtype"]) == (backend, dtype)]
+        times = lambda r, name: Point(r["errors"]["ours"][name] / r["errors"]["plain"][name])
+        lines = {name: [times(r, name) for r in some] for name in some[0]["errors"]["ours"]}
+        title = f"Errors, {BACKENDS[backend]}, {dtype}"
+        panels.append(Panel(title, "times the error of the plain implementation",
+                            [f"{r['logits']}, {r['seqlen']}" for r in some], lines, one="plain"))  # fmt: skip
     return panels
 
 

@@ -33,6 +33,11 @@ _TOGETHER: dict[tuple[str, str], tuple[str, ...]] = {
     (PURPLE, "^"): ("softmax",),
     (PINK, "o"): ("output",),
     (GREY, "D"): ("layer",),
+    # Results whose errors are shown.
+    (BLUE, "^"): ("o",),
+    (ORANGE, "v"): ("dq",),
+    (GREEN, "P"): ("dk",),
+    (PURPLE, "s"): ("dv",),
     # One of our optimisations switched off, or another way to decode.
     (GREEN, "s"): ("fixed-tiles", "splits-1"),
     (OLIVE, "^"): ("dense-bias", "splits-4"),

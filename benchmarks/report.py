@@ -25,6 +25,7 @@ from . import (
     decode,
     figures,
     gpu,
+    numerics,
     page,
     plots,
     results,
@@ -82,7 +83,8 @@ def build(root: Path) -> str:
     found: dict[str, list[_Part]] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []:
         parts = [part for path in sorted(folder.glob("*.csv")) if (part := _part(path))]
-        parts += [_json_part(path) for name in JSON_SECTIONS for path in sorted(folder.glob(f"{name}.json*"))]
+        known = (path for path in folder.glob("*.json*") if _of(path) in JSON_SECTIONS)
+        parts += [_json_part(path) for path in sorted(known, key=_place)]
         if parts:
             found[folder.name] = parts
     if not found:
@@ -123,8 +125,18 @@ def _json_part(path: Path) -> _Part:
     else:
         made = json.loads(path.read_text())
         records, about = made["results"], ", ".join(f"{key} {value}" for key, value in made["machine"].items())
-    section = JSON_SECTIONS[path.stem]
+    section = JSON_SECTIONS[_of(path)]
     return _made(path, section, records, section.title, about)
+
+
+def _of(path: Path) -> str:
+    """The benchmark of a file NAME.json or NAME-WHAT.json."""
+    return path.stem.split("-")[0]
+
+
+def _place(path: Path) -> tuple[int, str]:
+    """Where a file of JSON stands on the page."""
+    return list(JSON_SECTIONS).index(_of(path)), path.stem
 
 
 def _made(path: Path, section: Section, records: list[Any], title: str, about: str, more: str = "") -> _Part:
@@ -227,6 +239,10 @@ JSON_SECTIONS = {
     "cold_start": Section(
         "cold_start: what a new process pays", "Cold start", cold_start.tables,
         figures.of_cold_start, comparisons.of_cold_start,
+    ),
+    "numerics": Section(
+        "numerics: how far results are from fp64", "Relative errors, and times those of the plain implementation",
+        numerics.tables, figures.of_numerics,
     ),
     "soak": Section("soak: an hour of mixed calls in one process", "What grew", soak.tables),
     "ahead": Section("ahead: programs compiled for eight H100s", "Programs, each of one device", _text_ahead),

@@ -139,7 +139,7 @@ def test_one_look_for_one_provider():
     assert looks.look("jax-cudnn") == looks.look("cudnn")
     panels = (
         tuple(p for p in mha.LINES), tuple(attention_mask.BUILDERS), (*components.STAGES, "layer"), gpu.PROVIDERS,
-        ("ours", *sdpa.OTHERS), sdpa.RUNGS, ("ours", "paged", "jax.nn"), gpu_decode.OF_SPLITS,
+        ("ours", *sdpa.OTHERS), sdpa.RUNGS, ("o", "dq", "dk", "dv"), ("ours", "paged", "jax.nn"), gpu_decode.OF_SPLITS,
         ("sparse", "dense", "broadcast", "triangle"), ("block-mask", "option"), ("eager-cached", "eager-flash"),
     )  # fmt: skip
     for names in panels:
