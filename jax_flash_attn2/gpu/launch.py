@@ -130,12 +130,7 @@ def _compiler() -> dict[str, Any] | None:
     made_of = cache.made_of()
     if made_of is None or hashlib.sha256(known).hexdigest() not in _KNOWN:
         return None
-    return {
-        "made_of": made_of,
-        "jax_triton": jt.__version__,
-        "lines": _LINES,
-        "scratch": triton_lib.jaxlib_version > (0, 11, 0),  # else jaxlib takes no kernel that needs any
-    }
+    return {"made_of": made_of, "jax_triton": jt.__version__, "lines": _LINES}
 
 
 def _key(fn: Any, spec: Any, gpu_target: Any, backend_options: Any) -> str | None:
