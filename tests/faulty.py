@@ -115,7 +115,7 @@ def calls() -> list[Any]:
 
 
 def by_threads(count: str) -> None:
-    """Every call, first by many threads at once, then by one: whether all have the same bits."""
+    """Every call, first by many threads at once, then by one: whether all have the same bits, and which."""
     every = calls()
     n, made, barrier = int(count), {}, threading.Barrier(int(count))
 
@@ -132,7 +132,7 @@ def by_threads(count: str) -> None:
         thread.join()
     want = [digest(call()) for call in every]
     wrong = [at for at in range(len(every)) if {made.get((thread, at)) for thread in range(n)} != {want[at]}]
-    print(json.dumps({"calls": len(made), "wrong": wrong}))
+    print(json.dumps({"calls": len(made), "wrong": wrong, "bits": want}))
 
 
 def by_forks(count: str) -> None:
