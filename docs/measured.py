@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "how.md")
 
 
 def places() -> dict[str, str]:
@@ -24,6 +24,10 @@ def places() -> dict[str, str]:
         "decode": (decode, "decode.json"),
         "decode-dense": (decode_dense, "decode.json"),
         "mha": (mha, "mha-quick.csv"),
+        "numerics": (numerics, "numerics.json"),
+        "numerics-long": (numerics, "numerics-long.json"),
+        "numerics-kernels": (numerics, "numerics-kernels.json"),
+        "numerics-training": (training, "numerics-training.json"),
         "block_masks": (block_masks, "block_masks-quick.csv"),
     }
     return {
@@ -100,6 +104,25 @@ def mha(records: list[dict[str, str]]) -> str:
     ways = [(mode, bias) for bias in ("False", "True") for mode in ("fwd", "bwd")]
     rows = ([str(n), *(_ratio(float(found[str(n), *way])) for way in ways)] for n in lengths)
     return _table(["length", "forward", "with backward", "with a bias: forward", "with backward"], rows)
+
+
+def numerics(results: list[dict[str, Any]]) -> str:
+    """Errors over those of the plain implementation: the least and the largest of all kinds of logits."""
+
+    def rows() -> Iterator[list[str]]:
+        for dtype, seqlen in dict.fromkeys((r["dtype"], r["seqlen"]) for r in results):
+            errors = [r["errors"] for r in results if (r["dtype"], r["seqlen"]) == (dtype, seqlen)]
+            times = [[x["ours"][name] / x["plain"][name] for x in errors] for name in ("o", "dq", "dk", "dv")]
+            yield [dtype, str(seqlen), *(f"{min(x):.2f} to {max(x):.2f}" for x in times)]
+
+    return _table(["dtype", "length", "o", "dq", "dk", "dv"], rows())
+
+
+def training(results: list[dict[str, Any]]) -> str:
+    """The held-out loss of each seed."""
+    names = list(results[0]["held_out"])
+    rows = ([str(r["seed"]), *(f"{r['held_out'][name]:.4f}" for name in names)] for r in results)
+    return _table(["seed", *names], iter(rows))
 
 
 def block_masks(records: list[dict[str, str]]) -> str:
