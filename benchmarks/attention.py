@@ -60,8 +60,8 @@ class Attention:
 
     Args:
       shape: of the arrays.
-      mode: "fwd": o; "bwd": forward and backward, the gradients (of o times random numbers, summed) of q, k and v, and
-        of the bias if it has one.
+      mode: "fwd": o; "bwd": forward and backward, o and the gradients (of o times random numbers, summed) of q, k and
+        v, and of the bias if it has one.
       providers: makes the function of a name.
     """
 
@@ -96,10 +96,14 @@ class Attention:
         return self._expected
 
     def _gradients(self, attend: Callable) -> Callable:
-        def loss(q, k, v, bias, do):
-            return jnp.sum(attend(q, k, v, bias).astype(jnp.float32) * do.astype(jnp.float32))
+        """Of o, which is a result too: else XLA would leave out what the gradients alone do not need of it."""
 
-        return jax.grad(loss, (0, 1, 2, 3) if self.shape.dbias else (0, 1, 2))
+        def run(q, k, v, bias, do):
+            given = (q, k, v, bias) if self.shape.dbias else (q, k, v)
+            o, vjp = jax.vjp(lambda *x: attend(*x, *(q, k, v, bias)[len(x) :]), *given)
+            return o, *vjp(do.astype(o.dtype))
+
+        return run
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ the block sizes of the plot), flash-tuned (ours, all choices left to it), jax (`
 Without a GPU the first two and the last are `unsupported`, and flash-xla is swept in their place: our XLA path with
 the block sizes of the plot, in float32 instead of float16.
 
-"bwd" is a forward and a backward pass: the gradients of q, k and v. Each point runs by turns with jax. The plots
+"bwd" is a forward and a backward pass: o and the gradients of q, k and v. Each point runs by turns with jax. The plots
 and tables come from `triton.testing.perf_report`; in its tables (one CSV beside each PNG) 100 ms stand for too little
 memory (shared memory for ours) and 300 ms for a call that could not be built; the status columns say which, and the
 plots mark such points at their upper edge. All else is in one tidy CSV (`benchmarks/results.py`).
