@@ -6,7 +6,7 @@ from typing import Any
 
 from . import attention_mask, gpu, gpu_decode, sdpa, sparse_masks
 from .figures import PASSES, labels, shapes, spread
-from .results import Record
+from .results import Record, parse_case
 from .verdicts import Comparison, Ratio, between, compare
 
 Comparisons = tuple[Comparison, ...]
@@ -32,12 +32,14 @@ def of_attention_mask(records: list[Record]) -> Comparisons:
 def of_sparse_masks(records: list[Record]) -> Comparisons:
     """Each default with each other mode."""
     made: Comparisons = ()
-    for operation, providers in sparse_masks.PROVIDERS.items():
-        default = sparse_masks.DEFAULTS[operation]
-        for other in (p for p in providers if p != default):
-            ratios = between(records, default, other, lambda c, o=operation: c["operation"] == o)
+    kinds = dict.fromkeys((c["operation"], c.get("previous", "")) for c in (parse_case(r.case) for r in records))
+    for operation, previous in kinds:
+        default = sparse_masks.default_of(operation, previous == "empty")
+        for other in (p for p in sparse_masks.PROVIDERS[operation] if p != default):
+            keep = lambda c, o=operation, before=previous: (c["operation"], c.get("previous", "")) == (o, before)
             what = f"Mask.{operation}" if operation in sparse_masks.OPERATIONS else f"The {operation} masker"
-            made += compare(what, f"{default} (default)", other, ratios, rival=False)
+            what += f", after {previous}" if previous else ""
+            made += compare(what, f"{default} (default)", other, between(records, default, other, keep), rival=False)
     return made
 
 

@@ -83,7 +83,7 @@ def build(root: Path) -> str:
     found: dict[str, list[_Part]] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []:
         parts = [part for path in sorted(folder.glob("*.csv")) if (part := _part(path))]
-        known = (path for path in folder.glob("*.json*") if _of(path) in JSON_SECTIONS)
+        known = (path for path in folder.glob("*.json*") if of(path) in JSON_SECTIONS)
         parts += [_json_part(path) for path in sorted(known, key=_place)]
         if parts:
             found[folder.name] = parts
@@ -119,24 +119,26 @@ def _part(path: Path) -> _Part | None:
 
 
 def _json_part(path: Path) -> _Part:
-    """One file of `results.write_json`, or of a JSON record in each line."""
-    if path.suffix == ".jsonl":
-        records, about = [json.loads(line) for line in path.read_text().splitlines()], ""
-    else:
-        made = json.loads(path.read_text())
-        records, about = made["results"], ", ".join(f"{key} {value}" for key, value in made["machine"].items())
-    section = JSON_SECTIONS[_of(path)]
+    section, (records, about) = JSON_SECTIONS[of(path)], read_json(path)
     return _made(path, section, records, section.title, about)
 
 
-def _of(path: Path) -> str:
+def read_json(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of a file of `results.write_json`, or of one in each line; and what it says of the machine."""
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()], ""
+    made = json.loads(path.read_text())
+    return made["results"], ", ".join(f"{key} {value}" for key, value in made["machine"].items())
+
+
+def of(path: Path) -> str:
     """The benchmark of a file NAME.json or NAME-WHAT.json."""
     return path.stem.split("-")[0]
 
 
 def _place(path: Path) -> tuple[int, str]:
     """Where a file of JSON stands on the page."""
-    return list(JSON_SECTIONS).index(_of(path)), path.stem
+    return list(JSON_SECTIONS).index(of(path)), path.stem
 
 
 def _made(path: Path, section: Section, records: list[Any], title: str, about: str, more: str = "") -> _Part:

@@ -166,7 +166,7 @@ def verdicts(records: list[Record]) -> tuple[list[str], bool]:
     for (operation, empty), complete in rules.items():
         providers = PROVIDERS[operation]
         means = {p: math.exp(sum(math.log(x[p].ms or 1.0) for x in complete) / len(complete)) for p in providers}
-        best, default = min(means, key=lambda p: means[p]), _default(operation, empty)
+        best, default = min(means, key=lambda p: means[p]), default_of(operation, empty)
         holds = means[default] <= _TIE * means[best]
         good &= holds
         behind = f"; the default takes {means[default] / means[best]:.2f} times as long" if default != best else ""
@@ -176,8 +176,8 @@ def verdicts(records: list[Record]) -> tuple[list[str], bool]:
     return lines, good
 
 
-def _default(operation: str, empty: bool) -> str:
-    """What runs where nobody says."""
+def default_of(operation: str, empty: bool) -> str:
+    """The provider that runs where nobody says; empty: of masks that are empty before."""
     if operation in OPERATIONS:
         return mask_module.DEFAULT_MODE
     few = empty and operation != "wide"

@@ -7,7 +7,20 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from benchmarks import attention_mask, components, decode, gpu, gpu_decode, looks, mha, page, plots, report, sdpa
+from benchmarks import (
+    attention_mask,
+    components,
+    decode,
+    gpu,
+    gpu_decode,
+    looks,
+    mha,
+    page,
+    plots,
+    report,
+    results,
+    sdpa,
+)
 from benchmarks.figures import labels, spread, unsaid
 from benchmarks.plots import Panel, Point
 from benchmarks.results import Record, Store
@@ -68,6 +81,22 @@ def test_no_share_of_a_peak_that_was_passed(made):
     another = [*pair("fwd", 1024, (2.0, 1.8, 2.2), share=0.25, tflops=0.1)]  # of a process whose peak was 0.4
     assert peak_shares(busy + another) == [None] * 4 + [0.25, None]
     assert "busy" not in summary(another)
+
+
+COMMITTED = [*results.ROOT.glob("*/*.csv"), *results.ROOT.glob("*/*.json*")]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_is_committed_is_told(path):
+    """By its section: tables, panels, and what is compared."""
+    if path.suffix == ".csv":
+        records = results.load(path)
+        section = report.SECTIONS[records[0].benchmark]
+    else:
+        section, (records, _) = report.JSON_SECTIONS[report.of(path)], report.read_json(path)
+    assert section.text(records)
+    assert all(panel.lines for panel in section.panels(records))
+    assert all(comparison.ratios for comparison in section.compare(records))
 
 
 def test_fits_a_phone_and_needs_nothing(made):
