@@ -243,7 +243,7 @@ JSON_SECTIONS = {
         figures.of_cold_start, comparisons.of_cold_start,
     ),
     "numerics": Section(
-        "numerics: how far results are from fp64", "Relative errors, and times those of the plain implementation",
+        "numerics: how far results are from fp64", "Against fp64",
         numerics.tables, figures.of_numerics,
     ),
     "soak": Section("soak: an hour of mixed calls in one process", "What grew", soak.tables),
