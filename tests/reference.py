@@ -1,5 +1,7 @@
 """Attention as it is defined. Everything else is measured against this."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +62,7 @@ def logits(q, k, bias=None, scale=None, ahead=None, soft_cap=None, slopes=None, 
 def everywhere(function, s, seen):
     """function(score, b, h, i, j), of scalars, of all scores `[*batch, H, Sq, Sk]` that are seen; b counts batches.
     What is hidden is as the first row's first key, which is hidden in its turn: it may be NaN where it is."""
-    whole = s.reshape(-1, *s.shape[-3:])
+    whole = s.reshape(math.prod(s.shape[:-3]), *s.shape[-3:])
     seen = jnp.broadcast_to(seen, s.shape).reshape(whole.shape)
     b, h, i, j = jnp.indices(whole.shape, dtype=jnp.int32)
     places = (jnp.where(seen, x, 0).ravel() for x in (i, j))

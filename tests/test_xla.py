@@ -69,6 +69,13 @@ def test_no_rows_in_float64():
         assert (o.shape, lse.shape, o.dtype) == ((2, 0, 1, 4), (2, 1, 0), jnp.float64)
 
 
+@pytest.mark.parametrize("lengths", [(0, 3), (3, 0)])
+def test_nothing_to_see(lengths):
+    """No rows, or no keys, and a rule that has no score to take a slope at."""
+    case = Case("nothing", *lengths, soft_cap=2.0, sinks=True, lse=True)
+    assert_near(case, flash(case))
+
+
 EVERYTHING = Case(
     "float64", 13, 18, dtype="float64", heads=4, kv_heads=2, head_dim=4, batch=(2,), bias="hk", causal=True,
     alignment="bottom_right", window=(12, 2), mask="qk", segments="packed", lengths="qk", soft_cap=3.0, sinks=True,
