@@ -173,6 +173,19 @@ def test_what_is_left_out_is_named(listed, capsys):
     assert said == [["good", "passed"], ["later", later], ["strange", "not here: no Python 3.99"]]
 
 
+@pytest.mark.parametrize("third", [None, 2])
+def test_a_third_of_the_tests(third, monkeypatch):
+    """On a day, of the runs that come in thirds."""
+    commands = []
+    run = lambda command, **options: commands.append(command) or subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(matrix, "environment", lambda row: "python")
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    runs = [matrix.Run("all", ["xla"]), matrix.Run("some", ["xla"], thirds=True)]
+    assert matrix.passes(matrix.Row("any", runs), 2, third)
+    assert ["--part" in command for command in commands] == [False, third is not None]
+    assert third is None or commands[1][-2:] == ["--part", "2"]
+
+
 def test_nothing_run_is_no_success(listed):
     assert matrix.main(["strange"]) == 1
     with pytest.raises(SystemExit):
