@@ -8,9 +8,10 @@
 
 The plain implementation is what `jax.nn.dot_product_attention` does on XLA: all logits of a row at once, softmax in
 fp32, probabilities rounded to the dtype; its gradients are JAX's of that. (In pieces of rows, so that 65536 rows fit;
-the gradients of k and v are summed over the pieces in fp32.) fp64 is NumPy, of some rows and keys, of the very numbers
-that the others are given. An error is the root of the mean of squares, over what is looked at, divided by that of the
-exact results.
+the gradients of k and v are summed over the pieces in fp32.) What the kernels are compared with has the gradients of
+logits rounded to the dtype too, as all that tensor cores multiply; records also have the other ("plain, wide"). fp64 is
+NumPy, of some rows and keys, of the very numbers that the others are given. An error is the root of the mean of
+squares, over what is looked at, divided by that of the exact results.
 """
 
 import argparse
@@ -96,12 +97,25 @@ def ours(x: Arrays, **options: Any) -> dict[str, Array]:
     return run(**arrays)
 
 
-def plain(x: Arrays) -> dict[str, Array]:
-    """Of the plain implementation, in pieces of rows."""
+@jax.custom_vjp
+def _rounded_backward(x: Array, like: Array) -> Array:
+    """x, whose gradient is rounded to the dtype of `like`."""
+    return x
+
+
+_rounded_backward.defvjp(
+    lambda x, like: (x, like), lambda like, dx: (dx.astype(like.dtype).astype(dx.dtype), jnp.zeros_like(like))
+)
+
+
+def plain(x: Arrays, *, narrow: bool = False) -> dict[str, Array]:
+    """Of the plain implementation, in pieces of rows. narrow: all that products take is in the dtype, as tensor cores
+    have it: the gradient of logits too."""
     seqlen = len(x["q"])
 
     def attend(start, q, k, v):
         s = jnp.einsum("md,nd->mn", q, k, preferred_element_type=jnp.float32) * jnp.float32(HEAD_DIM**-0.5)
+        s = _rounded_backward(s, q) if narrow else s
         rows, cols = start + jnp.arange(len(q))[:, None], jnp.arange(seqlen)
         p = jax.nn.softmax(jnp.where(cols <= rows, s, -jnp.inf)).astype(q.dtype)
         return jnp.einsum("mn,nd->md", p, v, preferred_element_type=jnp.float32).astype(q.dtype)
@@ -159,7 +173,9 @@ def compare(kind: str, dtype: str, seqlen: int, backend: str) -> dict[str, Any]:
     want, options = exact(x, at), {"implementation": backend}
     if backend == "triton":
         options["config"] = Config(64, 64)
-    made = {"ours": ours(x, **options), "plain": plain(x)}
+    made = {"ours": ours(x, **options), "plain": plain(x, narrow=backend == "triton")}
+    if backend == "triton":
+        made["plain, wide"] = plain(x)
     errors = {who: {name: error(results[name], want[name], at) for name in RESULTS} for who, results in made.items()}
     return {"backend": backend, "dtype": dtype, "seqlen": seqlen, "logits": kind, "errors": errors}
 

@@ -6,6 +6,7 @@ A place is `<!-- name -->` to `<!-- end -->`. A test holds the pages to the resu
 """
 
 import csv
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ def places() -> dict[str, str]:
         "numerics": (numerics, "numerics.json"),
         "numerics-long": (numerics, "numerics-long.json"),
         "numerics-kernels": (numerics, "numerics-kernels.json"),
+        "numerics-kernels-wide": (functools.partial(numerics, plain="plain, wide"), "numerics-kernels.json"),
         "numerics-training": (training, "numerics-training.json"),
         "block_masks": (block_masks, "block_masks-quick.csv"),
     }
@@ -106,13 +108,15 @@ def mha(records: list[dict[str, str]]) -> str:
     return _table(["length", "forward", "with backward", "with a bias: forward", "with backward"], rows)
 
 
-def numerics(results: list[dict[str, Any]]) -> str:
-    """Errors over those of the plain implementation: the least and the largest of all kinds of logits."""
+def numerics(results: list[dict[str, Any]], plain: str = "plain") -> str:
+    """Errors over those of a plain implementation: the least and the largest of all kinds of logits. Of another than
+    "plain" where it differs, in half precision."""
 
     def rows() -> Iterator[list[str]]:
-        for dtype, seqlen in dict.fromkeys((r["dtype"], r["seqlen"]) for r in results):
+        some = [r for r in results if plain == "plain" or r["dtype"] != "float32"]
+        for dtype, seqlen in dict.fromkeys((r["dtype"], r["seqlen"]) for r in some):
             errors = [r["errors"] for r in results if (r["dtype"], r["seqlen"]) == (dtype, seqlen)]
-            times = [[x["ours"][name] / x["plain"][name] for x in errors] for name in ("o", "dq", "dk", "dv")]
+            times = [[x["ours"][name] / x[plain][name] for x in errors] for name in ("o", "dq", "dk", "dv")]
             yield [dtype, str(seqlen), *(f"{min(x):.2f} to {max(x):.2f}" for x in times)]
 
     return _table(["dtype", "length", "o", "dq", "dk", "dv"], rows())

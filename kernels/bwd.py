@@ -87,12 +87,14 @@ def zero_unmet(dbias, here, start_m, span, SPEC: tl.constexpr, CFG: tl.constexpr
 
 @triton.jit
 def attn_bwd_dq_kernel(
-    k, v, x, sizes, own, dq, constants, dscale, dslopes, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
+    k, v, x, sizes, own, lost, dq, constants, dscale, dslopes, dbias, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
     """One block of query rows: dq = scale * ds k, what the other kernels need of each row, and, if wanted, its share
     of the gradients of the scale and of the ALiBi slopes, and the gradient of a bias that is of this head alone, ds.
 
-    own: what is read of these rows alone: q, do, o, lse (or m and l), and dlse if something depends on lse.
+    own: what is read of these rows alone: q, do, o, lse (or m and l), and dlse if something depends on lse. lost: what
+    o lost when it was rounded: else ds is off by the same share of p in all of a row, which does not average out
+    (arXiv:2510.04212). None: o was not rounded, or that is all there is.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
@@ -107,9 +109,11 @@ def attn_bwd_dq_kernel(
     q_tile = tile(queries(own[0], here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
     q_scaled = scaled(q_tile, x, b, SPEC, CFG)
     do_tile = tile(queries(own[1], here), start_m, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
-    o_tile = tile(queries(own[2], here), start_m, M, SPEC.o_rows, EDGE_Q)
+    o_tile = tile(queries(own[2], here), start_m, M, SPEC.o_rows, EDGE_Q).to(tl.float32)
+    if lost is not None:
+        o_tile += tile(queries(lost, here), start_m, M, SPEC.o_rows, EDGE_Q).to(tl.float32)
     shift, norm = row_constants(own, here, start_m, M, SPEC)
-    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [M]
+    delta = tl.sum(o_tile * do_tile.to(tl.float32), 1)  # [M]
     if SPEC.dlse:  # lse is a result too: d lse / d s = p
         dlse = load_vector(own[5 if SPEC.alters_logits else 4], 0.0, here, start_m, M, SPEC)
         delta -= tl.where(shift == float("inf"), 0.0, dlse)

@@ -13,7 +13,8 @@ AT_ONCE = tl.constexpr(4096)
 
 @triton.jit
 def attn_combine_kernel(
-    parts, m_parts, l_parts, x, sizes, o, lse_out, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
+    parts, m_parts, l_parts, x, sizes, o, lse_out, m_out, l_out, max_out, lost_out, SPEC: tl.constexpr,
+    CFG: tl.constexpr,
 ):  # fmt: skip
     """One row of one head, of what `attn_fwd_kernel` stored of each split: o = sum of 2^(m - max m) o."""
     S: tl.constexpr = CFG.block_n  # the next power of two of CFG.num_splits
@@ -43,4 +44,4 @@ def attn_combine_kernel(
         acc += tl.sum(part * weight[:, None], 0)
     one = tl.zeros([1], tl.float32)
     l = tl.sum(l * tl.exp2(m - pivot), 0)
-    finish(one + top, one + l, acc[None, :], x, here, row, o, lse_out, m_out, l_out, max_out, 1, SPEC)
+    finish(one + top, one + l, acc[None, :], x, here, row, o, lse_out, m_out, l_out, max_out, lost_out, 1, SPEC)

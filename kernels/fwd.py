@@ -36,6 +36,13 @@ def divides(spec, config):
     return config.starts and spec.bias is not None and spec.rules.soft_cap is None and spec.score is None
 
 
+@triton.constexpr_function
+def lift(dtype, spec):
+    """How many times p is doubled, which cancels in o. fp16 has no numbers below 2^-24, and keys beside one that has
+    nearly all of the attention would be lost; up to 2^16 it has. Not where p is scaled by what may be large."""
+    return 15 if dtype == tl.float16 and spec.v_scale is None and not spec.drops else 0
+
+
 @triton.jit
 def load_scale(x, b, SPEC: tl.constexpr, CFG: tl.constexpr):
     """The softmax scale times log2(e). Callers make it non-negative; a zero must not turn -inf into NaN, and what is
@@ -180,10 +187,10 @@ def soft_cap(s, CAP: tl.constexpr):
 
 @triton.jit
 def finish(
-    m, l, acc, x, here, start_m, o, lse_out, m_out, l_out, max_out, M: tl.constexpr, SPEC: tl.constexpr
+    m, l, acc, x, here, start_m, o, lse_out, m_out, l_out, max_out, lost_out, M: tl.constexpr, SPEC: tl.constexpr
 ):  # fmt: skip
     """What comes of all keys: o, and each row's lse (natural); if that is not enough for the backward pass, its maximum
-    m (base 2) and sum l; and, if wanted, its largest logit, without the sink."""
+    m (base 2) and sum l; and, if wanted, its largest logit, without the sink, and what o loses when it is rounded."""
     _, rows = vector_at(here, start_m, M, SPEC)
     if max_out is not None:
         largest = tl.where(l == l, m * LN2, float("nan"))  # a maximum passes over a NaN, a sum does not
@@ -196,6 +203,10 @@ def finish(
         acc = tl.where((rows < here.end_q)[:, None], acc, 0.0)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a row that sees nothing: o = 0
     store_tile(queries(o, here), acc, start_m, SPEC.o_rows)
+    if lost_out is not None:
+        lost = acc - acc.to(o.dtype.element_ty).to(tl.float32)
+        lost = tl.where(tl.abs(lost) < float("inf"), lost, 0.0)  # where o became infinite, or was
+        store_tile(queries(lost_out, here), lost, start_m, SPEC.o_rows)
     store_vector(lse_out, (m + tl.log2(l)) * LN2, here, start_m, SPEC)
     if m_out is not None:
         store_vector(m_out, m, here, start_m, SPEC)
@@ -216,7 +227,7 @@ def block_of_rows(x, block, b, h, sizes, SPEC: tl.constexpr, CFG: tl.constexpr):
 
 @triton.jit
 def attn_fwd_kernel(
-    q, k, v, x, sizes, o, lse_out, m_out, l_out, max_out, SPEC: tl.constexpr, CFG: tl.constexpr
+    q, k, v, x, sizes, o, lse_out, m_out, l_out, max_out, lost_out, SPEC: tl.constexpr, CFG: tl.constexpr
 ):  # fmt: skip
     """One block of query rows against every key it sees (`finish`), or against a split's part of them: then o is the
     sum of p v, and m and l are all that is known of a row (`combine.py`).
@@ -230,6 +241,7 @@ def attn_fwd_kernel(
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M // SPEC.packed)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1  # else no tile needs the mask
+    LIFT: tl.constexpr = lift(q.dtype.element_ty, SPEC)
     HIDES: tl.constexpr = SPEC.hides or CFG.num_splits > 1
     blocks = tl.cdiv(sizes[1], M // SPEC.packed)
     if SPEC.cu_q_lens is not None:
@@ -277,7 +289,7 @@ def attn_fwd_kernel(
             pivot = m_new  # finite, as the first tile shows every row a key
             if HIDES:
                 pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s * unit - pivot[:, None])  # [M, N]
+            p = tl.exp2(s * unit - (pivot - LIFT)[:, None])  # [M, N]
             alpha = tl.exp2(m - pivot)
             l = l * alpha + tl.sum(p, 1)
             if SPEC.drops:
@@ -297,10 +309,11 @@ def attn_fwd_kernel(
             acc = plus_product(
                 acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, q_tile.dtype, SPEC, CFG
             )
+    l, acc = l * 2.0**-LIFT, acc * 2.0**-LIFT
     if CFG.num_splits > 1:
         part = part_of(here, split, sizes, SPEC)
         store_tile(queries(o, part), acc, start_m, SPEC.o_rows)
         store_vector(m_out, m, part, start_m, SPEC)
         store_vector(l_out, l, part, start_m, SPEC)
     else:
-        finish(m, l, acc, x, here, start_m, o, lse_out, m_out, l_out, max_out, M, SPEC)
+        finish(m, l, acc, x, here, start_m, o, lse_out, m_out, l_out, max_out, lost_out, M, SPEC)

@@ -30,9 +30,9 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes", "read
 SUMS = ("dscale", "dsinks", "dalibi_slopes", "dread")
 """A few numbers each, with no neighbours whose largest would be a fair measure: the terms that they sum are."""
 TIMES, ROUNDINGS = 2, 4
-O_IS_ROUNDED = 1.0 if interpret.enabled() or jax.default_backend() == "gpu" else float(jnp.finfo(jnp.bfloat16).eps)
-"""What delta, in half precision, is off by, as a share of one rounding of o: kernels read the rounded o, the XLA path
-what the rounding took, too (`call/kept.py`)."""
+ROUNDED = 1.0 if interpret.enabled() or jax.default_backend() == "gpu" else float(jnp.finfo(jnp.bfloat16).eps)
+"""How often, in half precision, `roundings.of`'s `rounded` counts: in kernels p is rounded before it meets v, and ds
+before k and q; on the XLA path nothing is but what o loses, when that is kept."""
 BLOCK = 32
 """Rows and keys of a block mask's tiles."""
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -186,7 +186,7 @@ def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None, *, decided:
         band += ROUNDINGS * (float(jnp.finfo(x.dtype).eps) if cancels else eps32) * terms.get(name, 0.0)
         band += float(jnp.finfo(x.dtype).smallest_subnormal) + count * float(jnp.finfo(jnp.float32).tiny)
         if x.dtype.itemsize == 2:
-            band += float(jnp.finfo(x.dtype).eps) * O_IS_ROUNDED * rounded.get(name, 0.0)
+            band += float(jnp.finfo(x.dtype).eps) * ROUNDED * rounded.get(name, 0.0)
         if error <= band:
             continue  # whatever the plain error, which takes a second to learn
         rough = rough or plain(case, inputs or case.inputs())

@@ -25,8 +25,8 @@ def of(case: Case, inner, given, cotangents, o):
     The slope of a soft cap or a score function is rounded by as much as the largest of them is, 1 - tanh^2 where it is
     nearly 0, and moves as the logit does that it is taken at: ds is off by as many roundings of itself times these.
 
-    In half precision, moreover, ds is rounded before it meets k or q, and delta is made of an o that was: `rounded` has
-    what one rounding of each leaves of dq, dk and dbias.
+    In half precision, moreover, ds is rounded before it meets k or q, and delta is made of an o whose p was, as much as
+    o itself would be if there were one key: `rounded` has what one rounding of each leaves of dq, dk and dbias.
     """
     q, k, scale, do = inner["q"], inner["k"], inner["scale"], cotangents["o"]
     keep = given.get("keep")

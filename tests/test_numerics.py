@@ -1,8 +1,12 @@
 """Results are no further from fp64 than those of the plain implementation; in half precision whatever the logits."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import numerics
+from jax_flash_attn2.base import rounding
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -11,6 +15,19 @@ def test_no_further_than_plain(kind, dtype):
     errors = numerics.compare(kind, dtype, 256, "xla")["errors"]
     for name, error in errors["ours"].items():
         assert error <= 1.05 * errors["plain"][name], (name, error, errors["plain"][name])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_rounding_loses(dtype):
+    """Also of subnormal numbers; what becomes infinite, or is no number, stays so."""
+    exponents = np.linspace(-26, 15.9, 2000)
+    x = jnp.asarray(np.outer([-1, 1], 2.0**exponents), jnp.float32)
+    rounded, lost = jax.jit(rounding.split, static_argnums=1)(x, dtype)
+    np.testing.assert_array_equal(rounded, x.astype(dtype))
+    near = 2.0 ** (-16 if dtype == "bfloat16" else -19)
+    np.testing.assert_allclose(rounding.joined(rounded, lost), x, rtol=near, atol=2.0**-34)
+    odd = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0, 3.4e38], jnp.float32)
+    np.testing.assert_array_equal(rounding.joined(*rounding.split(odd, dtype)), odd.astype(dtype).astype(jnp.float32))
 
 
 def test_long_sums_in_float32():

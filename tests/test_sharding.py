@@ -477,8 +477,8 @@ def test_lowers_for_cuda(spec, spec_k, rows, monkeypatch):
     k = struct(k.shape, jnp.bfloat16, spec_k)
     row, scale = struct((4, 8, rows), jnp.float32, P()), struct((1, 1, 1, 1), jnp.float32, P())
     for partition, args, results, calls in (
-        (forward, (q, k, k, scale), [whole, row], 1),
-        (backward, (q, k, k, whole, whole, row, scale), [whole, k, k], 2),
+        (forward, (q, k, k, scale), [whole, row, whole], 1),
+        (backward, (q, k, k, whole, whole, whole, row, scale), [whole, k, k], 2),
     ):
         _, share, out, into = partition(grid, args, results)
         own = jax.shard_map(

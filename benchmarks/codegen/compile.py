@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash_attn2.base.config import PASSES, Config, Tuned
+from jax_flash_attn2.base.rounding import LOST
 from jax_flash_attn2.base.spec import Spec
 from jax_flash_attn2.gpu import cache, passes, short, store, tuning
 from jax_flash_attn2.gpu.passes import Rows
@@ -42,13 +43,14 @@ def launches(point: Point) -> list[tuple]:
     configs = dict.fromkeys(PASSES, point.config)
     row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
+    lost = jax.ShapeDtypeStruct(o.shape, LOST) if rules.lost else None
 
-    def backward(q, k, v, operands, o, stats, do, dlse):
-        given = {"wanted": extra.wanted, "groups": (1,) * len(extra.wanted)}
+    def backward(q, k, v, operands, o, stats, do, dlse, lost):
+        given = {"wanted": extra.wanted, "groups": (1,) * len(extra.wanted), "lost": lost}
         return passes.backward(run, spec, configs, q, k, v, operands, o, stats, do, dlse, **given)
 
     stats = (row,) * (2 if spec.alters_logits else 1)
-    jax.eval_shape(backward, q, k, v, operands, o, stats, o, row if extra.dlse else None)
+    jax.eval_shape(backward, q, k, v, operands, o, stats, o, row if extra.dlse else None, lost)
     return [launch for launch in seen if point.name in launch[0].__name__]
 
 

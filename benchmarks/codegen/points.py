@@ -266,7 +266,8 @@ def arrays(point: Point) -> tuple:
     operands = {"scale": jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)}
     for name, (*axes, kind) in extra.operands.items():
         operands[name] = jax.ShapeDtypeStruct([sizes.get(axis, axis) for axis in axes], kind or dtype)
-    rules = {"right": 0 if point.causal else None} | extra.rules
+    rules = {"right": 0 if point.causal else None, "precise": dtype == jnp.float32} | extra.rules
+    rules["lost"] = dtype.itemsize == 2 and not extra.decodes
     if extra.score is not None:
         rules["score"], shapes = _traced(extra.score)
         operands |= dict(zip(score_arrays(len(shapes)), shapes, strict=True))

@@ -45,8 +45,10 @@ class Rules:
     max_logits: bool = False
     """Whether each row's largest logit is a result."""
     precise: bool = False
-    """Whether the backward pass gets what it is most exact with, and not what is least to move: m and l of every row,
-    and an o that was not rounded to half precision."""
+    """Whether the backward pass gets m and l of every row, which it is most exact with, and not lse, which is less."""
+    lost: bool = False
+    """Whether what o loses when it is rounded is a result too, if it is, and the backward pass reads it. Of a row's
+    do * o all gradients of its logits have the same error, which does not average out (arXiv:2510.04212)."""
     wide: bool = False
     """Whether o and all gradients come in fp32 (fp64), to be summed with those of other keys."""
     latent: int | None = None
@@ -57,6 +59,11 @@ class Rules:
     def result(self, dtype: Any) -> np.dtype:
         """The dtype of a result that would have this one, but for `wide`."""
         return np.dtype(np.float32) if self.wide and np.dtype(dtype).itemsize < 4 else np.dtype(dtype)
+
+    @property
+    def gives_lost(self) -> bool:
+        """Whether the forward pass gives what o lost: a wide one is not rounded."""
+        return self.lost and not self.wide
 
     def v_dim(self, v: Any) -> int:
         """The width of the rows of v."""

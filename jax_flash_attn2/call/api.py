@@ -284,19 +284,19 @@ def values(given: Any) -> Any:
 def _attention_fwd(call: Call, q, k, v, operands):
     wanted = wanted_of(operands)
     q, k, v, operands = values((q, k, v, operands))
-    o, lse, row_max, stats = results(call, primitives.forward(kept.unrounded(call), q, k, v, operands))
-    o, rest = kept.split(o, q.dtype)
-    o, lse, stats = kept.named(o, lse, stats)
-    return (o, lse, row_max), (q, k, v, operands, o, rest, stats, wanted)
+    made, lost = primitives.forward_and_lost(call, q, k, v, operands)
+    o, lse, row_max, stats = results(call, made)
+    o, lost, lse, stats = kept.named(o, lost, lse, stats)
+    return (o, lse, row_max), (q, k, v, operands, o, lost, stats, wanted)
 
 
 def _attention_bwd(call: Call, residuals, cotangents):
-    q, k, v, operands, o, rest, stats, wanted = residuals
+    q, k, v, operands, o, lost, stats, wanted = residuals
     do, dlse, _ = cotangents
     do = _zeros_like(o) if isinstance(do, SymbolicZero) else do
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    o = kept.joined(o, rest)
-    dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
+    args = q, k, v, operands, o, stats, do, dlse
+    dq, dk, dv, grads = primitives.backward(call, *args, wanted=tuple(wanted), lost=lost)
     return dq, dk, dv, {name: grads.get(name) for name in operands}
 
 

@@ -69,7 +69,8 @@ def prepare(
     made = configs(config, block_ptr, implementation)
     if is_wide(q, v) and implementation is None:
         implementation = "xla"
-    if implementation == "xla" or (implementation is None and target.named() is None and not target.is_default()):
+    on_xla = implementation == "xla" or (implementation is None and target.named() is None and not target.is_default())
+    if on_xla or q.dtype.itemsize >= 4:
         rules = dataclasses.replace(rules, precise=True)
     call = Call(rules, made, implementation, target.named())
     _check_implementation_fits(call, q, v)

@@ -18,6 +18,7 @@ from .. import primitives
 from ..base import axes
 from ..base.arguments import accumulator
 from ..base.operands import is_read
+from ..base.rounding import LOST
 from ..call import api, kept
 from ..primitives import share
 from ..primitives.call import Call
@@ -60,22 +61,21 @@ _attention = jax.custom_vjp(_attend, nondiff_argnums=(0,))
 
 
 def _forward(gathering: Gathering, q, k, v, operands, within):
-    """o, lse, the largest logits, and what else the backward pass reads of each row."""
+    """o, lse, the largest logits, what else the backward pass reads of each row, and what o lost; None: not wanted."""
     run = api.natively if gathering.native else primitives.forward
 
     def step(made: list[Array], keys: tuple[Array, Array], group: Any) -> list[Array]:
         own_q, own = _of_group(gathering, q, operands, group)
         results = run(gathering.call, own_q, *keys, own)
-        return [_put(gathering, x, y, 1 if n else 2, group) for n, (x, y) in enumerate(zip(made, results, strict=True))]
+        return [_put(gathering, x, y, x.ndim - 2, group) for x, y in zip(made, results, strict=True)]
 
-    dtype = accumulator(q.dtype)
-    row = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype)
-    made = [
-        jnp.zeros((*q.shape[:3], v.shape[3]), gathering.call.rules.result(q.dtype)),
-        *[row] * gathering.call.row_results(operands),
-    ]
+    call = gathering.call
+    row = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), accumulator(q.dtype))
+    o = jnp.zeros((*q.shape[:3], v.shape[3]), call.rules.result(q.dtype))
+    made = [o, *[row] * call.row_results(operands), *[o.astype(LOST)] * call.rules.gives_lost]
     o, *rows = _over_groups(gathering, k, v, axes.vary_alike((made, q))[0], step)
-    return api.results(gathering.call, [o, *_within(rows, within)])
+    lost = rows.pop() if call.rules.gives_lost else None
+    return *api.results(call, [o, *_within(rows, within)]), lost
 
 
 def _over_groups(gathering: Gathering, k: Array, v: Array, state: Any, step: Callable[..., Any]) -> Any:
@@ -100,19 +100,18 @@ def _over_groups(gathering: Gathering, k: Array, v: Array, state: Any, step: Cal
 def _attention_fwd(gathering: Gathering, q, k, v, operands, within):
     wanted = api.wanted_of(operands)
     q, k, v, operands, within = api.values((q, k, v, operands, within))
-    unrounded = dataclasses.replace(gathering, call=kept.unrounded(gathering.call))
-    o, lse, largest, stats = _forward(unrounded, q, k, v, operands, within)
-    o, rest = kept.split(o, q.dtype)
-    o, lse, stats = kept.named(o, lse, stats)
-    return (o, lse, largest), (q, k, v, operands, within, o, rest, stats, wanted)
+    call = gathering.call.with_lost(q.dtype.itemsize == 2)
+    o, lse, largest, stats, lost = _forward(dataclasses.replace(gathering, call=call), q, k, v, operands, within)
+    o, lost, lse, stats = kept.named(o, lost, lse, stats)
+    return (o, lse, largest), (q, k, v, operands, within, o, lost, stats, wanted)
 
 
 def _attention_bwd(gathering: Gathering, residuals, cotangents):
-    q, k, v, operands, within, o, rest, stats, wanted = residuals
+    q, k, v, operands, within, o, lost, stats, wanted = residuals
     do, dlse, _ = cotangents
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    o, call = kept.joined(o, rest), share.wide(gathering.call)
+    call = share.wide(gathering.call)
 
     def scattered(made: dict[str, Array], group: Any) -> dict[str, Array]:
         """With what the group before gave for keys."""
@@ -126,9 +125,9 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
         own_q, own = _of_group(gathering, q, operands, group)
         heads = functools.partial(_heads, gathering, group=group, of=q.shape[2])
         rows = [None if x is None else heads(x, 1) for x in (*stats, dlse)]
-        dq, dk, dv, grads = primitives.backward(
-            call, own_q, *keys, own, heads(o, 2), rows[:-1], heads(do, 2), rows[-1], wanted=tuple(wanted)
-        )
+        args = own_q, *keys, own, heads(o, 2), rows[:-1], heads(do, 2), rows[-1]
+        own_lost = None if lost is None else heads(lost, 2)
+        dq, dk, dv, grads = primitives.backward(call, *args, wanted=tuple(wanted), lost=own_lost)
         put = lambda name, x, axis: _put(gathering, made[name], x.astype(made[name].dtype), axis, group)
         added = {**made, "q": put("q", dq, 2), "given": (dk, dv)}
         for name in wanted:

@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from .. import primitives
 from ..base import axes
 from ..base.operands import summed_to
+from ..base.rounding import joined, split
 from ..call import api, kept
 from ..primitives import share
 from ..primitives.call import Call
@@ -104,23 +105,23 @@ def _attention_fwd(ring: Ring, q, k, v, operands, within):
     q, k, v, operands, within = api.values((q, k, v, operands, within))
     part = _forward(ring, q, k, v, operands, within)
     o, lse, largest = _finished(ring, q, part, operands)
-    o, rest = kept.split(part.o, q.dtype) if ring.call.rules.precise else (o, None)
-    o, lse, stats = kept.named(o, lse, (part.m, part.l) if ring.call.row_stats(operands) == 2 else ())
-    return (o, lse, largest), (q, k, v, operands, within, o, rest, stats, wanted)
+    o, lost = split(part.o, q.dtype) if o.dtype != part.o.dtype else (o, None)
+    o, lost, lse, stats = kept.named(o, lost, lse, (part.m, part.l) if ring.call.row_stats(operands) == 2 else ())
+    return (o, lse, largest), (q, k, v, operands, within, o, lost, stats, wanted)
 
 
 def _attention_bwd(ring: Ring, residuals, cotangents):
-    q, k, v, operands, within, o, rest, stats, wanted = residuals
+    q, k, v, operands, within, o, lost, stats, wanted = residuals
     do, dlse, _ = cotangents
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else cleared(do, within)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    o, call, spread = kept.joined(o, rest), share.wide(ring.call), ring.spread
+    call, spread = share.wide(ring.call), ring.spread
     of_hops = tuple(name for name in wanted if name != "sinks")
 
     def step(sums: dict[str, Array], keys: "_Keys", hop: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         own = ring.of_hop(operands, keys.moving, hop)
         dq, dk, dv, grads = primitives.backward(
-            call, q, keys.k, keys.v, own, o, stats, do, dlse, wanted=of_hops, before=sums["q"]
+            call, q, keys.k, keys.v, own, o, stats, do, dlse, wanted=of_hops, lost=lost, before=sums["q"]
         )
         made = {"q": dq}
         for name in sums.keys() - {"q"}:
@@ -145,7 +146,7 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
         of_keys = jax.tree.map(jnp.add, of_keys, home) if of_keys else home
     grads = {name: x for name, x in (sums | of_keys).items() if name not in ("q", "k", "v")}
     if "sinks" in wanted:
-        grads["sinks"] = _of_sinks(ring, q, operands, within, o, stats, do, dlse)
+        grads["sinks"] = _of_sinks(ring, q, operands, within, joined(o, lost), stats, do, dlse)
     dq, dk, dv = (x.astype(like.dtype) for x, like in ((sums["q"], q), (of_keys["k"], k), (of_keys["v"], v)))
     own = {name: grads[name].astype(x.dtype) if name in grads else None for name, x in operands.items()}
     return dq, dk, dv, own, None

@@ -84,24 +84,22 @@ def _attention_fwd(ulysses: Ulysses, q, k, v, operands):
     copies = ulysses.copies(k.value)
     q, k, v = ulysses.exchange(*api.values((q, k, v)))
     operands = api.values(operands)
-    o, lse, largest, stats = api.results(
-        ulysses.call, primitives.forward(kept.unrounded(ulysses.call), q, k, v, operands)
-    )
-    o, rest = kept.split(o, q.dtype)
-    o, lse, stats = kept.named(o, lse, stats)
-    return ulysses.back(o, lse, largest), (q, k, v, operands, o, rest, stats, wanted, copies)
+    made, lost = primitives.forward_and_lost(ulysses.call, q, k, v, operands)
+    o, lse, largest, stats = api.results(ulysses.call, made)
+    o, lost, lse, stats = kept.named(o, lost, lse, stats)
+    return ulysses.back(o, lse, largest), (q, k, v, operands, o, lost, stats, wanted, copies)
 
 
 def _attention_bwd(ulysses: Ulysses, residuals, cotangents):
-    q, k, v, operands, o, rest, stats, wanted, copies = residuals
+    q, k, v, operands, o, lost, stats, wanted, copies = residuals
     do, dlse, _ = cotangents
     spread, call = ulysses.spread, ulysses.call
     do = jnp.zeros_like(o) if isinstance(do, SymbolicZero) else spread.exchanged(do, 2, 1)
     dlse = None if isinstance(dlse, SymbolicZero) else spread.exchanged(dlse, 1, 2)
     if copies > 1:  # whose gradients are summed before they are rounded
         call = share.wide(call)
-    o = kept.joined(o, rest)
-    dq, dk, dv, grads = primitives.backward(call, q, k, v, operands, o, stats, do, dlse, wanted=tuple(wanted))
+    args = q, k, v, operands, o, stats, do, dlse
+    dq, dk, dv, grads = primitives.backward(call, *args, wanted=tuple(wanted), lost=lost)
     dq, dk, dv = (spread.returned(x, 2, 1) for x in (dq.astype(q.dtype), dk, dv))
     dk, dv = (x.reshape(*x.shape[:2], -1, copies, x.shape[3]).sum(3).astype(k.dtype) for x in (dk, dv))
     own = {name: grads[name].astype(x.dtype) if name in grads else None for name, x in operands.items()}

@@ -16,6 +16,7 @@ from jax import Array
 from ..base.config import Tuned
 from ..base.layout import next_power_of_two
 from ..base.operands import is_score_array, summed_to
+from ..base.rounding import LOST
 from ..base.spec import Operand, Spec, length_of_keys, sequences
 from ..tiles import block_lists, ragged, spans
 from . import functions, short
@@ -54,15 +55,17 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 @jax.numpy_rank_promotion("allow")  # whatever the caller's code is held to
 def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str, Array]) -> tuple[Array | None, ...]:
     """One launch, or two where programs share keys (`num_splits`): o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`, what
-    `backward` needs of each row (`define.forward`), and, if wanted, each row's largest logit."""
+    `backward` needs of each row (`define.forward`), and, if wanted, each row's largest logit, and what o lost."""
     from ..kernels import combine, fwd
 
+    gives_lost, spec = spec.rules.gives_lost, _without_lost(spec)
     spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
     batch, seqlen_q, heads, _ = q.shape
     row = _struct((batch, heads, seqlen_q), jnp.float32)
     own = row if spec.alters_logits else None
     o = _struct((*q.shape[:3], spec.v_dim), spec.rules.result(q.dtype))
-    results = (o, row, own, own, row if spec.rules.max_logits else None)
+    lost = _struct(o.shape, LOST) if gives_lost else None
+    results = (o, row, own, own, row if spec.rules.max_logits else None, lost)
     splits = config.num_splits
     part = lambda x: _struct((splits, *x.shape), jnp.float32)
     read = _read(
@@ -81,13 +84,13 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
             read,
             sizes,
         ),
-        results if splits == 1 else (part(o), None, part(row), part(row), None),
+        results if splits == 1 else (part(o), None, part(row), part(row), None, None),
         translated.told_apart(config),
         config,
     )
     if splits == 1:
         return made
-    o_parts, _, m_parts, l_parts, _ = made
+    o_parts, _, m_parts, l_parts, *_ = made
     return run(
         combine.attn_combine_kernel,
         seqlen_q * heads * batch,
@@ -115,22 +118,23 @@ def backward(
     *,
     wanted: tuple[str, ...],
     groups: tuple[int, ...],
+    lost: Array | None = None,
     before: Array | None = None,
     one_head: bool = False,
 ):  # fmt: skip
     """Two launches, and a third for the gradient of a bias that is summed: dq, dk, dv and the gradients of the `wanted`
     operands.
 
-    stats: what `forward` returned of each row. before: what dq is added to, in fp32, and dq then comes as the sum; it
-    is rounded before that, as always, and is there before dk and dv are begun, so that less is held. one_head: dk and
-    dv are computed for each query head by itself (`tuning.one_head`).
+    stats: what `forward` returned of each row. lost: what o lost, likewise. before: what dq is added to, in fp32, and
+    dq then comes as the sum; it is rounded before that, as always, and is there before dk and dv are begun, so that
+    less is held. one_head: dk and dv are computed for each query head by itself (`tuning.one_head`).
 
     The gradient of an operand `[n, ...]` is `[groups * n, ...]`: the batch, seen as (groups, rest, n), is summed over
     its middle.
     """
     from ..kernels import bwd
 
-    spec, operands = block_lists.for_kernels(spec, operands, q, k, v)
+    spec, operands = block_lists.for_kernels(_without_lost(spec), operands, q, k, v)
     rules = dataclasses.replace(spec.rules, max_logits=False)  # the forward pass's alone
     result = rules.result
     # A list of tiles has all pieces of its last one. All are powers of two.
@@ -156,6 +160,7 @@ def backward(
             _read(spec, operands, _query_spans(spec, config, q, k, operands)),
             sizes,
             (q, do, o, *stats, *([] if dlse is None else [dlse])),
+            lost,
         ),
         (
             _struct(q.shape, q.dtype if before is not None else result(q.dtype)),
@@ -242,6 +247,11 @@ def backward(
         for name, n in zip(wanted, groups, strict=True)
     )
     return dq, dk, dv, *grads
+
+
+def _without_lost(spec: Spec) -> Spec:
+    """The spec as kernels have it: whether they are given what o lost says the same, and not all of them are."""
+    return dataclasses.replace(spec, rules=dataclasses.replace(spec.rules, lost=False))
 
 
 def gives_dbias(spec: Spec, bias: tuple[int, ...], q: Any, k: Any) -> bool:

@@ -72,7 +72,7 @@ _OF_PAGES = ("k", "v", "k_scale", "v_scale")
 
 
 def _batch_backward(args, dims, *, call: Call, names, wanted, groups, adds):
-    size, first = _mapped_size(args, dims), 5 + call.row_stats(names)
+    size, first = _mapped_size(args, dims), call.before_operands(names)
     end = first + len(names)
     arrays = [_fold(size, x, d) for x, d in zip(args[:first], dims[:first], strict=True)]
     batch = arrays[0].shape[0] // size

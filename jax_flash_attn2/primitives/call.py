@@ -36,6 +36,15 @@ class Call:
         largest logit if the rules want it."""
         return 1 + 2 * alters_logits(self.rules, names) + self.rules.max_logits
 
+    def before_operands(self, names: Iterable[str]) -> int:
+        """How many arrays come before these operands in the backward pass: q, k, v, o, do, what o lost if the rules
+        want it, and `row_stats`."""
+        return 5 + self.rules.lost + self.row_stats(names)
+
+    def with_lost(self, kept: bool) -> "Call":
+        """The call, where what o lost is kept, or is not."""
+        return dataclasses.replace(self, rules=dataclasses.replace(self.rules, lost=kept))
+
     def wants_triton(self, dtype: Any) -> bool:
         """Whether a GPU runs the kernels; they have no fp64, which is left to XLA unless Triton is insisted on."""
         return self.implementation == "triton" or (self.implementation is None and dtype != jnp.float64)

@@ -19,6 +19,7 @@ from ..base.arguments import accumulator
 from ..base.config import PASSES
 from ..base.errors import higher_order_error, narrow_pages_error, not_on_this_platform_error
 from ..base.operands import for_every_batch, names_of, summed_to
+from ..base.rounding import LOST
 from ..base.spec import Spec
 from ..gpu import interpret, passes, short, tuning
 from ..gpu.loading import launcher
@@ -30,9 +31,18 @@ from .call import Call
 def forward(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> list[Array]:
     """o `[B, Sq, H, Dv]`, lse `[B, H, Sq]`; where lse is not enough for `backward` (`spec.alters_logits`), the
     statistics m and l of each row, which nothing else reads; and, if the rules want them, each row's largest logit
-    `[B, H, Sq]`."""
+    `[B, H, Sq]`, and what o lost by rounding (`forward_and_lost`)."""
     names = names_of(operands)
     return forward_p.bind(q, k, v, *(operands[n] for n in names), call=call, names=names)
+
+
+def forward_and_lost(
+    call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
+) -> tuple[list[Array], Array | None]:
+    """`forward`, and what o lost by rounding, `[B, Sq, H, Dv]`; None: nothing."""
+    call = call.with_lost(q.dtype.itemsize == 2)
+    results = forward(call, q, k, v, operands)
+    return (results[:-1], results[-1]) if call.rules.gives_lost else (results, None)
 
 
 def backward(
@@ -47,15 +57,21 @@ def backward(
     dlse,
     *,
     wanted: tuple[str, ...],
+    lost: Array | None = None,
     before: Array | None = None,
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
-    """dq, dk, dv, and the gradients of the `wanted` operands. stats: lse, or m and l, of `forward`. before: what dq is
-    added to, if anything, in the dtype that the sum then has."""
+    """dq, dk, dv, and the gradients of the `wanted` operands. stats: lse, or m and l, of `forward`. lost: what o lost.
+    before: what dq is added to, if anything, in the dtype that the sum then has."""
     names = names_of(operands)
-    extra = [*stats, *(operands[n] for n in names), *([] if dlse is None else [dlse])]
-    extra += [] if before is None else [before]
+    extra = [*_present(lost), *stats, *(operands[n] for n in names), *_present(dlse, before)]
     groups, adds = (1,) * len(wanted), before is not None
-    params = {"call": call, "names": names, "wanted": wanted, "groups": groups, "adds": adds}
+    params = {
+        "call": call.with_lost(lost is not None),
+        "names": names,
+        "wanted": wanted,
+        "groups": groups,
+        "adds": adds,
+    }
     dq, dk, dv, *grads = backward_p.bind(q, k, v, o, do, *extra, **params)
     return dq, dk, dv, dict(zip(wanted, grads, strict=True))
 
@@ -72,11 +88,12 @@ def unit(call: Call, dtype: Any) -> Array:
 def _forward_shapes(q, k, v, *operands, call: Call, names):
     stats = accumulator(q.dtype)
     row = _aval((q.shape[0], q.shape[2], q.shape[1]), stats)
-    return [_aval((*q.shape[:3], call.rules.v_dim(v)), call.rules.result(q.dtype)), *[row] * call.row_results(names)]
+    o = _aval((*q.shape[:3], call.rules.v_dim(v)), call.rules.result(q.dtype))
+    return [o, *[row] * call.row_results(names), *[_aval(o.shape, LOST)] * call.rules.gives_lost]
 
 
 def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, groups, adds):
-    operands = dict(zip(names, rest[call.row_stats(names) :], strict=False))
+    operands = dict(zip(names, rest[call.before_operands(names) - 5 :], strict=False))
     grads = [(n * operands[w].shape[0], *operands[w].shape[1:]) for w, n in zip(wanted, groups, strict=True)]
     own = [(x.shape, x.dtype) for x in (q, k, v)]
     own += [(shape, operands[w].dtype) for w, shape in zip(wanted, grads, strict=True)]
@@ -104,12 +121,15 @@ def _forward(run, target, q, k, v, *rest, call: Call, names):
 
 def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, groups, adds):
     *rest, before = (*rest, None) if not adds else rest
+    lost, *rest = rest if call.rules.lost else (None, *rest)
     n = call.row_stats(names)
     stats, operands = rest[:n], dict(zip(names, rest[n:], strict=False))
     dlse = rest[n + len(names)] if len(rest) > n + len(names) else None
     if nothing_to_see(q, k, v):
         params = {"call": call, "names": names, "wanted": wanted, "groups": groups, "adds": False}
-        grads = [jnp.zeros(x.shape, x.dtype) for x in _backward_shapes(q, k, v, o, do, *rest, **params)]
+        grads = [
+            jnp.zeros(x.shape, x.dtype) for x in _backward_shapes(q, k, v, o, do, *_present(lost), *rest, **params)
+        ]
         grads[0] = grads[0] if before is None else before
         if "sinks" in wanted and dlse is not None:  # lse is the sink itself
             i, shape = wanted.index("sinks"), operands["sinks"].shape
@@ -118,7 +138,7 @@ def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, gro
             grads[3 + i] = summed_to(per_head, shape, groups[i]).astype(grads[3 + i].dtype)
         return grads
     spec = Spec.of(call.rules, q, k, v, operands)
-    args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "groups": groups}
+    args, options = (q, k, v, operands, o, stats, do, dlse), {"wanted": wanted, "groups": groups, "lost": lost}
     if run is None:
         dq, *others = xla.backward(spec, call.config("dkdv"), *args, **options)
         return [dq if before is None else before + dq.astype(before.dtype), *others]
@@ -142,7 +162,11 @@ def forward_of_nothing(call: Call, q, k, v, operands: Mapping[str, Array]) -> li
     o, row, *_ = (jnp.zeros(x.shape, x.dtype) for x in _forward_shapes(q, k, v, call=call, names=names))
     lse = _lse_of_nothing(operands, row)
     stats = [lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse))] if call.row_stats(names) == 2 else []
-    return [o, lse, *stats, *([row - jnp.inf] if call.rules.max_logits else [])]
+    return [
+        *(o, lse, *stats),
+        *([row - jnp.inf] if call.rules.max_logits else []),
+        *([jnp.zeros(o.shape, LOST)] if call.rules.gives_lost else []),
+    ]
 
 
 def _lse_of_nothing(operands: Mapping[str, Array], row: Array) -> Array:

@@ -131,7 +131,7 @@ def forward(unit: Callable[..., Array], maths: Maths, *args: Array, call: Call, 
 
 def backward(maths: Maths, *args: Array, call: Call, names, wanted, groups, adds) -> list[Array]:
     """The backward pass, divided."""
-    first, batch = 5 + call.row_stats(names), args[0].shape[0]
+    first, batch = call.before_operands(names), args[0].shape[0]
     end = first + len(names)
     args = (*args[:first], *_whole_batches(names, args[first:end], batch), *args[end:])
     full = [not is_read(n) and args[first + names.index(n)].shape[0] == batch for n in wanted]
@@ -219,14 +219,14 @@ def _forward_pass(call: Call, names: Sequence[str], args: Sequence[Any]) -> Divi
     if "page_table" in names:  # a page is anybody's
         keys = ["1jxd", "1jxd" if call.rules.latent else "1jxv"]
     letters = ["bihd", *keys, *(_letters(n, x, *args[:2]) for n, x in zip(names, args[3:], strict=True))]
-    results = ["bihv", *["bhi"] * call.row_results(names)]
+    results = ["bihv", *["bhi"] * call.row_results(names), *["bihv"] * call.rules.gives_lost]
     return Division(_sizes(call, args[0], args[1], names), letters, results, merged=2 + call.rules.max_logits)
 
 
 def _backward_pass(call: Call, names: Sequence[str], args: Sequence[Any], wanted, groups, adds: bool) -> Division:
-    first = 5 + call.row_stats(names)
+    first = call.before_operands(names)
     end = first + len(names)
-    letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bhi"] * (first - 5)]
+    letters = ["bihd", "bjxd", "bjxv", "bihv", "bihv", *["bihv"] * call.rules.lost, *["bhi"] * call.row_stats(names)]
     letters += [_letters(n, x, *args[:2]) for n, x in zip(names, args[first:end], strict=True)]
     letters += ["bhi"] * (len(args) - end - adds) + ["bihd"] * adds
     own = {name: letters[first + names.index(name)] for name in wanted}

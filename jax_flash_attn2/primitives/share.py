@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..base.rounding import split
 from ..xla import online
 from .call import Call
 from .plan import Plan
@@ -80,8 +81,10 @@ def merge(plan: Plan, call: Call, unit: Callable[..., Array], results: Sequence[
     weight = l * jnp.exp((m - pivot) * nats)
     o, l = lax.psum((o * _by_row(weight), weight), over)
     lse = lse_of(pivot, l, nats)
-    o = (o / _by_row(jnp.where(l == 0, 1, l))).astype(call.rules.result(dtype))
-    return [o, lse, *([top, l] if rest else []), *largest]
+    o, lost = o / _by_row(jnp.where(l == 0, 1, l)), []
+    if call.rules.gives_lost:
+        o, *lost = split(o, dtype)
+    return [o.astype(call.rules.result(dtype)), lse, *([top, l] if rest else []), *largest, *lost]
 
 
 def sum_beside(lse: Array) -> Array:

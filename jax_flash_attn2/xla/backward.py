@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from ..base.config import Config
 from ..base.operands import is_score_array, summed_to
+from ..base.rounding import joined
 from ..base.spec import Spec
 from . import by_head, layout
 from .logits import Logits
@@ -29,6 +30,7 @@ def backward(
     *,
     wanted: tuple[str, ...],
     groups: tuple[int, ...],
+    lost: Array | None = None,
 ) -> tuple[Array, ...]:
     """Gradients, from the output and the statistics that `forward` returned.
 
@@ -40,6 +42,7 @@ def backward(
       dlse: None or `[B, H, Sq]`, the gradient of lse.
       wanted: the operands to return the gradients of, in the order of `base.operands.DIFFERENTIABLE`.
       groups: for each of them, how many parts of the batch have a gradient of their own.
+      lost: `[B, Sq, H, Dv]`, what o lost by rounding, from `forward`; None: o alone is read.
 
     Returns:
       dq, dk and dv, each of the shape and dtype of what it is the gradient of; then the gradients of the wanted
@@ -47,7 +50,7 @@ def backward(
     """
     if by_head.pays(spec, q, operands, wanted):
         args = spec, config, q, k, v, operands, o, stats, do, dlse
-        return by_head.backward(backward, *args, wanted=wanted, groups=groups)
+        return by_head.backward(backward, *args, wanted=wanted, groups=groups, lost=lost)
     t = Tiling(spec, config, q, k, operands, whole_rows=False)
     logits, groups_of = Logits(t, operands), dict(zip(wanted, groups, strict=True))
     q, k, v, do = logits.clear("q", q), logits.clear("kv", k), logits.clear("kv", v), logits.clear("q", do)
@@ -56,7 +59,7 @@ def backward(
     shift, norm = _shift_and_norm(spec, stats)
     do = do.astype(t.dtype) if norm is None else do.astype(t.dtype) * norm.swapaxes(1, 2)[..., None]
     do = t.rows(do)
-    delta = jnp.sum(t.rows(o) * do, -1)
+    delta = jnp.sum(t.rows(joined(o, lost)) * do, -1)
     if dlse is not None:
         dlse = dlse.astype(t.dtype) if norm is None else dlse.astype(t.dtype) * norm
         delta -= layout.stats(jnp.where(shift == jnp.inf, 0, dlse), spec.kv_heads)

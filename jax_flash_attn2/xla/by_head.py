@@ -39,13 +39,14 @@ def forward(
         args = _of_heads(q, h, spec.group), _of_heads(k, h, 1), _of_heads(v, h, 1)
         return run(Spec.of(spec.rules, *args, own), config, *args, own)
 
-    o, *stats = lax.map(head, jnp.arange(spec.kv_heads, dtype=jnp.int32))
-    return _join(o, 2), *(None if x is None else _join(x, 1) for x in stats)
+    results = lax.map(head, jnp.arange(spec.kv_heads, dtype=jnp.int32))
+    return tuple(None if x is None else _join(x, 2 if x.ndim == 5 else 1) for x in results)
 
 
 def backward(
     run: Callable, spec: Spec, config: Config, q: Array, k: Array, v: Array, operands: Mapping[str, Array], o: Array,
     stats: Any, do: Array, dlse: Array | None, *, wanted: tuple[str, ...], groups: tuple[int, ...],
+    lost: Array | None = None,
 ) -> tuple[Array, ...]:  # fmt: skip
     """`backward.backward`, which is `run`."""
 
@@ -54,7 +55,8 @@ def backward(
         args = _of_heads(q, h, spec.group), _of_heads(k, h, 1), _of_heads(v, h, 1)
         here = [None if x is None else layout.take(x, h * spec.group, spec.group, 1) for x in (*stats, dlse)]
         given = own, _of_heads(o, h, spec.group), here[:-1], _of_heads(do, h, spec.group), here[-1]
-        return run(Spec.of(spec.rules, *args, own), config, *args, *given, wanted=wanted, groups=groups)
+        options = {"wanted": wanted, "groups": groups, "lost": None if lost is None else _of_heads(lost, h, spec.group)}
+        return run(Spec.of(spec.rules, *args, own), config, *args, *given, **options)
 
     dq, dk, dv, *grads = lax.map(head, jnp.arange(spec.kv_heads, dtype=jnp.int32))
     grads = (_join(x, 1) if operands[name].shape[1] > 1 else x.sum(0) for name, x in zip(wanted, grads, strict=True))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..base.config import Config
+from ..base.rounding import split
 from ..base.spec import Spec
 from . import by_head, cached, layout, online, paged
 from .logits import HIDDEN, Logits
@@ -28,10 +29,11 @@ def forward(
       operands: those of `base.operands.OPERANDS` that the call has. A bias below `HIDDEN` hides its key.
 
     Returns:
-      A tuple of five: o, lse, m or None, l or None, largest logit or None. o is `[B, Sq, H, Dv]` in q's dtype, the
-      others are `[B, H, Sq]`. m and l are there where lse is not enough for the backward pass (`spec.alters_logits`): a
-      row's maximum, its sink included, and its sum of `exp(s - m)`. The row's largest logit, without the sink, is there
-      if the rules want it. A row that sees nothing has o = 0, lse = -inf and a largest logit of -inf.
+      A tuple of six: o, lse, m or None, l or None, largest logit or None, what o lost by rounding or None. o is
+      `[B, Sq, H, Dv]` in q's dtype, and so is what it lost, in its own; the others are `[B, H, Sq]`. m and l are there
+      where lse is not enough for the backward pass (`spec.alters_logits`): a row's maximum, its sink included, and its
+      sum of `exp(s - m)`. The row's largest logit, without the sink, and what o lost are there if the rules want them.
+      A row that sees nothing has o = 0, lse = -inf and a largest logit of -inf.
     """
     if spec.page_size:
         return paged.forward(spec, config, q, k, v, operands)
@@ -83,5 +85,8 @@ def forward(
     out = (jnp.zeros((*m.shape, spec.v_dim), t.dtype), m, jnp.zeros_like(m), *([m] if spec.rules.max_logits else []))
     o, *stats = loop(0, t.blocks_q, query_block, out)
     m, l, *row_max = (layout.stats_out(x, t.seqlen_q) for x in stats)
-    o = layout.rows_out(o, t.seqlen_q).astype(spec.rules.result(dtype))
-    return o, online.lse(m, l), *((m, l) if spec.alters_logits else (None, None)), row_max[0] if row_max else None
+    o, lost = layout.rows_out(o, t.seqlen_q), None
+    if spec.rules.gives_lost:
+        o, lost = split(o, dtype)
+    o, stats = o.astype(spec.rules.result(dtype)), (m, l) if spec.alters_logits else (None, None)
+    return o, online.lse(m, l), *stats, row_max[0] if row_max else None, lost

@@ -61,7 +61,7 @@ def forward(
     o = o[:rows].reshape(*q.shape[:3], spec.v_dim).astype(spec.rules.result(q.dtype))
     lse = lse[:rows].reshape(q.shape[:3]).swapaxes(1, 2)
     stats = (lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse))) if spec.alters_logits else (None, None)
-    return o, lse, *stats, None
+    return o, lse, *stats, None, None
 
 
 class _Call:
