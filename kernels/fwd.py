@@ -202,11 +202,12 @@ def finish(
         l = tl.where(rows < here.end_q, l, 0.0)
         acc = tl.where((rows < here.end_q)[:, None], acc, 0.0)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a row that sees nothing: o = 0
-    store_tile(queries(o, here), acc, start_m, SPEC.o_rows)
+    rounded = acc.to(o.dtype.element_ty)
     if lost_out is not None:
-        lost = acc - acc.to(o.dtype.element_ty).to(tl.float32)
-        lost = tl.where(tl.abs(lost) < float("inf"), lost, 0.0)  # where o became infinite, or was
+        lost = acc - rounded.to(tl.float32)
+        lost = tl.minimum(tl.maximum(lost, -3e38), 3e38)  # finite: an infinite o is to stay so
         store_tile(queries(lost_out, here), lost, start_m, SPEC.o_rows)
+    store_tile(queries(o, here), rounded, start_m, SPEC.o_rows)
     store_vector(lse_out, (m + tl.log2(l)) * LN2, here, start_m, SPEC)
     if m_out is not None:
         store_vector(m_out, m, here, start_m, SPEC)

@@ -231,7 +231,7 @@ def _can_overlap(name: str, spec: Spec, row: Tuned) -> bool:
 def _find(name: str, arch: int, spec: Spec, itemsize: int, block_ptr: bool | None) -> Tuned:
     width, widths = max(spec.block_d, spec.block_dv, 64), (spec.block_d, spec.block_dv)
     if itemsize == 4 or not arch:
-        return _modest(width, itemsize, bool(block_ptr))
+        return _modest(name, arch, width, itemsize, bool(block_ptr))
     found = [row for row in ROWS if (row.arch, row.name, row.width) == (arch, name, width)]
     rows = [r.config for r in found if (r.width, r.v_width) == widths] or [r.config for r in found if not r.v_width]
     config = next((c for c in rows if block_ptr in (None, c.block_ptr)), rows[0])
@@ -247,10 +247,12 @@ def _halved(name: str, row: Tuned) -> Tuned:
     return dataclasses.replace(row, block_m=half) if side == "block_m" else dataclasses.replace(row, block_n=half)
 
 
-def _modest(width: int, itemsize: int, block_ptr: bool) -> Tuned:
+def _modest(name: str, arch: int, width: int, itemsize: int, block_ptr: bool) -> Tuned:
     """Small tiles that fit every chip: for fp32, whose IEEE products fill registers, and for AMD."""
     if itemsize == 4:
-        return Tuned(32, 32, 8, 1, None, block_ptr) if width <= 128 else Tuned(16, 16, 4, 1, None, block_ptr)
+        # Left to itself, ptxas takes so few registers on sm_80 that it spills in the loop, and on others too many.
+        maxnreg = 128 if name == "dkdv" and arch and width <= 64 else None
+        return Tuned(32, 32, 8, 1, maxnreg, block_ptr) if width <= 128 else Tuned(16, 16, 4, 1, None, block_ptr)
     size = 64 if width <= 64 else 32
     return Tuned(size, size, 4, 2, None, block_ptr)
 
@@ -261,5 +263,5 @@ def _suit(config: Tuned, name: str, spec: Spec, itemsize: int, target: Target, w
     row = (spec.block_d + spec.block_dv) * itemsize
     kept, streamed = (config.block_n, config.block_m) if name == "dkdv" else (config.block_m, config.block_n)
     stages = next((s for s in (3, 2) if (kept + s * streamed) * row <= target.shared_memory), 1)
-    how = {"num_warps": wanted.num_warps or warps, "num_stages": wanted.num_stages or stages}
+    how = {"num_warps": wanted.num_warps or warps, "num_stages": wanted.num_stages or stages, "maxnreg": wanted.maxnreg}
     return dataclasses.replace(config, **how, overlaps=bool(wanted.overlaps))
