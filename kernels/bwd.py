@@ -12,6 +12,7 @@ from .dropout import drop, keep
 from .fwd import load_scale, logits, scaled
 from .mask import distance, key_span, phase, place_of, query_span, tile_at
 from .place import place
+from .rounding import joined
 from .tile import (
     LOG2E,
     WHOLE,
@@ -111,7 +112,7 @@ def attn_bwd_dq_kernel(
     do_tile = tile(queries(own[1], here), start_m, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
     o_tile = tile(queries(own[2], here), start_m, M, SPEC.o_rows, EDGE_Q).to(tl.float32)
     if lost is not None:
-        o_tile += tile(queries(lost, here), start_m, M, SPEC.o_rows, EDGE_Q).to(tl.float32)
+        o_tile = joined(o_tile, tile(queries(lost, here), start_m, M, SPEC.o_rows, EDGE_Q))
     shift, norm = row_constants(own, here, start_m, M, SPEC)
     delta = tl.sum(o_tile * do_tile.to(tl.float32), 1)  # [M]
     if SPEC.dlse:  # lse is a result too: d lse / d s = p

@@ -6,6 +6,7 @@ import triton.language as tl
 from .dropout import drop, keep
 from .mask import distance, key_span, log_weights, phase, place_of, share, shown_by_mask, tile_at, visible
 from .place import packed, part_of, place, ragged_place, windowed
+from .rounding import lost_of
 from .tile import (
     LN2,
     LOG2E,
@@ -203,11 +204,9 @@ def finish(
         acc = tl.where((rows < here.end_q)[:, None], acc, 0.0)
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]  # a row that sees nothing: o = 0
     rounded = acc.to(o.dtype.element_ty)
-    if lost_out is not None:
-        lost = acc - rounded.to(tl.float32)
-        lost = tl.minimum(tl.maximum(lost, -3e38), 3e38)  # finite: an infinite o is to stay so
-        store_tile(queries(lost_out, here), lost, start_m, SPEC.o_rows)
     store_tile(queries(o, here), rounded, start_m, SPEC.o_rows)
+    if lost_out is not None:
+        store_tile(queries(lost_out, here), lost_of(acc, rounded, lost_out.dtype.element_ty), start_m, SPEC.o_rows)
     store_vector(lse_out, (m + tl.log2(l)) * LN2, here, start_m, SPEC)
     if m_out is not None:
         store_vector(m_out, m, here, start_m, SPEC)

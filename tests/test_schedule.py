@@ -39,7 +39,7 @@ def test_ring():
     assert sorted(loops, key=len) == [[begin, "kernel", end], [begin, "kernel", "kernel", end]]
     (rest,) = (steps for steps in made["schedule"].values() if "kernel" not in steps)
     assert rest == ["while", "while", "collective-permute"]
-    assert made["temporary MiB"] <= 450
+    assert made["temporary MiB"] <= 480  # o is 64 of it, and what it lost 32
 
 
 @pytest.mark.thorough

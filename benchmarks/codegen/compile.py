@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash_attn2.base.config import PASSES, Config, Tuned
-from jax_flash_attn2.base.rounding import LOST
+from jax_flash_attn2.base.rounding import lost_dtype
 from jax_flash_attn2.base.spec import Spec
 from jax_flash_attn2.gpu import cache, passes, short, store, tuning
 from jax_flash_attn2.gpu.passes import Rows
@@ -43,7 +43,7 @@ def launches(point: Point) -> list[tuple]:
     configs = dict.fromkeys(PASSES, point.config)
     row = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     o = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype)
-    lost = jax.ShapeDtypeStruct(o.shape, LOST) if rules.lost else None
+    lost = jax.ShapeDtypeStruct(o.shape, lost_dtype(o.dtype)) if rules.lost else None
 
     def backward(q, k, v, operands, o, stats, do, dlse, lost):
         given = {"wanted": extra.wanted, "groups": (1,) * len(extra.wanted), "lost": lost}

@@ -18,7 +18,7 @@ from .. import primitives
 from ..base import axes
 from ..base.arguments import accumulator
 from ..base.operands import is_read
-from ..base.rounding import LOST
+from ..base.rounding import lost_dtype
 from ..call import api, kept
 from ..primitives import share
 from ..primitives.call import Call
@@ -72,7 +72,7 @@ def _forward(gathering: Gathering, q, k, v, operands, within):
     call = gathering.call
     row = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), accumulator(q.dtype))
     o = jnp.zeros((*q.shape[:3], v.shape[3]), call.rules.result(q.dtype))
-    made = [o, *[row] * call.row_results(operands), *[o.astype(LOST)] * call.rules.gives_lost]
+    made = [o, *[row] * call.row_results(operands), *[o.astype(lost_dtype(o.dtype))] * call.rules.gives_lost]
     o, *rows = _over_groups(gathering, k, v, axes.vary_alike((made, q))[0], step)
     lost = rows.pop() if call.rules.gives_lost else None
     return *api.results(call, [o, *_within(rows, within)]), lost

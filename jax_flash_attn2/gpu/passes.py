@@ -16,7 +16,7 @@ from jax import Array
 from ..base.config import Tuned
 from ..base.layout import next_power_of_two
 from ..base.operands import is_score_array, summed_to
-from ..base.rounding import LOST
+from ..base.rounding import lost_dtype
 from ..base.spec import Operand, Spec, length_of_keys, sequences
 from ..tiles import block_lists, ragged, spans
 from . import functions, short
@@ -64,7 +64,7 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
     row = _struct((batch, heads, seqlen_q), jnp.float32)
     own = row if spec.alters_logits else None
     o = _struct((*q.shape[:3], spec.v_dim), spec.rules.result(q.dtype))
-    lost = _struct(o.shape, LOST) if gives_lost else None
+    lost = _struct(o.shape, lost_dtype(o.dtype)) if gives_lost else None
     results = (o, row, own, own, row if spec.rules.max_logits else None, lost)
     splits = config.num_splits
     part = lambda x: _struct((splits, *x.shape), jnp.float32)

@@ -213,10 +213,14 @@ def compiler_options(config: Tuned, target: Target) -> dict[str, Any]:
 
 def _starts(name: str, spec: Spec, arch: int) -> bool:
     """Where a product that starts from the bias or mask takes fewer instructions: not on sm_100, where it would go
-    through tensor memory, but for the forward pass; nor where nothing is computed in two layouts anyway."""
+    through tensor memory, but for the forward pass; nor where nothing is computed in two layouts anyway, or the loop
+    would spill."""
     if spec.bias is None and spec.mask is None:
         return False
-    narrow = max(spec.block_d, spec.block_dv) <= 64
+    width = max(spec.block_d, spec.block_dv)
+    if name == "fwd" and arch == 90 and width > 128 and spec.rules.gives_lost:
+        return False
+    narrow = width <= 64
     return name == "fwd" or (arch < 100 and name != "dbias" and not (name == "dkdv" and narrow))
 
 

@@ -19,7 +19,7 @@ from ..base.arguments import accumulator
 from ..base.config import PASSES
 from ..base.errors import higher_order_error, narrow_pages_error, not_on_this_platform_error
 from ..base.operands import for_every_batch, names_of, summed_to
-from ..base.rounding import LOST
+from ..base.rounding import lost_dtype
 from ..base.spec import Spec
 from ..gpu import interpret, passes, short, tuning
 from ..gpu.loading import launcher
@@ -89,7 +89,7 @@ def _forward_shapes(q, k, v, *operands, call: Call, names):
     stats = accumulator(q.dtype)
     row = _aval((q.shape[0], q.shape[2], q.shape[1]), stats)
     o = _aval((*q.shape[:3], call.rules.v_dim(v)), call.rules.result(q.dtype))
-    return [o, *[row] * call.row_results(names), *[_aval(o.shape, LOST)] * call.rules.gives_lost]
+    return [o, *[row] * call.row_results(names), *[_aval(o.shape, lost_dtype(o.dtype))] * call.rules.gives_lost]
 
 
 def _backward_shapes(q, k, v, o, do, *rest, call: Call, names, wanted, groups, adds):
@@ -165,7 +165,7 @@ def forward_of_nothing(call: Call, q, k, v, operands: Mapping[str, Array]) -> li
     return [
         *(o, lse, *stats),
         *([row - jnp.inf] if call.rules.max_logits else []),
-        *([jnp.zeros(o.shape, LOST)] if call.rules.gives_lost else []),
+        *([jnp.zeros(o.shape, lost_dtype(o.dtype))] if call.rules.gives_lost else []),
     ]
 
 
