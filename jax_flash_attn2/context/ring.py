@@ -106,7 +106,8 @@ def _attention_fwd(ring: Ring, q, k, v, operands, within):
     part = _forward(ring, q, k, v, operands, within)
     o, lse, largest = _finished(ring, q, part, operands)
     o, lost = split(part.o, q.dtype) if o.dtype != part.o.dtype else (o, None)
-    o, lost, lse, stats = kept.named(o, lost, lse, (part.m, part.l) if ring.call.row_stats(operands) == 2 else ())
+    stats = (jnp.where(part.l == 0, 0, part.m), part.l) if ring.call.row_stats(operands) == 2 else ()
+    o, lost, lse, stats = kept.named(o, lost, lse, stats)
     return (o, lse, largest), (q, k, v, operands, within, o, lost, stats, wanted)
 
 

@@ -133,7 +133,7 @@ def _backward(run, target, q, k, v, o, do, *rest, call: Call, names, wanted, gro
         grads[0] = grads[0] if before is None else before
         if "sinks" in wanted and dlse is not None:  # lse is the sink itself
             i, shape = wanted.index("sinks"), operands["sinks"].shape
-            empty = stats[0] == -jnp.inf  # lse and m alike
+            empty = stats[1] == 0 if n == 2 else stats[0] == -jnp.inf
             per_head = jnp.where(empty, 0, dlse).sum(-1)[..., None, None]
             grads[3 + i] = summed_to(per_head, shape, groups[i]).astype(grads[3 + i].dtype)
         return grads

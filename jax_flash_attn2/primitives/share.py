@@ -84,7 +84,7 @@ def merge(plan: Plan, call: Call, unit: Callable[..., Array], results: Sequence[
     o, lost = o / _by_row(jnp.where(l == 0, 1, l)), []
     if call.rules.gives_lost:
         o, *lost = split(o, dtype)
-    return [o.astype(call.rules.result(dtype)), lse, *([top, l] if rest else []), *largest, *lost]
+    return [o.astype(call.rules.result(dtype)), lse, *([pivot, l] if rest else []), *largest, *lost]
 
 
 def sum_beside(lse: Array) -> Array:

@@ -56,13 +56,15 @@ def backward(
     q, k, v, do = logits.clear("q", q), logits.clear("kv", k), logits.clear("kv", v), logits.clear("q", do)
     args, scale = (q, k, v), logits.per_batch("scale").astype(t.dtype)
     # p is exp(s - shift) * norm. The product with norm moves from the tiles of p to the rows of do and delta.
-    shift, norm = _shift_and_norm(spec, stats)
+    shift, norm, sees = _shift_and_norm(spec, stats)
+    if (t.blocks_q, t.blocks_k) != (1, 1):  # else XLA is to find that p is what was computed forward
+        shift = jnp.where(sees, shift, jnp.inf)
     do = do.astype(t.dtype) if norm is None else do.astype(t.dtype) * norm.swapaxes(1, 2)[..., None]
     do = t.rows(do)
     delta = jnp.sum(t.rows(joined(o, lost)) * do, -1)
     if dlse is not None:
         dlse = dlse.astype(t.dtype) if norm is None else dlse.astype(t.dtype) * norm
-        delta -= layout.stats(jnp.where(shift == jnp.inf, 0, dlse), spec.kv_heads)
+        delta -= layout.stats(jnp.where(sees, dlse, 0), spec.kv_heads)
     do *= spec.keep_scale
     shift_rows = layout.stats(shift, spec.kv_heads)
     q, k, v = t.rows(q.astype(t.dtype) * scale), t.rows(k), t.rows(v)
@@ -113,7 +115,7 @@ def backward(
         grads["scale"] = summed_to(dscale[:, None, None, None], operands["scale"].shape, groups_of["scale"])
     if "sinks" in groups_of:
         delta = -layout.stats_out(delta, t.seqlen_q)
-        dsinks = delta * jnp.exp(logits.per_batch("sinks")[..., 0] - shift)
+        dsinks = jnp.where(sees, delta * jnp.exp(logits.per_batch("sinks")[..., 0] - shift), 0)
         grads["sinks"] = summed_to(dsinks[..., None], operands["sinks"].shape, groups_of["sinks"])
     dqkv = (dq * scale, *(layout.rows_out(x.swapaxes(2, 3), t.seqlen_k) for x in (dkt, dvt)))
     result = spec.rules.result
@@ -121,15 +123,16 @@ def backward(
     return *dqkv, *(grads[name].astype(result(operands[name].dtype)) for name in wanted)
 
 
-def _shift_and_norm(spec: Spec, stats: Sequence[Array]) -> tuple[Array, Array | None]:
-    """What turns rows' logits into probabilities, exp(s - shift) * norm; norm is None where it is 1. Where logits are
-    only scaled products, lse is enough. A bias may make m so large that log(l) would be lost beside it. A row that sees
-    nothing has an infinite shift."""
+def _shift_and_norm(spec: Spec, stats: Sequence[Array]) -> tuple[Array, Array | None, Array]:
+    """What turns rows' logits into probabilities, exp(s - shift) * norm, with norm None where it is 1; and whether rows
+    see anything. Where logits are only scaled products, lse is enough. A bias may make m so large that log(l) would be
+    lost beside it."""
     if not spec.alters_logits:
         (lse,) = stats
-        return jnp.where(lse == -jnp.inf, jnp.inf, lse), None
+        sees = lse != -jnp.inf
+        return jnp.where(sees, lse, 0), None, sees
     m, l = stats
-    return jnp.where(l == 0, jnp.inf, m), jnp.where(l == 0, 0, 1 / jnp.where(l == 0, 1, l))
+    return m, jnp.where(l == 0, 0, 1 / jnp.where(l == 0, 1, l)), l != 0
 
 
 def _grad_zeros(name: str, operand: Array, groups: int, t: Tiling) -> Array:

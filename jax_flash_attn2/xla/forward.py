@@ -33,7 +33,7 @@ def forward(
       `[B, Sq, H, Dv]` in q's dtype, and so is what it lost, in its own; the others are `[B, H, Sq]`. m and l are there
       where lse is not enough for the backward pass (`spec.alters_logits`): a row's maximum, its sink included, and its
       sum of `exp(s - m)`. The row's largest logit, without the sink, and what o lost are there if the rules want them.
-      A row that sees nothing has o = 0, lse = -inf and a largest logit of -inf.
+      A row that sees nothing has o = 0, lse = -inf, a largest logit of -inf, l = 0 and some m that is finite.
     """
     if spec.page_size:
         return paged.forward(spec, config, q, k, v, operands)
