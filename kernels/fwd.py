@@ -40,8 +40,9 @@ def divides(spec, config):
 @triton.constexpr_function
 def lift(dtype, spec):
     """How many times p is doubled, which cancels in o. fp16 has no numbers below 2^-24, and keys beside one that has
-    nearly all of the attention would be lost; up to 2^16 it has. Not where p is scaled by what may be large."""
-    return 15 if dtype == tl.float16 and spec.v_scale is None and not spec.drops else 0
+    nearly all of the attention would be lost. Up to 2^16 it has: four doublings are left for p that is above 1, as a
+    large logit, less its maximum, may be by an FMA. Not where p is scaled by what may be large."""
+    return 12 if dtype == tl.float16 and spec.v_scale is None and not spec.drops else 0
 
 
 @triton.jit

@@ -181,7 +181,8 @@ def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None, *, decided:
         error, cancels = _error(x, want[name]), name == "dbias" and "k" not in case.bias
         dtype, size = (case.dtype, terms[name]) if name in SUMS else (x.dtype, _size(want[name]))
         size = max(size, terms[name]) if name == "dv" else size  # p is off by its logit's roundings, and dv may cancel
-        of_logits = max(size, 1) if name in ("lse", "max_logits") else size  # which may be a small rest of large terms
+        # A rounding of a logit is a share of p, and of what p multiplies; of a logarithm it is that number itself.
+        of_logits = 1 if name in ("lse", "max_logits") else size
         band = ROUNDINGS * float(jnp.finfo(dtype).eps) * size + largest_logit * eps32 * of_logits
         band += float(jnp.finfo(x.dtype).eps) * _size(want[name]) * (name in SUMS)  # rounded to its own dtype
         band += ROUNDINGS * (float(jnp.finfo(x.dtype).eps) if cancels else eps32) * terms.get(name, 0.0)

@@ -473,12 +473,12 @@ def test_lowers_for_cuda(spec, spec_k, rows, monkeypatch):
     assert text.count("CustomSPMDPartitioning") == 2
     forward, backward = recorded
 
-    whole = struct(q.shape, jnp.bfloat16, P())
+    whole, lost = struct(q.shape, jnp.bfloat16, P()), struct(q.shape, jnp.int8, P())
     k = struct(k.shape, jnp.bfloat16, spec_k)
     row, scale = struct((4, 8, rows), jnp.float32, P()), struct((1, 1, 1, 1), jnp.float32, P())
     for partition, args, results, calls in (
-        (forward, (q, k, k, scale), [whole, row, whole], 1),
-        (backward, (q, k, k, whole, whole, whole, row, scale), [whole, k, k], 2),
+        (forward, (q, k, k, scale), [whole, row, lost], 1),
+        (backward, (q, k, k, whole, whole, lost, row, scale), [whole, k, k], 2),
     ):
         _, share, out, into = partition(grid, args, results)
         own = jax.shard_map(
