@@ -46,6 +46,16 @@ def lift(dtype, spec):
 
 
 @triton.jit
+def lowered(m, LIFT: tl.constexpr):
+    """What a logit is taken less for p to be doubled LIFT times: m - LIFT, or m, from which fp32 cannot take so little
+    where it is beyond 2^26."""
+    low = m
+    if LIFT > 0:
+        low = tl.where(m - (m - LIFT) > LIFT, m, m - LIFT)
+    return low
+
+
+@triton.jit
 def load_scale(x, b, SPEC: tl.constexpr, CFG: tl.constexpr):
     """The softmax scale times log2(e). Callers make it non-negative; a zero must not turn -inf into NaN, and what is
     added to logits is divided by it: it becomes 1, and `scaled` makes the products 0."""
@@ -290,8 +300,9 @@ def attn_fwd_kernel(
             pivot = m_new  # finite, as the first tile shows every row a key
             if HIDES:
                 pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s * unit - (pivot - LIFT)[:, None])  # [M, N]
-            alpha = tl.exp2(m - pivot)
+            low = lowered(pivot, LIFT)
+            p = tl.exp2(s * unit - low[:, None])  # [M, N]
+            alpha = tl.exp2(lowered(m, LIFT) - low)
             l = l * alpha + tl.sum(p, 1)
             if SPEC.drops:
                 p = drop(p, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
@@ -310,7 +321,9 @@ def attn_fwd_kernel(
             acc = plus_product(
                 acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, q_tile.dtype, SPEC, CFG
             )
-    l, acc = l * 2.0**-LIFT, acc * 2.0**-LIFT
+    if LIFT > 0:
+        halved = tl.where(m == float("-inf"), 1.0, tl.exp2(lowered(m, LIFT) - m))
+        l, acc = l * halved, acc * halved[:, None]
     if CFG.num_splits > 1:
         part = part_of(here, split, sizes, SPEC)
         store_tile(queries(o, part), acc, start_m, SPEC.o_rows)

@@ -225,11 +225,13 @@ def test_hidden_rows():
     assert_near(case, got, x)
 
 
-def test_rows_far_below_zero():
-    """Rows whose every logit is about -1e9: lse cannot hold log l beside m, the gradients must not need it to."""
-    case = Case("far_below", 40, 40, bias="qk", block=(16, 16))
+@pytest.mark.parametrize(("dtype", "far"), [("float32", -1e9), ("float16", -1e9), ("float16", -1e8)])
+def test_rows_far_below_zero(dtype, far):
+    """Rows whose every logit is about -1e9: lse cannot hold log l beside m, the gradients must not need it to. Nor has
+    m room beside it for what p is doubled by."""
+    case = Case("far_below", 40, 40, bias="qk", block=(16, 16), dtype=dtype)
     x = case.inputs()
-    x["bias"] = np.full_like(x["bias"], -1e9)
+    x["bias"] = np.full_like(x["bias"], far, np.float32)
     assert_near(case, interpreted(case, x), x)
 
 

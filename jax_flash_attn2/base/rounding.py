@@ -19,17 +19,27 @@ def lost_dtype(dtype: Any) -> np.dtype:
 def split(x: Array, dtype: Any) -> tuple[Array, Array]:
     """x, in fp32, in this dtype, and what it lost.
 
-    XLA may leave out a conversion and the one that undoes it, and would find that nothing was lost. Hence
-    `reduce_precision`, which rounds likewise, but for making 0 of subnormal numbers.
+    XLA may leave out a conversion and the one that undoes it, on GPUs does, and would take x for what it was rounded
+    to. Hence what is converted has been rounded in fp32: nothing changes where that is left out.
     """
-    info, lost = jnp.finfo(dtype), lost_dtype(dtype)
-    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    rounded, lost = _rounded(x, dtype), lost_dtype(dtype)
     if lost == jnp.int8:
-        bits = (_bits(x) - _bits(rounded) + 128) >> 8  # from -128 to 128
-        return x.astype(dtype), jnp.minimum(bits, 127).astype(lost)
+        difference = jnp.minimum((_bits(x) - _bits(rounded) + 128) >> 8, 127)  # from -128 to 128
+    else:
+        difference = x - rounded
+    return rounded.astype(dtype), difference.astype(lost)
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    """The nearest numbers of the dtype, in fp32. (`lax.reduce_precision` makes 0 of subnormal ones.)"""
+    if lost_dtype(dtype) == jnp.int8:
+        bits = _bits(x)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        return lax.bitcast_convert_type(jnp.where(jnp.isnan(x), bits, even), jnp.float32)
+    info = jnp.finfo(dtype)
     step = float(info.smallest_subnormal)
-    rounded = jnp.where(abs(x) < float(info.tiny), jnp.round(x / step) * step, rounded)
-    return x.astype(dtype), (x - rounded).astype(lost)
+    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    return jnp.where(abs(x) < float(info.tiny), jnp.round(x / step) * step, rounded)
 
 
 def joined(x: Array, lost: Array | None) -> Array:
