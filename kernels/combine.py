@@ -44,4 +44,5 @@ def attn_combine_kernel(
         acc += tl.sum(part * weight[:, None], 0)
     one = tl.zeros([1], tl.float32)
     l = tl.sum(l * tl.exp2(m - pivot), 0)
-    finish(one + top, one + l, acc[None, :], x, here, row, o, lse_out, m_out, l_out, max_out, lost_out, 1, SPEC)
+    m = one + top
+    finish(m, one + l, acc[None, :], m, x, here, row, o, lse_out, m_out, l_out, max_out, lost_out, 1, SPEC)

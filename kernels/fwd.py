@@ -38,21 +38,23 @@ def divides(spec, config):
 
 
 @triton.constexpr_function
-def lift(dtype, spec):
+def lift(dtype, spec, config):
     """How many times p is doubled, which cancels in o. fp16 has no numbers below 2^-24, and keys beside one that has
     nearly all of the attention would be lost. Up to 2^16 it has: four doublings are left for p that is above 1, as a
-    large logit, less its maximum, may be by an FMA. Not where p is scaled by what may be large."""
-    return 12 if dtype == tl.float16 and spec.v_scale is None and not spec.drops else 0
+    large logit, less its maximum, may be by an FMA. Not where p is scaled by what may be large, nor in a split, whose
+    m is a largest logit."""
+    lifts = spec.v_scale is None and not spec.drops and config.num_splits == 1
+    return 12 if dtype == tl.float16 and lifts else 0
 
 
 @triton.jit
-def lowered(m, LIFT: tl.constexpr):
-    """What a logit is taken less for p to be doubled LIFT times: m - LIFT, or m, from which fp32 cannot take so little
-    where it is beyond 2^26."""
-    low = m
+def lowered(largest, LIFT: tl.constexpr):
+    """What logits are taken less, of which this is the largest, for p to be doubled LIFT times: none at all where fp32
+    would round the difference to more or to less."""
     if LIFT > 0:
-        low = tl.where(m - (m - LIFT) > LIFT, m, m - LIFT)
-    return low
+        return largest - tl.where(tl.abs(largest) < 2.0**25, LIFT, 0.0)
+    else:
+        return largest
 
 
 @triton.jit
@@ -199,13 +201,14 @@ def soft_cap(s, CAP: tl.constexpr):
 
 @triton.jit
 def finish(
-    m, l, acc, x, here, start_m, o, lse_out, m_out, l_out, max_out, lost_out, M: tl.constexpr, SPEC: tl.constexpr
+    m, l, acc, top, x, here, start_m, o, lse_out, m_out, l_out, max_out, lost_out, M: tl.constexpr, SPEC: tl.constexpr
 ):  # fmt: skip
-    """What comes of all keys: o, and each row's lse (natural); if that is not enough for the backward pass, its maximum
-    m (base 2) and sum l; and, if wanted, its largest logit, without the sink, and what o loses when it is rounded."""
+    """What comes of all keys: o, and each row's lse (natural); if that is not enough for the backward pass, m (base 2)
+    and the sum l of 2^(s - m); and, if wanted, its largest logit, which is top, without the sink, and what o loses when
+    it is rounded."""
     _, rows = vector_at(here, start_m, M, SPEC)
     if max_out is not None:
-        largest = tl.where(l == l, m * LN2, float("nan"))  # a maximum passes over a NaN, a sum does not
+        largest = tl.where(l == l, top * LN2, float("nan"))  # a maximum passes over a NaN, a sum does not
         store_vector(max_out, tl.where(rows < here.end_q, largest, float("-inf")), here, start_m, SPEC)
     if SPEC.sinks is not None:
         m, l, acc = with_sink(m, l, acc, x, here.b, row_heads(here, M, SPEC), SPEC)
@@ -252,7 +255,8 @@ def attn_fwd_kernel(
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M // SPEC.packed)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1  # else no tile needs the mask
-    LIFT: tl.constexpr = lift(q.dtype.element_ty, SPEC)
+    LIFT: tl.constexpr = lift(q.dtype.element_ty, SPEC, CFG)
+    TOP: tl.constexpr = LIFT > 0 and max_out is not None  # else m, of which p is doubled, is the largest logit
     HIDES: tl.constexpr = SPEC.hides or CFG.num_splits > 1
     blocks = tl.cdiv(sizes[1], M // SPEC.packed)
     if SPEC.cu_q_lens is not None:
@@ -271,7 +275,7 @@ def attn_fwd_kernel(
         rest = scaled(tile(queries(q, here), start_m, M, SPEC.rest, EDGE_Q), x, here.b, SPEC, CFG)
     scale_log2 = load_scale(x, here.b, SPEC, CFG)
     m = tl.full([M], float("-inf"), tl.float32)
-    l = tl.zeros([M], tl.float32)
+    l, top = tl.zeros([M], tl.float32), m
     acc = tl.zeros([M, SPEC.block_dv], tl.float32)
     span = key_span(block, start_m, here, x, SPEC, CFG)
     if CFG.num_splits > 1:
@@ -296,13 +300,15 @@ def attn_fwd_kernel(
                 acc = plus_product(
                     acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, q_tile.dtype, SPEC, CFG
                 )
-            m_new = tl.maximum(m, tl.max(s, 1) * unit)
+            largest = tl.max(s, 1) * unit
+            if TOP:
+                top = tl.maximum(top, largest)
+            m_new = tl.maximum(m, lowered(largest, LIFT))
             pivot = m_new  # finite, as the first tile shows every row a key
             if HIDES:
                 pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-            low = lowered(pivot, LIFT)
-            p = tl.exp2(s * unit - low[:, None])  # [M, N]
-            alpha = tl.exp2(lowered(m, LIFT) - low)
+            p = tl.exp2(s * unit - pivot[:, None])  # [M, N]
+            alpha = tl.exp2(m - pivot)
             l = l * alpha + tl.sum(p, 1)
             if SPEC.drops:
                 p = drop(p, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
@@ -321,13 +327,11 @@ def attn_fwd_kernel(
             acc = plus_product(
                 acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, q_tile.dtype, SPEC, CFG
             )
-    if LIFT > 0:
-        halved = tl.where(m == float("-inf"), 1.0, tl.exp2(lowered(m, LIFT) - m))
-        l, acc = l * halved, acc * halved[:, None]
     if CFG.num_splits > 1:
         part = part_of(here, split, sizes, SPEC)
         store_tile(queries(o, part), acc, start_m, SPEC.o_rows)
         store_vector(m_out, m, part, start_m, SPEC)
         store_vector(l_out, l, part, start_m, SPEC)
     else:
-        finish(m, l, acc, x, here, start_m, o, lse_out, m_out, l_out, max_out, lost_out, M, SPEC)
+        top = top if TOP else m
+        finish(m, l, acc, top, x, here, start_m, o, lse_out, m_out, l_out, max_out, lost_out, M, SPEC)

@@ -129,6 +129,7 @@ EXTRAS = {
     "dlse": Extra(dlse=True),
     "dbias": Extra(operands={"bias": (1, "h", "q", "k", None)}, wanted=("bias",), mixes=True),
     "ds": Extra(operands=_BIAS, wanted=("bias",), mixes=True),
+    "fp16": Extra(dtype="float16"),
     "fp32": Extra(dtype="float32", mixes=True),
     "mla": Extra(widths=(192, 128)),
     **{name: Extra(score=name, mixes=True) for name in _SCORES},
@@ -211,6 +212,7 @@ def points() -> list[Point]:
             chosen.append((arch, name, width, True, "dlse"))
     chosen += [(arch, "dq", width, True, "ds") for arch in (80, 90, 100) for width in (64, 128)]
     chosen += [(arch, "dbias", 128, True, "dtable") for arch in (80, 90, 100)]
+    chosen += [(arch, "fwd", width, True, "fp16") for arch in (80, 90, 100) for width in (64, 128)]
     chosen += [(arch, name, 64, True, "fp32") for arch in (80, 90) for name in ("fwd", "dq", "dkdv")]
     chosen += [(arch, name, 256, True, "mla") for arch in (80, 90, 100) for name in ("fwd", "dq", "dkdv")]
     chosen += [(120, name, width, True, "") for width in (64, 128) for name in ("fwd", "dq", "dkdv")]

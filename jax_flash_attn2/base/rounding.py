@@ -1,4 +1,4 @@
-"""What numbers lose when they are rounded, beside them (`kernels/rounding.py` has the same).
+"""What numbers lose when they are rounded, beside them; `kernels/rounding.py` has it of numbers that are rounded there.
 
 Of bf16, which is the upper half of fp32, it is the next 8 bits. fp16 has other exponents, and in its subnormal numbers
 may lose all: there it is the difference.
@@ -9,6 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+
+def loses(dtype: Any) -> bool:
+    """Whether it is kept what numbers of this dtype lose: those of half precision."""
+    return np.dtype(dtype).itemsize == 2
 
 
 def lost_dtype(dtype: Any) -> np.dtype:

@@ -113,7 +113,8 @@ def flash_attention(
       k: `[*batch, Sk, Hkv, D]` in q's dtype. Hkv divides H; query head h reads key/value head `h // (H // Hkv)`.
       v: `[*batch, Sk, Hkv, Dv]` in q's dtype. Dv may differ from D.
       bias: added to the logits; a floating array that broadcasts to `[*batch, H, Sq, Sk]`. Its gradient has its own
-        shape. -inf (and anything below -2.3e38, where base-2 logits overflow) hides a key.
+        shape. -inf hides a key; so does what is beyond fp32 as a base-2 logit, or, in kernels, when it is divided by
+        softmax_scale (below -2.3e38, or -3.4e38 * softmax_scale).
       score_mod: a function (score, b, h, i, j) -> score of scalars, in `jax.numpy`: of the scaled product (fp32; fp64
         for fp64), and of the int32 numbers of batch (all batch axes as one), query head, row and key. Logits are made
         in this order: softmax_scale * q kᵀ, score_mod, logits_soft_cap, bias, alibi_slopes, masks. It may close over

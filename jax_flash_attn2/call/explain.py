@@ -16,6 +16,7 @@ from ..base.arguments import KERNEL_HEAD_DIM, full
 from ..base.config import PASSES, Tuned
 from ..base.known import is_known, now
 from ..base.operands import HIDING
+from ..base.rounding import loses, lost_dtype
 from ..base.spec import Spec
 from ..gpu import functions, interpret, passes, short, tuning
 from ..gpu.loading import launcher
@@ -47,7 +48,8 @@ class Pass:
     flops: int | None
     """Floating point operations of the matrix products in the tiles visited (a multiply-add is 2)."""
     bytes: int
-    """What must move at least: every operand read and every result written once."""
+    """What must move at least: every operand read and every result written once, but for numbers of rows. Of the
+    forward pass also what o loses by rounding, as where a backward pass reads it."""
     packed: int = 1
     """Query heads whose rows one tile has, where they are few; it counts once."""
 
@@ -113,8 +115,9 @@ def explained(q, k, v, bias=None, **options: Any) -> Explanation:
     if "offset" in operands:  # which lengths decide: known, whatever is traced
         with now():
             operands["offset"] = full(k.shape[1] - q.shape[1], jnp.dtype(jnp.int32), (1, 1, 1, 1))
-    spec = Spec.of(call.rules, q, k, v, operands)
     natively = bool(options.get("higher_order"))
+    call = call.with_lost(loses(q.dtype) and not natively)
+    spec = Spec.of(call.rules, q, k, v, operands)
     target, reasons = _target(call, q, v, natively)
     if not natively:
         reasons += primitives.said_of_keys(call, q, k, v, operands)
@@ -250,6 +253,8 @@ def _pass(name, config, block_m, block_n, counts, spec: Spec, q, k, v, operands,
         "bwd": 2 * (q.size + k.size + v.size) + 2 * o,
     }
     extra = sum(x.size * x.dtype.itemsize for x in operands.values())
+    if spec.rules.lost and name in ("fwd", "dq", "bwd"):
+        extra += o * lost_dtype(q.dtype).itemsize
     moved = sizes[name] * q.dtype.itemsize + extra
     return Pass(name, config, block_m, block_n, tiles, visited, masked, flops, moved, spec.heads_packed)
 

@@ -18,7 +18,7 @@ from .. import primitives
 from ..base import axes
 from ..base.arguments import accumulator
 from ..base.operands import is_read
-from ..base.rounding import lost_dtype
+from ..base.rounding import loses, lost_dtype
 from ..call import api, kept
 from ..primitives import share
 from ..primitives.call import Call
@@ -100,7 +100,7 @@ def _over_groups(gathering: Gathering, k: Array, v: Array, state: Any, step: Cal
 def _attention_fwd(gathering: Gathering, q, k, v, operands, within):
     wanted = api.wanted_of(operands)
     q, k, v, operands, within = api.values((q, k, v, operands, within))
-    call = gathering.call.with_lost(q.dtype.itemsize == 2)
+    call = gathering.call.with_lost(loses(q.dtype))
     o, lse, largest, stats, lost = _forward(dataclasses.replace(gathering, call=call), q, k, v, operands, within)
     o, lost, lse, stats = kept.named(o, lost, lse, stats)
     return (o, lse, largest), (q, k, v, operands, within, o, lost, stats, wanted)

@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from .. import primitives
 from ..base import axes
 from ..base.operands import summed_to
-from ..base.rounding import joined, split
+from ..base.rounding import joined, loses, split
 from ..call import api, kept
 from ..primitives import share
 from ..primitives.call import Call
@@ -105,7 +105,7 @@ def _attention_fwd(ring: Ring, q, k, v, operands, within):
     q, k, v, operands, within = api.values((q, k, v, operands, within))
     part = _forward(ring, q, k, v, operands, within)
     o, lse, largest = _finished(ring, q, part, operands)
-    o, lost = split(part.o, q.dtype) if o.dtype != part.o.dtype else (o, None)
+    o, lost = split(part.o, q.dtype) if loses(q.dtype) else (o, None)
     stats = (jnp.where(part.l == 0, 0, part.m), part.l) if ring.call.row_stats(operands) == 2 else ()
     o, lost, lse, stats = kept.named(o, lost, lse, stats)
     return (o, lse, largest), (q, k, v, operands, within, o, lost, stats, wanted)

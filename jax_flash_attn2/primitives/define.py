@@ -19,7 +19,7 @@ from ..base.arguments import accumulator
 from ..base.config import PASSES
 from ..base.errors import higher_order_error, narrow_pages_error, not_on_this_platform_error
 from ..base.operands import for_every_batch, names_of, summed_to
-from ..base.rounding import lost_dtype
+from ..base.rounding import loses, lost_dtype
 from ..base.spec import Spec
 from ..gpu import interpret, passes, short, tuning
 from ..gpu.loading import launcher
@@ -40,7 +40,7 @@ def forward_and_lost(
     call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]
 ) -> tuple[list[Array], Array | None]:
     """`forward`, and what o lost by rounding, `[B, Sq, H, Dv]`; None: nothing."""
-    call = call.with_lost(q.dtype.itemsize == 2)
+    call = call.with_lost(loses(q.dtype))
     results = forward(call, q, k, v, operands)
     return (results[:-1], results[-1]) if call.rules.gives_lost else (results, None)
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..base import axes
 from ..base.arguments import accumulator
 from ..base.operands import BLOCK_LISTS, SERVED, for_every_batch, is_read, names_of
+from ..base.rounding import loses, lost_dtype
 from . import share
 from .call import Call
 from .plan import WHOLE, Division, Plan, axes_of, devices
@@ -170,11 +171,12 @@ def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str
         return ()
     batch, rows, heads, _ = axes_of(q)
     o = _struct((*q.shape[:3], v.shape[3]), q.dtype, mesh, batch, rows, heads)
-    stats = accumulator(q.dtype)
+    stats, call = accumulator(q.dtype), call.with_lost(loses(q.dtype))
     row = _struct((q.shape[0], q.shape[2], q.shape[1]), stats, mesh, batch, heads, rows)
+    lost = [_struct(o.shape, lost_dtype(q.dtype), mesh, batch, rows, heads)] * call.rules.lost
     names = tuple(operands)
-    forward = _forward_pass(call, names, args), args, (o, *[row] * call.row_results(names))
-    args = (q, k, v, o, o, *[row] * call.row_stats(names), *operands.values())
+    forward = _forward_pass(call, names, args), args, (o, *[row] * call.row_results(names), *lost)
+    args = (q, k, v, o, o, *lost, *[row] * call.row_stats(names), *operands.values())
     backward = _backward_pass(call, names, args, (), (), False), args, (q, k, v)
     return tuple(
         f"{name}: keys are sharded over {_listed(lying)} ({devices(mesh, lying)} devices){_said(mesh, lying, *each)}"
