@@ -503,3 +503,24 @@ def test_what_is_looked_up_lowers_for_cuda():
     with gpu_target(compute_capability=90):
         text = f.trace(q, lengths).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("CustomSPMDPartitioning") == 1
+
+
+def test_programs_are_told_apart():
+    """By their texts, pointers left out, as JAX's cache on disk does; also functions that were traced twice alike."""
+    q, table = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 64, 8, 16), (64,)))
+    q = jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=NamedSharding(mesh(AxisType.Auto), BATCH))
+    biased = lambda by: {"score_mod": lambda table: lambda s, b, h, i, j: s + by * table[i]}
+    every = [{}, {"causal": True}, {"logits_soft_cap": 3.0}, {"logits_soft_cap": 9.0}, biased(1), biased(2)]
+    every += [{"config": Config(block_m=16)}, {"dropout_rate": 0.1, "dropout_seed": 1}]
+
+    def text(options):
+        def gradient(q, table):
+            own = options | ({"score_mod": options["score_mod"](table)} if "score_mod" in options else {})
+            return jax.grad(lambda q: flash_attention(q, q, q, **own).sum())(q)
+
+        lowered = jax.jit(gradient).lower(q, table).as_text()
+        return re.sub(r'backend_config = "\d+"', "", lowered)
+
+    texts = [text(options) for options in every]
+    assert len(set(texts)) == len(every)
+    assert text(biased(1)) == texts[4]

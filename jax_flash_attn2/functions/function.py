@@ -78,6 +78,11 @@ class Function:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    @property
+    def spelled_as(self) -> tuple[Any, ...]:
+        """What `base.spelling` knows it by."""
+        return self._key
+
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
         """What it computes, and its derivatives if it has functions whose derivatives are given (`jax.custom_jvp`)."""

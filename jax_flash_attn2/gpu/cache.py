@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import base, kernels
+from ..base.spelling import spell
 from ..base.version import VERSION
 from . import store
 
@@ -68,24 +69,6 @@ def key(**given: Any) -> str | None:
         return spell({"format": store.FORMAT, "package": VERSION, **given})
     except TypeError:
         return None
-
-
-def spell(x: Any) -> str:
-    """A text that is the same in every process for equal values of equal types, and differs for others.
-
-    Raises:
-      TypeError: for what is not made of numbers, texts, tuples, lists, mappings and dataclasses.
-    """
-    if x is None or type(x) in (bool, int, float, str):
-        return repr(x)
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        fields = (f"{field.name}={spell(getattr(x, field.name))}" for field in dataclasses.fields(x))
-        return f"{type(x).__name__}({', '.join(fields)})"
-    if isinstance(x, Mapping):
-        return "{" + ", ".join(f"{spell(k)}: {spell(v)}" for k, v in x.items()) + "}"
-    if isinstance(x, tuple | list):
-        return f"{'[' if isinstance(x, list) else '('}{', '.join(map(spell, x))}{']' if isinstance(x, list) else ')'}"
-    raise TypeError(f"{x!r} has no lasting spelling")
 
 
 def load(key: str) -> Compiled | None:

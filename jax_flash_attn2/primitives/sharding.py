@@ -27,6 +27,7 @@ from ..base.operands import BLOCK_LISTS, SERVED, for_every_batch, is_read, names
 from ..base.rounding import loses, lost_dtype
 from . import share
 from .call import Call
+from .naming import named
 from .plan import WHOLE, Division, Plan, axes_of, devices
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
@@ -127,7 +128,7 @@ def forward(unit: Callable[..., Array], maths: Maths, *args: Array, call: Call, 
         results = maths(q, k, v, *operands.values(), call=here, names=tuple(operands))
         return share.merge(plan, call, unit, results, q.dtype) if split else results
 
-    return _divided(maths, own_share, args, _forward_pass(call, names, args), params)
+    return _divided("attention_forward", maths, own_share, args, _forward_pass(call, names, args), params)
 
 
 def backward(maths: Maths, *args: Array, call: Call, names, wanted, groups, adds) -> list[Array]:
@@ -155,7 +156,7 @@ def backward(maths: Maths, *args: Array, call: Call, names, wanted, groups, adds
         made = zip((dq, dk, dv, *grads), of_pass.results, divided, of, strict=True)
         return [plan.sum(x, letters, each, call.rules.result(like.dtype)) for x, letters, each, like in made]
 
-    return _divided(maths, own_share, args, of_pass, params)
+    return _divided("attention_backward", maths, own_share, args, of_pass, params)
 
 
 def said_of_keys(call: Call, q: Array, k: Array, v: Array, operands: Mapping[str, Array]) -> tuple[str, ...]:
@@ -265,7 +266,7 @@ def _whole_batches(names: Sequence[str], operands: Sequence[Array], batch: int) 
     return [for_every_batch(x, batch) if p else x for p, x in zip(parts, operands, strict=True)]
 
 
-def _divided(maths, own_share, args, what: Division, params) -> list[Array]:
+def _divided(name: str, maths, own_share, args, what: Division, params) -> list[Array]:
     whole = _whole_mesh.get()
 
     def partition(mesh: Mesh, arg_shapes, result_shapes):
@@ -282,7 +283,7 @@ def _divided(maths, own_share, args, what: Division, params) -> list[Array]:
 
     call = custom_partitioning(lambda *args: maths(*args, **params))
     call.def_partition(partition, decode_shardings=True, sharding_rule=lambda mesh, *_: _rule(what, mesh))
-    return call(*args)
+    return named(call, name, params)(*args)
 
 
 def _rule(what: Division, mesh: Mesh) -> tuple[str, dict[str, Any]]:
