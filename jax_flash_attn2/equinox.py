@@ -36,7 +36,7 @@ _OPTIONS = (
 )  # fmt: skip
 """Arguments of `flash_attention` that a module keeps: no arrays among them. All others are given when it is called."""
 _AT_THE_CALL = tuple(name for name in api.ARRAYS if name not in ("q", "k", "v", "dropout_seed", *_OPTIONS))
-_THEIRS = tuple(inspect.signature(eqx.nn.MultiheadAttention).parameters)
+_THEIRS = tuple(inspect.signature(eqx.nn.MultiheadAttention.__init__).parameters)[1:]
 
 
 class MultiheadAttention(eqx.nn.MultiheadAttention):
