@@ -30,6 +30,7 @@ versions.check("jax_flash_attn2.flax", "flax")
 _NOT_OPTIONS = {
     **dict.fromkeys(("q", "k", "v"), "Flax gives it"),
     "bias": "Flax gives it; one that is always the same is a score_mod that reads an array",
+    "deterministic": "Flax's modules give theirs",
     "dropout_rate": "Flax's modules have their own",
     "dropout_seed": "Flax's modules give theirs",
     "return_lse": "the output is all that Flax takes",

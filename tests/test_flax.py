@@ -397,9 +397,11 @@ def test_the_same_options_are_one_object():
     first, second = (nnx.graphdef(nnx_module(make_attention_fn(window_size=(3, 0)))) for _ in range(2))
     assert first == second
     assert make_attention_fn(sinks=jnp.ones(4)) is not make_attention_fn(sinks=jnp.ones(4))
-    for name, said in (("windowsize", "did you mean window_size"), ("deterministic", "it has rope, score_mod, causal")):
+    for name, said in (("windowsize", "did you mean window_size"), ("promote_dtype", "it has rope, score_mod, causal")):
         with pytest.raises(TypeError, match=f"no argument '{name}'; {said}"):
             make_attention_fn(**{name: None})
+    with pytest.raises(TypeError, match="no option 'deterministic': Flax's modules give theirs"):
+        make_attention_fn(deterministic=True)
 
 
 def test_what_may_hold_arrays_is_not_kept():
