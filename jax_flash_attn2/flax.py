@@ -36,7 +36,7 @@ _NOT_OPTIONS = {
     "return_lse": "the output is all that Flax takes",
     "return_max_logits": "the output is all that Flax takes",
 }
-"""Arguments of `flash_attention` that are not for `make_attention_fn`, and why."""
+"""What `make_attention_fn` does not take, of what `flash_attention` or Flax does, and why."""
 
 _OPTIONS = ("rope", *(name for name in inspect.signature(flash_attention).parameters if name not in _NOT_OPTIONS))
 
