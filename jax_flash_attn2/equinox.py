@@ -7,8 +7,9 @@ Importing this imports Equinox.
 """
 
 import dataclasses
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax import Array
 
 from .base import names, versions
 from .base.errors import install
+from .call import api
 from .call.api import flash_attention
 from .call.combined import booleans, both, floating, is_structured
 from .call.options import AnyMask
@@ -33,6 +35,8 @@ _OPTIONS = (
     "implementation", "block_ptr", "config", "higher_order",
 )  # fmt: skip
 """Arguments of `flash_attention` that a module keeps: no arrays among them. All others are given when it is called."""
+_AT_THE_CALL = tuple(name for name in api.ARRAYS if name not in ("q", "k", "v", "dropout_seed", *_OPTIONS))
+_THEIRS = tuple(inspect.signature(eqx.nn.MultiheadAttention.__init__).parameters)[1:]
 
 
 class MultiheadAttention(eqx.nn.MultiheadAttention):
@@ -64,6 +68,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
           TypeError: there is no such argument, or an option is not hashable.
         """
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        _check_names(kwargs, (*_THEIRS, *_OPTIONS))
         super().__init__(*args, **kwargs)
         self.options = _static(options)
 
@@ -140,6 +145,11 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
     def _seen(self, mask: Any, seqlen_q: int, seqlen_k: int) -> Any:
         if mask is None or is_structured(mask):
             return mask
+        if not isinstance(mask, Array | np.ndarray):
+            raise TypeError(
+                f"mask must be an array, a predicate, a BlockMask or a Mask, got {type(mask).__name__}; make it "
+                f"jnp.asarray(mask)"
+            )
         if mask.shape not in ((seqlen_q, seqlen_k), (self.num_heads, seqlen_q, seqlen_k)):
             raise ValueError(
                 f"mask must have shape (query_seq_length, kv_seq_length)=({seqlen_q}, {seqlen_k}), or num_heads="
@@ -162,13 +172,14 @@ def use_flash_attention[Model](model: Model, **options: Any) -> Model:
     Args:
       model: any PyTree. Weights are taken over as they are. Attention that somebody derived from Equinox's is left
         alone, as it may not be what it was.
-      **options: as in `MultiheadAttention`.
+      **options: as in `MultiheadAttention`. Attention that is this module's already is left as it is.
 
     Returns:
       A PyTree like the model.
 
     Raises:
       TypeError: there is no such option, or it is not hashable.
+      ValueError: there is no attention to turn, or attention that is this module's already has other options.
 
     Examples:
       >>> import equinox as eqx
@@ -178,9 +189,15 @@ def use_flash_attention[Model](model: Model, **options: Any) -> Model:
       True
     """
     static = _static(options)
+    found: list[eqx.nn.MultiheadAttention] = []
+
+    def is_theirs(x: Any) -> bool:
+        if isinstance(x, eqx.nn.MultiheadAttention):
+            found.append(x)
+        return _is_exactly_theirs(x)
 
     def turned(x: Any) -> Any:
-        if type(x) is not eqx.nn.MultiheadAttention:
+        if not _is_exactly_theirs(x):
             return x
         new = object.__new__(MultiheadAttention)  # as Equinox makes a module from its leaves
         for field in dataclasses.fields(x):
@@ -188,12 +205,51 @@ def use_flash_attention[Model](model: Model, **options: Any) -> Model:
         object.__setattr__(new, "options", static)
         return new
 
-    return jax.tree.map(turned, model, is_leaf=lambda x: type(x) is eqx.nn.MultiheadAttention)
+    result = jax.tree.map(turned, model, is_leaf=is_theirs)
+    ours = [x for x in found if isinstance(x, MultiheadAttention)]
+    for x in ours:
+        _check_same(dict(x.options), dict(static))
+    if not ours and not any(map(_is_exactly_theirs, found)):
+        derived = ", ".join(sorted({type(x).__name__ for x in found}))
+        what = f"only what is derived from it ({derived}), which may not be what it was" if found else "none"
+        raise ValueError(
+            f"model must have an equinox.nn.MultiheadAttention to turn, got {what}; call flash_attention in attention "
+            f"of your own"
+        )
+    return result
+
+
+def _is_exactly_theirs(x: Any) -> bool:
+    return type(x) is eqx.nn.MultiheadAttention
+
+
+def _check_same(own: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises unless attention that is ours already does what these options say."""
+    defaults = api.defaults()
+    for name, x in given.items():
+        kept = own.get(name, defaults[name])
+        if kept != x:
+            raise ValueError(
+                f"model has attention that is jax_flash_attn2's already, with {name}={kept!r}, got {name}={x!r}; make "
+                f"it with that option, or give it at the call"
+            )
+
+
+def _check_names(given: Iterable[str], taken: tuple[str, ...]) -> None:
+    for name in given:
+        if name in _AT_THE_CALL:
+            raise TypeError(
+                f"MultiheadAttention has no argument {name!r}: arrays are given when it is called, "
+                f"attention(query, key, value, {name}=...)"
+            )
+    names.check("MultiheadAttention", given, taken)
 
 
 def _static(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Options as part of a module's structure."""
-    names.check("MultiheadAttention", options, _OPTIONS)
+    _check_names(options, _OPTIONS)
+    if isinstance(options.get("window_size"), list):
+        options["window_size"] = tuple(options["window_size"])
     for name, x in options.items():
         if name == "mask" and (
             not callable(x) or any(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(x))

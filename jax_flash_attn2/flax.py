@@ -16,23 +16,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .base import names, versions
+from .base import arguments, names, versions
 from .base.config import Config, Precision
 from .call import inputs
 from .call.api import flash_attention
 from .call.combined import booleans, both, floating, is_structured
+from .functions.trace import trace
+from .masks import evaluation
+from .masks.programs import Steps
 
 versions.check("jax_flash_attn2.flax", "flax")
 
 _NOT_OPTIONS = {
     **dict.fromkeys(("q", "k", "v"), "Flax gives it"),
     "bias": "Flax gives it; one that is always the same is a score_mod that reads an array",
+    "deterministic": "Flax's modules give theirs",
     "dropout_rate": "Flax's modules have their own",
     "dropout_seed": "Flax's modules give theirs",
     "return_lse": "the output is all that Flax takes",
     "return_max_logits": "the output is all that Flax takes",
 }
-"""Arguments of `flash_attention` that are not for `make_attention_fn`, and why."""
+"""What `make_attention_fn` does not take, of what `flash_attention` or Flax does, and why."""
 
 _OPTIONS = ("rope", *(name for name in inspect.signature(flash_attention).parameters if name not in _NOT_OPTIONS))
 
@@ -100,7 +104,8 @@ def attention_fn(
 
     Raises:
       ValueError: what is asked for cannot be done: weights to sow, an einsum of one's own, a precision that the kernels
-        do not have, dropout without a key, is_causal in a decode step (see there).
+        do not have, dropout without a key; in a decode step, what counts rows, unless q_positions and kv_positions say
+        where the query stands: is_causal, window_size, alibi_slopes; and an option mask or score_mod that reads i.
       TypeError, ValueError: shapes and dtypes do not fit, as in `flash_attention`.
 
     Examples:
@@ -123,8 +128,8 @@ def attention_fn(
         query, key = _rotate(rope, query, key, input_positions)
     elif input_positions is not None:
         raise ValueError("input_positions are for rope, which is None; give one: make_attention_fn(rope=nnx.RoPE())")
-    if is_causal and mask is not None and options.get("causal_alignment", "top_left") == "top_left":
-        _refuse_causal_decoding(query.shape[-3], key.shape[-3])
+    if mask is not None and query.shape[-3] == 1 < key.shape[-3]:
+        _refuse_what_counts_rows(key.shape[-3], is_causal, _fixed_mask, options)
     options["config"] = _with_precision(options.get("config"), precision, query.dtype)
     fixed, given = (booleans(_without_ones(x, query.ndim)) for x in (_fixed_mask, mask))
     mask, bias = both(fixed, given, floating(bias))
@@ -203,14 +208,38 @@ def _refuse_what_needs_weights(**arguments: Any) -> None:
             )
 
 
-def _refuse_causal_decoding(seqlen_q: int, seqlen_k: int) -> None:
-    """One query over a cache, counted from the top left, would see key 0 only: refused."""
-    if seqlen_q == 1 < seqlen_k:
+def _refuse_what_counts_rows(seqlen_k: int, is_causal: bool, fixed_mask: Any, options: Mapping[str, Any]) -> None:
+    """In a decode step the one query is row 0, wherever it stands: what follows from the number of a row is refused."""
+    placed = options.get("q_positions") is not None and options.get("kv_positions") is not None
+    last = options.get("causal_alignment", "top_left") == "bottom_right"
+    place = "give q_positions and kv_positions, which say where it stands"
+    in_the_mask = "leave it out and say it in the mask of each step, such as jnp.arange(S) >= index - left"
+    left, right = arguments.window(options.get("window_size"), False)
+    if not placed and (left is not None or (right is not None and not last)):
+        why = ", and the last key of a cache is not the newest until it is full" if last else ""
+        raise ValueError(f"window_size {_counts(seqlen_k)}{why}; {in_the_mask}; or {place}")
+    if is_causal and not placed and not last:
         raise ValueError(
             f"is_causal=True counts from the first key, so this one query would see key 0 of {seqlen_k} alone; in a "
             f"decode step pass is_causal=False (the mask does the work), as Flax does from 0.12.12 on, or set "
             f'causal_alignment="bottom_right"'
         )
+    sinks = options.get("sinks") is not None
+    if options.get("alibi_slopes") is not None and not placed and (sinks or not last):  # else all logits shift alike
+        or_last = "" if sinks else ', or set causal_alignment="bottom_right", which shifts all logits of a row alike'
+        raise ValueError(f"alibi_slopes {_counts(seqlen_k)}; {place}{or_last}")
+    if callable(fixed_mask) and evaluation.trace(fixed_mask).steps.reads()[2]:
+        raise ValueError(f"mask, an option that reads the row i, {_counts(seqlen_k)}; {in_the_mask}")
+    score_mod = options.get("score_mod")
+    if score_mod is not None and Steps(trace(score_mod, "score_mod", jnp.float32)[0].jaxpr).reads()[3]:
+        raise ValueError(
+            f"score_mod, which reads the row i, {_counts(seqlen_k)}; let it read where the query stands from an array, "
+            f"in place of i"
+        )
+
+
+def _counts(seqlen_k: int) -> str:
+    return f"counts from the row's number, which in a decode step (one query over {seqlen_k} keys, a mask) is always 0"
 
 
 def _without_ones(mask: Any, ndim: int) -> Any:

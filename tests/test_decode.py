@@ -92,6 +92,21 @@ def _error(x, want):
     return float(np.max(np.nan_to_num(np.abs(np.where(same, 0, x) - np.where(same, 0, want)), nan=np.inf), initial=0))
 
 
+@pytest.mark.parametrize("window", [(7, 0), None])
+def test_new_rows_of_a_cache_that_is_not_full(window):
+    """Where they stand follows from the lengths: `q_positions`, as docs/recipes/decoding.md has it."""
+    rows, lengths = 3, jnp.array([2, 10, 50, 64])  # of the first sequence, not all rows are there
+    draw = lambda n, *shape: jax.random.normal(jax.random.key(n), (4, *shape))
+    q, k, v = draw(0, rows, 4, 16), draw(1, 64, 2, 16), draw(2, 64, 2, 16)
+    options = {"causal": True, "window_size": window, "kv_lengths": lengths, "kv_positions": jnp.arange(64)[None]}
+    options["q_positions"] = lengths[:, None] - rows + jnp.arange(rows)
+    got = flash_attention(q, k, v, return_lse=True, **options)
+    want = attention(q, k, v, compute=jnp.float32, **options)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+    assert (jnp.isneginf(got[1]).sum((1, 2)) == jnp.array([4, 0, 0, 0])).all()
+
+
 def test_float64():
     small = case("float64", 2, dtype="float64", lengths="k", causal=True, window=(300, 0), soft_cap=3.0)
     with jax.enable_x64(True):

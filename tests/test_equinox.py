@@ -184,6 +184,28 @@ def test_use_flash_attention():
     assert jax.tree.structure(use_flash_attention(model)) != jax.tree.structure(turned)
 
 
+def test_use_flash_attention_that_would_do_nothing():
+    """It raises, rather than leave a model as it is that was to become causal. Twice the same is once."""
+
+    class Derived(eqx.nn.MultiheadAttention):
+        pass
+
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"must have an equinox\.nn\.MultiheadAttention to turn, got none"):
+        use_flash_attention({"a": eqx.nn.Linear(2, 2, key=key)}, causal=True)
+    with pytest.raises(ValueError, match=r"got only what is derived from it \(Derived\)"):
+        use_flash_attention([Derived(2, 8, key=key)], causal=True)
+    causal = use_flash_attention(THEIRS, causal=True, window_size=[3, 0])
+    assert causal.options == (("causal", True), ("window_size", (3, 0)))
+    for options in ({}, {"causal": True}, {"window_size": [3, 0], "logits_soft_cap": None}):
+        again = use_flash_attention([causal, THEIRS], **options)
+        assert again[0].options == causal.options
+        assert type(again[1]) is MultiheadAttention
+    for model in (causal, [THEIRS, causal]):
+        with pytest.raises(ValueError, match="jax_flash_attn2's already, with causal=True, got causal=False"):
+            use_flash_attention(model, causal=False)
+
+
 def test_errors():
     query, key, value = X
     with pytest.raises(ValueError, match="sequences of equal length, got 13 and 12"):
@@ -191,10 +213,20 @@ def test_errors():
     for shape in ((S, T), (1, T, S), (T, 1), (1, 1, T, S)):
         with pytest.raises(ValueError, match="mask must have shape"):
             OURS(query, key, value, jnp.ones(shape, bool))
-    with pytest.raises(TypeError, match="MultiheadAttention has no argument 'sinks'; it has causal"):
-        use_flash_attention(OURS, sinks=1)
-    with pytest.raises(TypeError, match="window_size must be hashable, as it is static, got list"):
-        MultiheadAttention(**SIZES, window_size=[3, 0], key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"mask must be an array, .* got list; make it jnp\.asarray"):
+        OURS(query, key, value, [[True] * S] * T)
+    with pytest.raises(TypeError, match="logits_soft_cap must be hashable, as it is static, got list"):
+        MultiheadAttention(**SIZES, logits_soft_cap=[3.0], key=jax.random.key(0))
+    make = lambda **options: MultiheadAttention(**SIZES, key=jax.random.key(0), **options)
+    for wrong in (make, lambda **options: use_flash_attention(THEIRS, **options)):
+        with pytest.raises(TypeError, match=r"no argument 'sinks': arrays are given when it is called, .*sinks=\.\.\."):
+            wrong(sinks=jnp.zeros(HEADS))
+        with pytest.raises(TypeError, match="MultiheadAttention has no argument 'is_causal'; here it is causal"):
+            wrong(is_causal=True)
+    with pytest.raises(TypeError, match="no argument 'dropout_rate'; here it is dropout_p"):
+        make(dropout_rate=0.1)
+    with pytest.raises(TypeError, match="no argument 'num_head'; did you mean num_heads"):
+        make(num_head=2)
     with pytest.raises(TypeError, match="return_lse is not for this call"):
         OURS(query, key, value, return_lse=True)
     with pytest.raises(TypeError, match="dropout_rate must be a number"):

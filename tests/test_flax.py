@@ -174,6 +174,64 @@ def test_causal_decoding():
     np.testing.assert_allclose(top_left, nnx.dot_product_attention(q, K, V, is_causal=True), atol=1e-5)
 
 
+COUNTS_ROWS = {
+    "window": ({"window_size": [4, 0]}, "window_size counts from the row's number.*over 15 keys.*jnp.arange"),
+    "window_bottom_right": (
+        {"window_size": (4, 0), "causal_alignment": "bottom_right"},
+        "window_size .* the last key of a cache is not the newest until it is full",
+    ),
+    "right": ({"window_size": (None, 2)}, "window_size counts"),
+    "alibi": ({"alibi_slopes": jnp.ones(HEADS)}, "alibi_slopes counts.*bottom_right.*shifts all logits"),
+    "alibi_and_sinks": (
+        {"alibi_slopes": jnp.ones(HEADS), "sinks": jnp.ones(HEADS), "causal_alignment": "bottom_right"},
+        "alibi_slopes counts.*where it stands$",
+    ),
+    "mask": ({"mask": masks.sliding_window(4) | masks.sinks(2)}, "mask, an option that reads the row i, counts"),
+    "score_mod": (
+        {"score_mod": lambda s, b, h, i, j: jnp.where(i - j < 4, s, -jnp.inf)},
+        "score_mod, which reads the row i, counts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS_ROWS)
+def test_what_counts_rows_is_no_option_of_decoding(name):
+    """The one query of a decode step is row 0, wherever it stands: each of these would give other numbers than the
+    whole sequence does. Without a mask it is no decode step."""
+    options, message = COUNTS_ROWS[name]
+    mask = (jnp.arange(T + 3) < 9)[None, None, None]
+    attend = make_attention_fn(**options)
+    with pytest.raises(ValueError, match=message):
+        attend(Q[:, :1], K, V, mask=mask)
+    assert jax.eval_shape(attend, Q[:, :1], K, V).shape == (2, 1, HEADS, 8)
+
+
+def test_options_of_decoding_that_are_right():
+    """Positions say where the query stands; what does not read the row does not need them. Row 8 of a sequence, of
+    which the cache has rows 0 to 8, and something else behind."""
+    mask = (jnp.arange(T + 3) < 9)[None, None, None]
+    at = {"q_positions": jnp.array([[8]]), "kv_positions": jnp.arange(15)[None]}
+    slopes = jnp.array([0.5, 0.25, 0.1, 0.05])
+    ahead = 8 - jnp.arange(15)
+    whole = functools.partial(flash_attention, Q[:, :1], K, V)
+    for options, call, want in (
+        ({"window_size": (4, 0)} | at, {"is_causal": True}, whole(mask=mask & (ahead <= 4))),
+        ({"alibi_slopes": slopes} | at, {}, whole(-slopes[:, None, None] * ahead.astype(jnp.float32), mask=mask)),
+        (
+            {"alibi_slopes": slopes, "causal_alignment": "bottom_right"},
+            {"is_causal": True},
+            whole(-slopes[:, None, None] * ahead.astype(jnp.float32), mask=mask),
+        ),
+        (
+            {"mask": masks.sinks(6), "score_mod": lambda s, b, h, i, j: jnp.where(j < 3, s, s + 2)},
+            {},
+            whole(jnp.where(jnp.arange(15) < 3, 0.0, 2.0), mask=mask & (jnp.arange(15) < 6)),
+        ),
+    ):
+        got = make_attention_fn(**options)(Q[:, :1], K, V, mask=mask, **call)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 # Dropout.
 
 
@@ -339,9 +397,11 @@ def test_the_same_options_are_one_object():
     first, second = (nnx.graphdef(nnx_module(make_attention_fn(window_size=(3, 0)))) for _ in range(2))
     assert first == second
     assert make_attention_fn(sinks=jnp.ones(4)) is not make_attention_fn(sinks=jnp.ones(4))
-    for name, said in (("windowsize", "did you mean window_size"), ("deterministic", "it has rope, score_mod, causal")):
+    for name, said in (("windowsize", "did you mean window_size"), ("promote_dtype", "it has rope, score_mod, causal")):
         with pytest.raises(TypeError, match=f"no argument '{name}'; {said}"):
             make_attention_fn(**{name: None})
+    with pytest.raises(TypeError, match="no option 'deterministic': Flax's modules give theirs"):
+        make_attention_fn(deterministic=True)
 
 
 def test_what_may_hold_arrays_is_not_kept():

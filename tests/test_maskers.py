@@ -86,7 +86,15 @@ def test_readme_counts_as_we_do():
     row = [np.arange(n) + first for n, first in ((1, 0), (1, 0), (1, 1000), (2000, 0))]
     assert int(np.asarray(evaluate(sliding_window(int(left)), *row)).sum()) == int(keys)
     assert f"a window of {keys} and" in text
-    assert f"`LocalMasker({keys})` shows\nwhat `sliding_window({left})` does" in text
+    assert f"where Sq = Sk, `LocalMasker({keys})` shows what\n`sliding_window({left})` does" in text
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_window_of_another_alignment(shape):
+    """A masker's last row is at the last key, a rule's first at the first: the offset is what lies between."""
+    by_masker = LocalMasker(3)(Mask.empty(shape, bool)).to_dense()
+    rule = sliding_window(2, offset=shape[3] - shape[2])
+    np.testing.assert_array_equal(evaluate(rule, *map(np.arange, shape)), by_masker)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

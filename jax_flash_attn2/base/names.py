@@ -6,12 +6,17 @@ import inspect
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-_HEADS = "fewer heads of k and v than of q need no option"
+_NEEDLESS = {
+    **dict.fromkeys(("enable_gqa", "num_kv_heads"), "fewer heads of k and v than of q need no option"),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), "no largest length is asked for; leave it out"),
+    "deterministic": "results and gradients always repeat bit for bit, and nothing is dropped without a dropout rate",
+}
+"""What other libraries ask for, and why nobody has to here."""
 
 _THEIRS = {
     "q": ("query",),
-    "k": ("key",),
-    "v": ("value",),
+    "k": ("key", "k_cache"),
+    "v": ("value", "v_cache"),
     "causal": ("is_causal", "use_causal_mask"),
     "softmax_scale": ("scale", "sm_scale", "scaling"),
     "mask": ("attn_mask", "attention_mask", "mask_mod", "block_mask"),
@@ -28,12 +33,18 @@ _THEIRS = {
     "sinks": ("s_aux", "sink", "attention_sinks", "learnable_sink"),
     "alibi_slopes": ("alibi", "slopes"),
     "return_lse": ("return_residual", "return_softmax_lse", "return_attn_probs", "save_residuals"),
-    "config=Config(block_m=..., block_n=...)": ("blocksize_q", "blocksize_k", "block_q", "block_k", "block_sizes"),
+    "config=Config(block_m=..., block_n=...)": (
+        "blocksize_q",
+        "blocksize_k",
+        "block_q",
+        "block_k",
+        "block_sizes",
+        "kernel_options",
+    ),
     "config=Config(precision=...)": ("precision",),
     "varlen_attention(q, k, v, cu_q_lens, cu_k_lens)": ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens"),
     "paged_attention(..., page_table, lengths)": ("block_table", "block_tables", "page_indices", "page_table"),
     "implementation": ("backend",),
-    _HEADS: ("enable_gqa", "num_kv_heads"),
 }
 """Of each argument of ours: what `jax.nn`, FlexAttention, flash-attn, splash attention and Transformers call it."""
 
@@ -55,9 +66,9 @@ def check(function: str, given: Iterable[str], taken: Collection[str]) -> None:
 
 def _instead(name: str, taken: Collection[str]) -> str:
     """What to write in its place."""
+    if name in _NEEDLESS:
+        return f": {_NEEDLESS[name]}"
     ours = _OURS.get(name, "")
-    if ours == _HEADS:
-        return f": {ours}"
     there = [x for x in (ours, *_THEIRS.get(name, ())) if x in taken or (x and not x.isidentifier())]
     if there:  # a door that stands in for another library has that one's names
         return f"; here it is {there[0]}"

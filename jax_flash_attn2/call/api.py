@@ -91,7 +91,7 @@ def flash_attention(
 ) -> Array | tuple[Array, ...]:
     """softmax(softmax_scale * q kᵀ + bias) v, without holding the `[Sq, Sk]` logits.
 
-    FlashAttention-2 (Dao 2023, arXiv:2307.08691): Triton kernels on NVIDIA and AMD GPUs, a blockwise XLA path
+    FlashAttention-2 (Dao 2023, arXiv:2307.08691): Triton kernels on GPUs (AMD's are untried), a blockwise XLA path
     everywhere else. Differentiable in q, k, v, bias, sinks, alibi_slopes and softmax_scale, through o and lse. Works
     under jit, grad, vmap, remat, scan, export and sharding. Results and gradients repeat bit for bit.
 

@@ -25,7 +25,7 @@ from .predicates import (
     sliding_window,
 )
 from .ragged import cu_lens, lengths_from, pack, positions, segment_ids, unpack
-from .show import show
+from .text import show
 
 __all__ = [
     "BlockMask",

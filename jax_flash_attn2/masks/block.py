@@ -310,7 +310,7 @@ class BlockMask:
 
     def show(self, **options: Any) -> str:
         """A text picture; see `masks.show`."""
-        from .show import show
+        from .text import show
 
         return show(self, **options)
 

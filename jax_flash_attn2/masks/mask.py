@@ -71,7 +71,7 @@ class Mask:
 
     def show(self, **options: Any) -> str:
         """A text picture; see `masks.show`."""
-        from .show import show
+        from .text import show
 
         return show(self, **options)
 

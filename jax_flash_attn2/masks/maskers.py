@@ -109,7 +109,8 @@ class _ByPlace(Masker):
 class LocalMasker(_ByPlace):
     """Shows a row the `window` keys up to and including the one at its position, and never a later key.
 
-    The row's own key counts: `LocalMasker(256)` shows 256 keys, as `sliding_window(255)` does.
+    The last row has the position of the last key: query i has i + Sk - Sq. The row's own key counts: `LocalMasker(256)`
+    shows 256 keys, as `sliding_window(255, offset=Sk - Sq)` does, which counts from the first key but for its offset.
 
     Raises:
       ValueError: window is neither an int of at least 0 nor a float in (0, 1].
@@ -133,6 +134,8 @@ class LocalMasker(_ByPlace):
 @dataclasses.dataclass(frozen=True)
 class SinkMasker(_ByPlace):
     """Shows every row the first `size` keys: those that attention falls back on (Xiao et al. 2023).
+
+    For causal, query i has position i + Sk - Sq: the last row sees the last key.
 
     Raises:
       ValueError: size is neither an int of at least 0 nor a float in (0, 1].
@@ -159,7 +162,8 @@ class SinkMasker(_ByPlace):
 class TopKMasker(Masker):
     """Shows each row the `k` keys that have its largest logits: an oracle, which computes all logits to find them.
 
-    Of equal logits the earlier key counts as larger. A row that may see fewer keys is shown all of these.
+    Of equal logits the earlier key counts as larger. A row that may see fewer keys is shown all of these. For causal,
+    query i has position i + Sk - Sq: the last row sees the last key.
 
     Raises:
       ValueError: k is neither an int of at least 0 nor a float in (0, 1].

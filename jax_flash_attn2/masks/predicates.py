@@ -190,7 +190,8 @@ def sliding_window(left: int | None, right: int | None = 0, offset: int = 0) -> 
     """Row i, at i' = i + offset, sees keys i' - left <= j <= i' + right; None: no bound on that side.
 
     As in `flash_attention`'s window_size, left and right do not count the row's own position: it sees left + 1 + right
-    keys. What is called a window of 256 is `sliding_window(255)`, and `LocalMasker(256)`, which counts keys.
+    keys. What is called a window of 256 is `sliding_window(255)`, and, where Sq == Sk, `LocalMasker(256)`, which counts
+    keys.
 
     Examples:
       >>> evaluate(sliding_window(1), *map(np.arange, (1, 1, 3, 4)))[0, 0].astype(int)
