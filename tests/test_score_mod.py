@@ -303,6 +303,15 @@ def test_arrays_that_lie_elsewhere():
 
 
 @on_xla
+def test_tracers_do_not_outlive_their_trace():
+    """Of functions that read arrays: of scores and of masks."""
+    table, ids = jnp.ones(2 * S), jnp.arange(S) // 4
+    with jax.checking_leaks():
+        flash_attention(Q, Q, Q, score_mod=lambda s, b, h, i, j: s + table[i - j + S])
+        jax.jit(lambda ids: flash_attention(Q, Q, Q, mask=lambda b, h, i, j: ids[i] == ids[j]))(ids)
+
+
+@on_xla
 def test_integers_have_no_gradient():
     """A differentiated integer is JAX's own error; one that is only read changes nothing."""
     ids = jnp.arange(S, dtype=jnp.int32) // 5

@@ -182,8 +182,11 @@ class _Walk:
     def again(self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], arrays: Sequence[Any]) -> Any:
         """The result, of the arguments and of the arrays in `used`."""
         self._replay, self._arrays = iter(self._found), arrays
-        (result,) = self._again(jaxpr, constants, arguments)
-        return views.plain(self._operand(result))
+        try:
+            (result,) = self._again(jaxpr, constants, arguments)
+            return views.plain(self._operand(result))
+        finally:  # tracers must not outlive their trace
+            self._replay, self._arrays = iter(()), ()
 
     def _again(self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
