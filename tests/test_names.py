@@ -44,7 +44,6 @@ WRONG = {
     "door_causal": (lambda: door(causal=True), "dot_product_attention has no argument 'causal'; here it is is_causal"),
     "door_scale": (lambda: door(softmax_scale=1.0), "no argument 'softmax_scale'; here it is scale"),
     "door_query": (lambda: fa.dot_product_attention(*[X.astype(np.int32)] * 3), "query must have one of the dtypes"),
-    "door_scale_type": (lambda: door(scale="1"), "scale must be a number or a 0-d floating array, got '1'"),
     "door_residual": (lambda: door(return_residual=1), "return_residual must be True or False"),
     "probabilities": (lambda: call(return_attn_probs=True), "here it is return_lse=True, and exp(logit - lse), as pro"),
     "no_starts": (lambda: fa.varlen_attention(ROW, ROW, ROW, None), "an array [B + 1] of integers, got None"),

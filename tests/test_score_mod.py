@@ -276,7 +276,7 @@ REFUSED = {
     "an array": (lambda s, b, h, i, j: s + Q[0, 0, 0], "and <lambda> returned float32[16] ("),
     "an integer": (lambda s, b, h, i, j: i + j, "and <lambda> returned int32[] ("),
     "half": (lambda s, b, h, i, j: s.astype(jnp.bfloat16), "and <lambda> returned bfloat16[] ("),
-    "if": (lambda s, b, h, i, j: s if s > 0 else -s, "score and indices that are traced, got one whose value is asked for"),
+    "if": (lambda s, b, h, i, j: s if s > 0 else -s, "a score and indices that are traced, got one whose value is "),
     "an array of NumPy": (lambda s, b, h, i, j: s + np.arange(S)[i], "make jnp.asarray of it, and use jnp's functions"),
     "prints": (lambda s, b, h, i, j: [jax.debug.print("{}", s), s][1], "score_mod has a side effect, debug_print ("),
 }  # fmt: skip
