@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from .base import names
+from .base import arguments, names, scales
 from .base.arguments import FAR, INT32, Alignment, AnyArray, Implementation, are_integers, is_integer
 from .base.config import Config
 from .base.tokens import clipped
@@ -169,6 +169,12 @@ def dot_product_attention(
     added: Any = None if bias is None else _four_axes("bias", jnp.asarray(bias))
     seen: Any = mask if mask is None or is_structured(mask) else _four_axes("mask", jnp.asarray(mask))
     q_lengths, kv_lengths = (None if x is None else jnp.asarray(x) for x in (query_seq_lengths, key_value_seq_lengths))
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        arguments.array(name, x)
+    scale = floating(scale)
+    if scale is not None:
+        scales.check_scale("scale", scale, q.dtype)
+    arguments.booleans(return_residual=return_residual, return_max_logits=return_max_logits)
     _check(q, k, v, None if is_structured(seen) else seen, q_lengths, kv_lengths)
 
     window = _pair(local_window_size)
@@ -190,7 +196,7 @@ def dot_product_attention(
         window_size=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_positions=q_positions,
         kv_positions=kv_positions, q_lengths=q_lengths, kv_lengths=kv_lengths, score_mod=score_mod,
         logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_rate, dropout_seed=dropout_seed, softmax_scale=floating(scale),
+        dropout_rate=dropout_rate, dropout_seed=dropout_seed, softmax_scale=scale,
         implementation=implementation, block_ptr=block_ptr, config=config, higher_order=higher_order,
         return_lse=return_residual, return_max_logits=return_max_logits,
     )  # fmt: skip

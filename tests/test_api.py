@@ -118,6 +118,22 @@ def test_vmap_of_no_rows_or_keys(shape):
         assert [g.shape for g in grads] == [q.shape, k.shape, bias.shape]
 
 
+def test_vmap_over_nothing():
+    """An axis of length 0 gives nothing, and sums of nothing are 0."""
+    q, k, bias, sinks = jnp.ones((0, 2, 7, 4, 8)), jnp.ones((2, 7, 2, 8)), jnp.ones((0, 4, 7, 7)), jnp.ones(4)
+
+    def loss(q, k, bias, sinks):
+        o, lse = fa.flash_attention(q, k, k, bias, sinks=sinks, return_lse=True)
+        return o.sum() + lse.sum()
+
+    axes = (0, None, 0, None)
+    grads = jax.vmap(jax.grad(loss, (0, 1, 2, 3)), axes)(q, k, bias, sinks)
+    assert [g.shape for g in grads] == [q.shape, (0, *k.shape), bias.shape, (0, 4)]
+    grads = jax.grad(lambda *x: jax.vmap(loss, axes)(*x).sum(), (1, 3))(q, k, bias, sinks)
+    assert [g.shape for g in grads] == [k.shape, sinks.shape]
+    assert not any(map(np.any, grads))
+
+
 def test_vmap_of_a_scale():
     """Folded into the batch like all else: one call, no loop."""
     scales = jnp.array([0.1, -0.5, 1.0])

@@ -355,6 +355,17 @@ def test_within_shard_map(method, checked):
     check(jax.tree.map(np.asarray, (there, got)), ((o, lse, largest), grads))
 
 
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_within_shard_map_outside_jit(method):
+    """Where JAX has no symbolic zeros; None: sequences are not divided."""
+    x = draw("outside jit", 2, 32, 2, 16)
+    rows = P(None, "sequence") if method else P("sequence")
+    attend = functools.partial(context_parallel_attention, axis="sequence", order="contiguous", method=method)
+    f = lambda x: (attend if method else flash_attention)(x, x, x, causal=True)
+    got = jax.shard_map(f, mesh=mesh_of(2), in_specs=rows, out_specs=rows)(x)
+    np.testing.assert_allclose(got, flash_attention(x, x, x, causal=True), atol=2e-6)
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)], ids=str)
 def test_with_a_mesh_of_several_axes(shape):
     """Batches and heads are divided as they lie, without a collective of theirs."""
@@ -540,7 +551,7 @@ WRONG = {
     "block_mask": (HERE | {"method": "ring", "mask": "block"}, ValueError, 'method="ring" takes no BlockMask'),
     "bias": (HERE | {"bias": np.zeros((64, 16), np.float32)}, ValueError, "bias must broadcast to"),
     "mask": (HERE | {"mask": np.zeros((1, 1, 32, 64), bool)}, ValueError, "mask must broadcast to"),
-    "segments": (HERE | {"q_segment_ids": np.zeros((2, 32), np.int32)}, ValueError, "q_segment_ids must broadcast to"),
+    "segments": (HERE | {"q_segment_ids": np.zeros((2, 32), np.int32)}, ValueError, "q_segment_ids must broadcast to [*batch, seqlen_q], whose last axis is 64 (or 1), got shape (2, 32)"),
     "low": (HERE | {"causal": True, "causal_alignment": "bottom_right", "q_positions": np.arange(64), "kv_positions": np.arange(64)}, ValueError, "leave one of them out"),
     "higher": (HERE | {"higher_order": True, "implementation": "triton"}, ValueError, "higher_order=True runs on XLA"),
 }  # fmt: skip
@@ -587,6 +598,7 @@ def test_explain_holds_no_more_than_one_device_does(monkeypatch):
 
 
 def test_length():
-    x = jnp.zeros((1, 12, 4, 16))
-    with pytest.raises(ValueError, match="length must be a multiple of 8 for 4 devices in zigzag order, got 12"):
-        context_parallel_attention(x, x, x, axis="sequence", mesh=mesh_of(4))
+    for length in (12, 62):  # the second of which four devices do not divide at all
+        x = jnp.zeros((1, length, 4, 16))
+        with pytest.raises(ValueError, match=f"the length of q must be a multiple of 8 for 4 .* got {length}; pad"):
+            context_parallel_attention(x, x, x, axis="sequence", mesh=mesh_of(4))

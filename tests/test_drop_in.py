@@ -398,6 +398,12 @@ def test_extras_are_flash_attentions(options):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("scale", ["1", np.ones(2, np.float32), 1e300])
+def test_scale_is_called_by_its_name(scale):
+    with pytest.raises((TypeError, ValueError), match=r"^scale must be"):
+        dot_product_attention(Q, K, V, scale=scale)
+
+
 def test_bottom_right_window_mask():
     """A window that only a mask can express follows causal_alignment too."""
     align = {"causal_alignment": "bottom_right"}

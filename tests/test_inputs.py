@@ -47,9 +47,13 @@ WRONG = {
     "mask_float": (lambda: call(mask=jnp.ones((10, 12))), TypeError, "mask must have dtype bool (True: attend), got float32; what is added to logits is a bias"),
     "mask_list": (lambda: call(mask=[True]), TypeError, "mask must be an array of booleans, a Mask, a BlockMask or a function of (b, h, i, j), got list"),
     "mask_shape": (lambda: call(mask=jnp.ones((3, 12), bool)), ValueError, "mask must broadcast to [*batch, heads, seqlen_q, seqlen_k] = (2, 4, 10, 12) (each axis 1 or full), got shape (3, 12)"),
+    "bias_heads": (lambda: call(bias=jnp.zeros((2, 10, 12))), ValueError, "got shape (2, 10, 12); of [batch, seqlen_q, seqlen_k], the same for all heads, pass bias[:, None]"),
+    "mask_heads": (lambda: call(mask=jnp.ones((2, 10, 12), bool)), ValueError, "the same for all heads, pass mask[:, None]"),
+    "symbolic": (lambda: jax.eval_shape(call, jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, s, 4, 16"), jnp.float32)), ValueError, "q must have a static shape, as tiles are counted when a call is traced, got symbolic lengths [b, s, 4, 16]"),
     "alignment": (lambda: call(causal_alignment="end"), ValueError, "causal_alignment must be one of ('top_left', 'bottom_right'), got 'end'"),
     "window_negative": (lambda: call(window_size=(-1, 0)), ValueError, "window_size must not be negative, got (-1, 0); None means that there is no bound"),
-    "window_type": (lambda: call(window_size=(1, 2, 3)), TypeError, "window_size must be an integer, a pair (left, right) of integers or None (no bound), got (1, 2, 3)"),
+    "window_type": (lambda: call(window_size=(1, 2, 3)), TypeError, "window_size must be an integer, a pair (left, right) of integers or None (no bound), and is static under jit, got (1, 2, 3)"),
+    "window_traced": (lambda: jax.jit(lambda n: call(window_size=(n, 0)))(3), TypeError, "and is static under jit, got ("),
     "segments_alone": (lambda: call(q_segment_ids=jnp.zeros((2, 10), int)), ValueError, "got no kv_segment_ids (only kv_segment_ids may be left out, and only where Sq == Sk; here Sq = 10, Sk = 12)"),
     "segments_kv_alone": (lambda: call(kv_segment_ids=jnp.zeros((2, 12), int)), ValueError, "got no q_segment_ids"),
     "segments_float": (lambda: call(q_segment_ids=jnp.zeros((2, 10)), kv_segment_ids=jnp.zeros((2, 12))), TypeError, "q_segment_ids must be an array of integers [*batch, seqlen_q], got"),
@@ -65,6 +69,9 @@ WRONG = {
     "lengths_float": (lambda: call(q_lengths=3.0), TypeError, "q_lengths must be an array of integers [*batch], got 3.0"),
     "soft_cap": (lambda: call(logits_soft_cap=0.0), ValueError, "logits_soft_cap must be positive and finite, got 0.0; None means that there is none"),
     "soft_cap_traced": (lambda: jax.jit(lambda c: call(logits_soft_cap=c))(3.0), TypeError, "logits_soft_cap must be a number (it is static under jit) or None"),
+    "soft_cap_large": (lambda: call(logits_soft_cap=1e300), ValueError, "logits_soft_cap must be from 1.2e-38 to 5.9e+37, as logits are float32, got 1e+300; None means"),
+    "soft_cap_small": (lambda: call(logits_soft_cap=1e-50), ValueError, "logits_soft_cap must be from 1.2e-38 to 5.9e+37, as logits are float32, got 1e-50; None means"),
+    "soft_cap_integer": (lambda: call(logits_soft_cap=10**400), ValueError, "logits_soft_cap must be positive and finite, got inf"),
     "sinks_shape": (lambda: call(sinks=jnp.zeros(3)), ValueError, "sinks must broadcast to [heads] = (4,)"),
     "sinks_int": (lambda: call(sinks=jnp.zeros(4, int)), TypeError, "sinks must be a floating array [heads]"),
     "slopes_shape": (lambda: call(alibi_slopes=jnp.zeros((3, 4))), ValueError, "alibi_slopes must broadcast to [*batch, heads] = (2, 4)"),
@@ -78,9 +85,11 @@ WRONG = {
     "forward_mode": (lambda: jax.jvp(call, (X,), (X,)), TypeError, "higher_order=True"),
     "hessian": (lambda: jax.grad(lambda q: jax.grad(lambda q: call(q).sum())(q).sum())(X), TypeError, "higher_order=True"),
     "return_lse": (lambda: call(return_lse=1), TypeError, "return_lse must be True or False"),
+    "return_lse_traced": (lambda: jax.jit(flash_attention)(X, X, X, return_lse=True), TypeError, "return_lse must be True or False (it is static under jit), got DynamicJaxprTracer of dtype bool"),
     "causal": (lambda: call(causal=1), TypeError, "causal must be True or False (it is static under jit), got 1"),
     "scale_shape": (lambda: call(softmax_scale=jnp.ones(2)), ValueError, "softmax_scale must be a single number, got an array of shape (2,)"),
     "scale_nan": (lambda: call(softmax_scale=float("nan")), ValueError, "softmax_scale must be finite, got nan"),
+    "scale_large": (lambda: call(softmax_scale=-1e300), ValueError, "softmax_scale must be at most 2.4e+38, as logits are float32, got -1e+300"),
     "scale_type": (lambda: call(softmax_scale="1"), TypeError, "softmax_scale must be a number or a 0-d floating array, got '1'"),
     "implementation": (lambda: call(implementation="cudnn"), ValueError, 'implementation must be "triton", "xla" or None (choose), got \'cudnn\''),
     "block_ptr": (lambda: call(block_ptr=1), TypeError, "block_ptr must be True (tensor descriptors), False (pointers) or None (choose), got 1"),
@@ -146,6 +155,14 @@ def test_message(name):
 def test_float64_has_no_kernel():
     with jax.enable_x64(True), pytest.raises(TypeError, match='implementation="triton" has no float64'):
         call(X.astype(jnp.float64), *(KV.astype(jnp.float64),) * 2, implementation="triton")
+
+
+def test_numbers_that_float64_holds():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 1, 16)))
+        capped = flash_attention(x, x, x, logits_soft_cap=1e300)
+        np.testing.assert_allclose(capped, flash_attention(x, x, x), rtol=1e-12)
+        assert jnp.isfinite(flash_attention(x, x, x, softmax_scale=1e200)).all()
 
 
 def test_environment(monkeypatch):

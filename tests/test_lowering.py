@@ -233,3 +233,10 @@ def test_under_strict_rank_promotion():
 
     with jax.numpy_rank_promotion("raise"):
         assert lower(jax.grad(loss), x, lengths).count(TRITON_CALL) == 3
+
+
+def test_another_gpu_is_asked_for():
+    """AMD's have no name to be compiled for elsewhere."""
+    attend = jax.jit(lambda x: flash_attention(x, x, x))
+    with pytest.raises(ValueError, match="lowering for rocm needs an AMD GPU on this machine"):
+        attend.trace(shape(2, 64, 1, 64)).lower(lowering_platforms=("rocm",))

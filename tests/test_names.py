@@ -51,6 +51,10 @@ WRONG = {
     "unknown": (lambda: call(zzz=1), "no argument 'zzz'; it has q, k, v, bias, score_mod, causal,"),
     "door_causal": (lambda: door(causal=True), "dot_product_attention has no argument 'causal'; here it is is_causal"),
     "door_scale": (lambda: door(softmax_scale=1.0), "no argument 'softmax_scale'; here it is scale"),
+    "door_query": (lambda: fa.dot_product_attention(*[X.astype(np.int32)] * 3), "query must have one of the dtypes"),
+    "door_residual": (lambda: door(return_residual=1), "return_residual must be True or False"),
+    "probabilities": (lambda: call(return_attn_probs=True), "here it is return_lse=True, and exp(logit - lse), as pro"),
+    "no_starts": (lambda: fa.varlen_attention(ROW, ROW, ROW, None), "an array [B + 1] of integers, got None"),
     "door_lengths": (lambda: door(kv_lengths=STARTS), "no argument 'kv_lengths'; here it is key_value_seq_lengths"),
     "explain": (lambda: fa.explain(X, X, X, is_causal=True), "explain has no argument 'is_causal'; here it is causal"),
     "supported": (lambda: fa.supported(X, X, X, scale=1), "supported has no argument 'scale'; here it is softmax_sc"),
@@ -68,7 +72,9 @@ WRONG = {
     "block_mask_as_bias": (lambda: call(BLOCKS), "must be an array, got BlockMask; what says who sees whom is mask=,"),
     "predicate_as_bias": (lambda: call(masks.causal()), "what says who sees whom is mask=, by name"),
     "padding": (lambda: call(mask=PADDING), "got shape (2, 10); of padding, [batch, seqlen_k], pass mask[:, None, Non"),
-    "two_arguments": (lambda: call(mask=lambda i, j: i >= j), "must take four arguments, (b, h, i, j), got <function"),
+    "two_arguments": (lambda: call(mask=lambda i, j: i >= j), "must take four arguments, (b, h, i, j), got <lambda> ("),
+    "uncalled": (lambda: call(mask=masks.causal), "too many positional arguments; did you mean masks.causal()?"),
+    "uncalled_part": (lambda: call(mask=masks.causal() & masks.padding), "did you mean masks.padding(...)?"),
     "score_of_two": (lambda: call(score_mod=lambda s, i: s), "score_mod must take five arguments, (score, b, h, i, j)"),
 }
 

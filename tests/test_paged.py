@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import paged_cases
 import pytest
@@ -222,15 +223,17 @@ WRONG = {
     "two widths": (ValueError, "head_dim_v must be that of v_pages, 16", {"head_dim_v": 8}),
     "q of one axis": (ValueError, "q must have shape", {"q": Q[0, 0, 0]}),
     "ragged q": (ValueError, r"\[T, H, D\] with cu_q_lens", {"cu_q_lens": starts(1, 2)}),
-    "table of int16": (TypeError, "page_table must be an array .* int32", {"page_table": TABLE.astype(np.int16)}),
+    "table of floats": (TypeError, "page_table must be an array .* of integers", {"page_table": TABLE.astype(float)}),
     "table of one": (ValueError, r"page_table must have shape \[2, pages", {"page_table": TABLE[:1]}),
-    "lengths of a list": (TypeError, "lengths must be an array", {"lengths": [1, 2]}),
+    "lengths of a list": (TypeError, r"of integers, got \[1, 2\]; pass jnp.asarray", {"lengths": [1, 2]}),
+    "more rows than keys": (ValueError, "got 2 of sequence 1, which has 3 new ones", {"lengths": int32(9, 2)}),
     "lengths of three": (ValueError, r"lengths must have shape \[2\]", {"lengths": int32(1, 2, 3)}),
     "starts of two": (ValueError, r"\[B \+ 1\] = \[3\]", {"q": FLAT, "cu_q_lens": int32(0, 3)}),
     "int8 alone": (ValueError, "of int8 need k_scale", {"k_pages": K.astype(np.int8), "v_pages": V.astype(np.int8)}),
     "a scale of pages": (ValueError, r"k_scale must be a number or have shape", {"k_scale": np.ones(64, np.float32)}),
     "an integer scale": (TypeError, "v_scale must be a number or a floating array", {"v_scale": np.ones((64, 2), int)}),
     "splits": (ValueError, "splits must be from 1 to 256", {"splits": 0}),
+    "splits on XLA": (ValueError, "^splits speaks to the Triton", {"splits": 4, "implementation": "xla"}),
     "odd rows": (ValueError, "of 16 bytes, got head_dim 6 of v_pages", {"v_pages": V[..., :6], "block_ptr": True}),
     "a mapping": (TypeError, "config must be a Config of the forward kernel", {"config": {"dq": Config()}}),
     "two splits": (ValueError, "contradicts", {"splits": 2, "config": Config(num_splits=3)}),
@@ -244,6 +247,21 @@ def test_messages(name):
     arguments = {"q": Q, "k_pages": K, "v_pages": V, "page_table": TABLE, "lengths": N}
     with pytest.raises(error, match=message):
         paged_attention(**arguments | wrong)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int64"])
+def test_integers_of_any_width(kind):
+    """What int32 does not hold is not taken for what its last bits say, and what is known stays so under jit."""
+    want = attend(FLAT, K, V, TABLE, N, cu_q_lens=starts(3, 3))[0]
+    with jax.enable_x64(True):
+        for of in (np.asarray, jnp.asarray):
+            table, n, cu = (of(x.astype(kind)) for x in (TABLE, N, starts(3, 3)))
+            np.testing.assert_array_equal(attend(FLAT, K, V, table, n, cu_q_lens=cu)[0], want)
+            if kind == "int64":
+                far = n + 2**32
+                with pytest.raises(ValueError, match="lengths must be from 0 to 128"):
+                    jax.jit(lambda q, t=table, n=far, cu=cu: paged_attention(q, K, V, t, n, cu_q_lens=cu))(FLAT)
+                assert np.isnan(attend(FLAT, K, V, table + 2**32, n, cu_q_lens=cu)[0]).all()
 
 
 def test_no_gradient():

@@ -222,7 +222,7 @@ REFUSED = {
     "dense of 5 axes": (lambda: from_dense(DENSE[None]), ValueError, "mask must have axes"),
     "all of an array": (lambda: all_of(DENSE), TypeError, "a dense mask is a predicate through from_dense"),
     "& 3": (lambda: causal() & 3, TypeError, "unsupported operand"),
-    "a number": (lambda: dense(lambda b, h, i, j: j), TypeError, "must return a bool, got .*int32"),
+    "a number": (lambda: dense(lambda b, h, i, j: j), TypeError, r"<lambda> \(.*:\d+\) must return a bool, got .*in"),
     "nothing": (lambda: dense(lambda b, h, i, j: None), TypeError, "must return a bool, got None"),
     "a number within": (lambda: dense(causal() & (lambda b, h, i, j: j)), TypeError, "must return a bool"),
     "a row": (lambda: dense(lambda b, h, i, j: jnp.asarray(REAL)[b]), ValueError, "must return a single bool"),

@@ -271,11 +271,13 @@ def test_hidden_keys_reach_nothing():
 F = jnp.float32
 REFUSED = {
     "no function": (3, "score_mod must be a function (score, b, h, i, j) -> score of scalars, got 3"),
-    "four arguments": (lambda s, b, h, i: s, "score_mod must take five arguments, (score, b, h, i, j), got <function"),
+    "four arguments": (lambda s, b, h, i: s, "score_mod must take five arguments, (score, b, h, i, j), got <lambda> ("),
     "two results": (lambda *x: (x[0], x[0]), "must return one scalar of float32, and <lambda> returned float32[], flo"),
     "an array": (lambda s, b, h, i, j: s + Q[0, 0, 0], "and <lambda> returned float32[16] ("),
     "an integer": (lambda s, b, h, i, j: i + j, "and <lambda> returned int32[] ("),
     "half": (lambda s, b, h, i, j: s.astype(jnp.bfloat16), "and <lambda> returned bfloat16[] ("),
+    "if": (lambda s, b, h, i, j: s if s > 0 else -s, "a score and indices that are traced, got one whose value is "),
+    "an array of NumPy": (lambda s, b, h, i, j: s + np.arange(S)[i], "make jnp.asarray of it, and use jnp's functions"),
     "prints": (lambda s, b, h, i, j: [jax.debug.print("{}", s), s][1], "score_mod has a side effect, debug_print ("),
 }  # fmt: skip
 
@@ -300,6 +302,15 @@ def test_arrays_that_lie_elsewhere():
         ValueError, match=r"score_mod reads an array of shape \(4, 9\) on .*test_score_mod.py:.*device_put"
     ):
         flash_attention(q, q, q, score_mod=lambda s, b, h, i, j: s * there[h, 0])
+
+
+@on_xla
+def test_tracers_do_not_outlive_their_trace():
+    """Of functions that read arrays: of scores and of masks."""
+    table, ids = jnp.ones(2 * S), jnp.arange(S) // 4
+    with jax.checking_leaks():
+        flash_attention(Q, Q, Q, score_mod=lambda s, b, h, i, j: s + table[i - j + S])
+        jax.jit(lambda ids: flash_attention(Q, Q, Q, mask=lambda b, h, i, j: ids[i] == ids[j]))(ids)
 
 
 @on_xla

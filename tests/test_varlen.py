@@ -217,7 +217,7 @@ def test_explain_counts_as_many():
 
 WRONG = {
     "batch": (lambda x, c: varlen_attention(x[None], x, x, c), ValueError, "q must have shape [T, H, D], all sequences in one row, got (1, 40, 4, 16); `masks.pack`"),
-    "type": (lambda x, c: varlen_attention(x, x, x, c.astype(np.int64)), TypeError, "cu_q_lens must be an array [B + 1] of int32, got ndarray of dtype int64; cast it"),
+    "type": (lambda x, c: varlen_attention(x, x, x, c.astype(float)), TypeError, "cu_q_lens must be an array [B + 1] of integers, got ndarray of dtype float64"),
     "empty": (lambda x, c: varlen_attention(x, x, x, c[:0]), ValueError, "cu_q_lens must have shape [B + 1] (where the rows of each sequence begin"),
     "batches": (lambda x, c: varlen_attention(x, x, x, c, c[1:]), ValueError, "cu_k_lens must have shape [B + 1] = [3] (where the keys of each sequence begin, and the last end), got (2,)"),
     "first": (lambda x, c: varlen_attention(x, x, x, c + np.int32(1)), ValueError, "cu_q_lens must rise from 0 to at most the 40 rows of q, got cu_q_lens[0:2] = [1, 6]"),

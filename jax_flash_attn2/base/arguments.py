@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from . import dropout
-from .known import full, sent
+from .known import sent
 
 Implementation = Literal["triton", "xla"]
 Alignment = Literal["top_left", "bottom_right"]
@@ -44,7 +44,18 @@ def array(name: str, x: Any) -> Array:
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
     if x.dtype.name not in DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {x.dtype.name}; cast it first")
+    check_static(name, x)
     return jnp.asarray(x)
+
+
+def check_static(name: str, x: Any) -> None:
+    """Raises if some length of an array is no number but a symbol, as `jax.export.symbolic_shape` makes them."""
+    if not all(isinstance(n, int) for n in x.shape):
+        shape = ", ".join(map(str, x.shape))
+        raise ValueError(
+            f"{name} must have a static shape, as tiles are counted when a call is traced, got symbolic lengths "
+            f"[{shape}]; export once for each shape"
+        )
 
 
 def check_shapes(q: Array, k: Array, v: Array) -> None:
@@ -132,7 +143,7 @@ def bias_of(bias: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Ar
             f"bias must have one of the dtypes {', '.join(DTYPES)}, got {bias.dtype.name}"
             f"{'; pass booleans as mask' if bias.dtype == jnp.bool_ else '; cast it first'}"
         )
-    return flat("bias", bias, batch, axes, LOGITS)
+    return flat("bias", bias, batch, axes, LOGITS, _of_all_heads("bias", bias, batch, axes))
 
 
 def mask_of(mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Array:
@@ -149,7 +160,13 @@ def mask_of(mask: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> Ar
         )
     padding = len(batch) == 1 and mask.shape == (*batch, axes[2])
     hint = "; of padding, [batch, seqlen_k], pass mask[:, None, None, :], or kv_lengths" if padding else ""
-    return flat("mask", mask, batch, axes, LOGITS, hint)
+    return flat("mask", mask, batch, axes, LOGITS, hint or _of_all_heads("mask", mask, batch, axes))
+
+
+def _of_all_heads(name: str, x: Any, batch: tuple[int, ...], axes: tuple[int, int, int]) -> str:
+    """What to write for one that lacks the axis of heads, and would be taken to lack that of batches."""
+    whole = len(batch) == 1 and x.shape == (*batch, *axes[1:])
+    return f"; of [batch, seqlen_q, seqlen_k], the same for all heads, pass {name}[:, None]" if whole else ""
 
 
 def integer_array(name: str, x: Any, wanted: str = "") -> Any:
@@ -217,7 +234,8 @@ def window_pair(name: str, window: Any) -> tuple[int | None, int | None]:
     pair = tuple(window) if isinstance(window, tuple | list) else (window, window)
     if len(pair) != 2 or not all(n is None or is_integer(n) for n in pair):
         raise TypeError(
-            f"{name} must be an integer, a pair (left, right) of integers or None (no bound), got {window!r}"
+            f"{name} must be an integer, a pair (left, right) of integers or None (no bound), and is static under jit, "
+            f"got {window!r}"
         )
     if any(n is not None and n < 0 for n in pair):
         raise ValueError(f"{name} must not be negative, got {window!r}; None means that there is no bound")
@@ -232,23 +250,11 @@ def alignment(alignment: Any) -> Alignment:
     return alignment
 
 
-def soft_cap(cap: Any) -> float | None:
-    """`logits_soft_cap` as a float, or None."""
-    if cap is None:
-        return None
-    if not isinstance(cap, numbers.Real) or isinstance(cap, bool):
-        raise TypeError(f"logits_soft_cap must be a number (it is static under jit) or None, got {describe(cap)}")
-    cap = float(cap)
-    if not (math.isfinite(cap) and cap > 0):
-        raise ValueError(f"logits_soft_cap must be positive and finite, got {cap}; None means that there is none")
-    return cap
-
-
 def rate(rate: Any) -> float:
     """`dropout_rate` as a float."""
-    if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
+    if not is_number(rate):
         raise TypeError(f"dropout_rate must be a number (it is static under jit), got {describe(rate)}")
-    rate = float(rate)
+    rate = as_float(rate)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be at least 0 and below 1, got {rate}")
     return rate
@@ -310,38 +316,17 @@ def _words_of(seed: Array, of_sign: bool) -> tuple[Array, Array]:
     return seed.astype(jnp.uint32), high if of_sign or seed.dtype.itemsize == 8 else jnp.zeros_like(high)
 
 
-def scale_of(scale: Any, q: Array) -> tuple[Array, Array]:
-    """The softmax scale as a non-negative operand, and q with the scale's sign: kernels count on max(s) * scale."""
-    dtype = accumulator(q.dtype)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
-        scale = _finite(scale)
-        return full(abs(scale), dtype, (1, 1, 1, 1)), -q if scale < 0 else q
-    if not isinstance(scale, Array | np.ndarray) or not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise TypeError(f"softmax_scale must be a number or a 0-d floating array, got {describe(scale)}")
-    if scale.shape != ():
-        raise ValueError(f"softmax_scale must be a single number, got an array of shape {scale.shape}")
-    return _unsigned(jnp.asarray(scale).astype(dtype).reshape(1, 1, 1, 1), q)
+def is_number(x: Any) -> bool:
+    """Whether x is a number of Python's or of NumPy's, and no bool."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
-@functools.partial(jax.jit, inline=True)
-def _unsigned(scale: Array, q: Array) -> tuple[Array, Array]:
-    negative = scale < 0
-    return jnp.where(negative, -scale, scale), jnp.where(negative.reshape(()), -q, q)
-
-
-def static_scale(scale: Any) -> float | None:
-    """`softmax_scale` where it is part of a cache's key, so a plain number."""
-    if scale is None or (isinstance(scale, numbers.Real) and not isinstance(scale, bool)):
-        return None if scale is None else _finite(scale)
-    raise TypeError(f"softmax_scale must be a number here, got {describe(scale)}; flash_attention takes a traced one")
-
-
-def _finite(scale: numbers.Real) -> float:
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale must be finite, got {scale}")
-    return float(scale)
+def as_float(x: numbers.Real) -> float:
+    """x as a float; an integer that no float is close to is infinite."""
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
 
 
 def four_lengths(name: str, shape: Any) -> tuple[int, int, int, int]:
@@ -357,6 +342,12 @@ def boolean(name: str, x: Any) -> bool:
     if not isinstance(x, bool | np.bool_):
         raise TypeError(f"{name} must be True or False (it is static under jit), got {describe(x)}")
     return bool(x)
+
+
+def booleans(**given: Any) -> None:
+    """Raises unless all of these arguments are `boolean`: of those that are asked before all else is checked."""
+    for name, x in given.items():
+        boolean(name, x)
 
 
 def describe(x: Any) -> str:

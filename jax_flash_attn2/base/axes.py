@@ -1,6 +1,7 @@
 """Arrays whose types say how they lie on a mesh: divided along explicit axes, or varying over manual ones."""
 
 import contextvars
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,23 @@ def vary_alike(operands: Any) -> Any:
         for x, own in zip(leaves, own_axes, strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
+
+
+def outside_jit_too(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """A `jax.custom_vjp` with symbolic zeros, whose first argument is static, within a `shard_map` that is not under
+    `jit` too: JAX has no such zeros there, so that it becomes a program."""
+    program = jax.jit(attention, static_argnums=0)
+
+    @functools.wraps(attention)
+    def called(static: Any, *args: Any) -> Any:
+        try:
+            return attention(static, *args)
+        except NotImplementedError as error:
+            if "symbolic_zeros" not in str(error):
+                raise
+        return program(static, *args)
+
+    return called
 
 
 def varying(aval: Any) -> frozenset[str]:

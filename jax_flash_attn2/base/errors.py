@@ -2,6 +2,15 @@
 
 from typing import Any
 
+import jax
+
+UNTRACEABLE = (
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.ConcretizationTypeError,
+)
+"""What JAX raises where somebody's function asks for the value of a scalar that is being traced."""
+
 
 def install(extra: str) -> str:
     """What to type for an extra: the one place that knows how this package is installed.
@@ -24,6 +33,19 @@ def higher_order_error() -> TypeError:
     return TypeError(
         "flash_attention has one derivative, in reverse mode; for forward mode (jvp, jacfwd), hessians and gradients "
         "of gradients pass higher_order=True"
+    )
+
+
+def untraceable_error(what: str, scalars: str, error: Exception) -> TypeError:
+    """One of `UNTRACEABLE`, in words of masks and scores. what: the function; scalars: what it is given."""
+    if isinstance(error, UNTRACEABLE[:2]):
+        return TypeError(
+            f"{what} must compute with {scalars} that are traced, got a list or a NumPy array that is indexed by one, "
+            "or NumPy's functions; make jnp.asarray of it, and use jnp's functions"
+        )
+    return TypeError(
+        f"{what} must compute with {scalars} that are traced, got one whose value is asked for (if, and, or, not, "
+        "while, in, min, max, int, range); use jnp.where, &, | and ~"
     )
 
 

@@ -32,7 +32,8 @@ _THEIRS = {
     "kv_lengths": ("key_value_seq_lengths", "cache_seqlens", "seq_lens", "kv_seq_lens"),
     "sinks": ("s_aux", "sink", "attention_sinks", "learnable_sink"),
     "alibi_slopes": ("alibi", "slopes"),
-    "return_lse": ("return_residual", "return_softmax_lse", "return_attn_probs", "save_residuals"),
+    "return_lse": ("return_residual", "return_softmax_lse", "save_residuals"),
+    "return_lse=True, and exp(logit - lse), as probabilities are never held": ("return_attn_probs",),
     "config=Config(block_m=..., block_n=...)": (
         "blocksize_q",
         "blocksize_k",
@@ -74,6 +75,18 @@ def _instead(name: str, taken: Collection[str]) -> str:
         return f"; here it is {there[0]}"
     close = difflib.get_close_matches(name, taken, n=1)
     return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(taken)}"
+
+
+def of_function(function: Any) -> str:
+    """A caller's function in a message: its name, and where it is written, if it is one of Python's."""
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    inner = getattr(inner, "__wrapped__", inner)  # of a jitted one
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return repr(function)
+    return f"{inner.__name__} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def by_our_names(function: Callable[..., Any]) -> Callable[..., Any]:

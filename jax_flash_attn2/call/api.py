@@ -12,7 +12,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from .. import primitives, xla
-from ..base import arguments, axes, errors, names
+from ..base import arguments, axes, errors, names, scales
 from ..base.arguments import Alignment, AnyArray, Implementation, WindowSize
 from ..base.config import Config
 from ..base.operands import DIFFERENTIABLE, is_score_array
@@ -188,6 +188,7 @@ def flash_attention(
       ((2, 8, 128), dtype('float32'))
     """
     options = dict(locals())  # first of all: the arguments, and nothing else
+    arguments.booleans(return_lse=return_lse, return_max_logits=return_max_logits)
     arrays = {name: options.pop(name) for name in ARRAYS}
     unpacked = sharding.typed_as_q(_flash_attention, arrays, options)
     return unpacked[0] if len(unpacked) == 1 else unpacked
@@ -232,7 +233,7 @@ def _largest(row_max: Array) -> Array:
 
 def _with_kernels(call: Call, q, k, v, operands) -> tuple[Array, Array, Array | None]:
     try:
-        return _attention(call, q, k, v, operands)
+        return _everywhere(call, q, k, v, operands)
     except TypeError as error:  # from within JAX, whose message cannot know what to do
         if "forward-mode" not in str(error):
             raise
@@ -304,6 +305,7 @@ def _attention_bwd(call: Call, residuals, cotangents):
 _zeros_like = jax.jit(jnp.zeros_like, inline=True)
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+_everywhere = axes.outside_jit_too(_attention)
 
 
 class CachedAttention(Protocol):
@@ -346,7 +348,7 @@ def get_cached_flash_attention(
     inputs.check_block_size("blocksize_k", blocksize_k)
     inputs.check_implementation(implementation)
     block_ptr = None if implementation == "xla" else inputs.block_ptr_from(os.environ.get("FLASH_ATTN_BLOCK_PTR"))
-    return _cached(blocksize_q, blocksize_k, arguments.static_scale(softmax_scale), implementation, block_ptr)
+    return _cached(blocksize_q, blocksize_k, scales.static_scale(softmax_scale), implementation, block_ptr)
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,9 +12,9 @@ from jax import Array
 
 from .. import primitives, xla
 from ..base import errors, names
-from ..base.arguments import KERNEL_HEAD_DIM, full
+from ..base.arguments import KERNEL_HEAD_DIM
 from ..base.config import PASSES, Tuned
-from ..base.known import is_known, now
+from ..base.known import full, is_known, now
 from ..base.operands import HIDING
 from ..base.rounding import loses, lost_dtype
 from ..base.spec import Spec

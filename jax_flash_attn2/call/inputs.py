@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..base import arguments, tokens
+from ..base import arguments, scales, tokens
 from ..base.arguments import Implementation
 from ..base.axes import as_called
 from ..base.config import ONLY_FOR, PASSES, Config, Precision
-from ..base.known import is_known, now
+from ..base.known import full, is_known, now
 from ..base.operands import mask_arrays
 from ..base.operands import score_arrays as names_of_score_arrays
 from ..base.spec import Rules
@@ -51,7 +51,7 @@ def prepare(
     arguments.check_shapes(q, k, v)
     batch, (seqlen_q, heads), seqlen_k = q.shape[:-3], q.shape[-3:-1], k.shape[-3]
     left, right = arguments.window(window_size, arguments.boolean("causal", causal))
-    soft_cap, rate = arguments.soft_cap(logits_soft_cap), arguments.rate(dropout_rate)
+    soft_cap, rate = scales.soft_cap(logits_soft_cap, q.dtype), arguments.rate(dropout_rate)
     score_arrays: list[Array] = []
     if score_mod is not None:
         dtype = arguments.accumulator(q.dtype)
@@ -79,7 +79,7 @@ def prepare(
     lengths = heads, seqlen_q, seqlen_k
     axes = lambda name, x: lengths if share is None else share.axes(name, x, *lengths)
     operands: dict[str, Array] = {}
-    operands["scale"], q = arguments.scale_of(softmax_scale, q)
+    operands["scale"], q = scales.scale_of(softmax_scale, q)
     if bias is not None:
         operands["bias"] = arguments.bias_of(bias, batch, axes("bias", bias))
     if callable(mask) and share is None and q_segment_ids is None and kv_segment_ids is None:
@@ -109,7 +109,7 @@ def prepare(
     if compared:
         operands |= positions
     if bottom_right and (compared or rules.dropout_rate > 0) and whole_q != whole_k:
-        operands["offset"] = arguments.full(whole_k - whole_q, jnp.dtype(jnp.int32), (1, 1, 1, 1))
+        operands["offset"] = full(whole_k - whole_q, jnp.dtype(jnp.int32), (1, 1, 1, 1))
     q, k, v = (x.reshape(-1 if x.size else math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
     return call, (q, k, v, operands), batch
 
@@ -180,7 +180,7 @@ def _within(mask: BlockMask, config: Config, of_pass: str) -> Config:
 
 def _documents_of(function: Any, batch: tuple[int, ...], lengths: tuple[int, int, int]) -> tuple[Any, Any, Any]:
     """A mask function, and the segment ids of documents in it that are traced: by ids tiles can be skipped even so."""
-    predicate = predicates.as_predicate(function)
+    predicate = predicates.as_predicate(function, "mask")
     rest, ids = predicates.split_documents(predicate)
     if ids is None or has_known_tiles(predicate):
         return function, None, None
@@ -195,7 +195,7 @@ def _of_function(
 ) -> tuple[BlockMask | None, Rules]:  # fmt: skip
     """A mask function: which tiles it leaves, if that can be known, and what evaluates it in those that it divides, if
     that is cheaper than their bits."""
-    predicate = predicates.as_predicate(function)
+    predicate = predicates.as_predicate(function, "mask")
     predicate.check_shape((batch, *lengths))
     trace_here = lambda: trace_mask(functools.partial(evaluation.seen, predicate), "mask", beside=q)
     lists = share is None or share.lists
@@ -213,7 +213,7 @@ def _of_function(
 
 def has_known_tiles(function: Any) -> bool:
     """Whether it can be known which tiles a mask function leaves: it holds nothing traced."""
-    predicate = predicates.as_predicate(function)
+    predicate = predicates.as_predicate(function, "mask")
     return as_called(lambda: is_known(predicate) and is_known(evaluation.trace(predicate)))
 
 
@@ -234,7 +234,7 @@ def _of_weights(
     if mask.kind == "full":
         return None
     if mask.kind == "empty":
-        return arguments.full(False, jnp.dtype(bool), (1, 1, 1))
+        return full(False, jnp.dtype(bool), (1, 1, 1))
     if mask.kind == "sparse" and share is None and is_known(mask) and math.prod(mask.shape) > _DENSE:
         return BlockMask.from_mask(mask)
     weights = mask.to_dense() if mask.overflow is None else mask.to_dense(jnp.float32)  # which has a NaN to tell it by

@@ -22,7 +22,7 @@ from ..masks.mask import Mask
 from ..tiles import block_lists
 from . import choosing, gathering, ring, ulysses
 from .choosing import Facts, Method
-from .orders import Order, piece_length, sequence_order, to_order
+from .orders import Order, check_length, piece_length, to_order
 from .spread import Spread, cleared, numbered
 
 _TILE = 128
@@ -128,6 +128,7 @@ def context_parallel_attention(
     every = {"q": q, "k": k, "v": v, "bias": bias, **api.defaults(), **options}
     arrays = {name: every[name] for name in api.ARRAYS}
     options = {name: x for name, x in every.items() if name not in arrays}
+    arguments.booleans(return_lse=options["return_lse"], return_max_logits=options["return_max_logits"])
     results = _on_share(asked, arrays, options) if mesh is None else _on_mesh(mesh, asked, arrays, options)
     return results[0] if len(results) == 1 else results
 
@@ -174,6 +175,9 @@ def _on_mesh(mesh: Any, asked: Asked, arrays: dict[str, Any], options: dict[str,
     mesh = checked_mesh(mesh, asked.axis)
     for name in ("q", "k", "v"):
         arrays[name] = arguments.array(name, arrays[name])
+    arguments.check_shapes(*(arrays[name] for name in "qkv"))
+    for name in ("q", "k"):
+        check_length(f"the length of {name}", arrays[name].shape[-3], mesh.shape[asked.axis], asked.order)
     given = {name: x for name, x in arrays.items() if isinstance(x, Array | np.ndarray)}
     lengths = {side: (1, 1, 1, *arrays[name].shape)[-3] for side, name in (("q", "q"), ("kv", "k"))}
     specs = {name: _spec(asked.axis, name, x, lengths) for name, x in given.items()}
@@ -195,6 +199,11 @@ def _spec(axis: str, name: str, x: Any, lengths: Mapping[str, int]) -> Partition
         return PartitionSpec(*(None,) * (x.ndim - 3), axis)
     if name in api.BY_TOKENS:
         side = name.partition("_")[0]
+        if x.shape[-1:] not in ((), (1,), (lengths[side],)):
+            raise ValueError(
+                f"{name} must broadcast to [*batch, seqlen_{side[0]}], whose last axis is {lengths[side]} (or 1), got "
+                f"shape {x.shape}"
+            )
         return PartitionSpec(*(None,) * (x.ndim - 1), axis) if x.shape[-1:] == (lengths[side],) else PartitionSpec()
     if name in ("bias", "mask"):
         _check_whole(name, x, lengths)
@@ -247,7 +256,7 @@ def _spread(asked: Asked, q: Array, k: Array) -> Spread:
             f"axis={asked.axis!r} is no axis of an enclosing jax.shard_map; call it within one, or give the mesh"
         ) from error
     for name, x in (("q", q), ("k", k)):
-        sequence_order(devices * x.shape[-3], devices, asked.order)
+        check_length(f"the length of {name}", devices * x.shape[-3], devices, asked.order)
         if devices > 1 and x.shape[-3] == 0:
             raise ValueError(f"{name} must have tokens on each device, got shape {x.shape}")
     return Spread(asked.axis, devices, asked.order, q.shape[-3], k.shape[-3], _alone(asked.axis))

@@ -14,7 +14,7 @@ from ..call import explain as one_device
 from . import choosing
 from .attention import Asked, checked, checked_mesh, facts_of, mask_for
 from .choosing import Facts, Method
-from .orders import Order, from_order, sequence_order
+from .orders import Order, check_length, from_order, sequence_order
 from .spread import Spread
 
 
@@ -116,8 +116,8 @@ def _explained(asked: Asked, n: int, alone: bool, **options: Any) -> ContextExpl
     arrays = arrays | {name: arguments.array(name, arrays[name]) for name in "qkv"}
     q, k, v = (arrays[name] for name in "qkv")
     arguments.check_shapes(q, k, v)
-    for x in (q, k):
-        sequence_order(x.shape[-3], n, asked.order)  # or what is wrong
+    for name, x in (("q", q), ("k", k)):
+        check_length(f"the length of {name}", x.shape[-3], n, asked.order)
     spread = Spread(asked.axis, n, asked.order, q.shape[-3] // n, k.shape[-3] // n, alone)
     facts = facts_of(spread, arrays, options)
     method, reasons = choosing.choose(asked.method, asked.head_groups, facts)

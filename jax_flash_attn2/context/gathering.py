@@ -49,7 +49,7 @@ def attention(gathering: Gathering, q: Array, k: Array, v: Array, operands: Mapp
       operands: of this device's rows and all keys, these in the order of the tokens.
       within: `[n, 1, Sq, 1]`, the rows that are within their sequence; None: all.
     """
-    attend = _attend if gathering.native else _attention
+    attend = _attend if gathering.native else _everywhere
     return attend(gathering, q, k, v, operands, within)
 
 
@@ -145,6 +145,7 @@ def _attention_bwd(gathering: Gathering, residuals, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+_everywhere = axes.outside_jit_too(_attention)
 
 
 def _within(rows: list[Array], within: Array | None) -> list[Array]:

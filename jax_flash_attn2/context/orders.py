@@ -43,16 +43,8 @@ def sequence_order(length: int, devices: int, order: Order) -> np.ndarray:
       >>> sequence_order(8, 2, "striped")
       array([0, 2, 4, 6, 1, 3, 5, 7], dtype=int32)
     """
-    _check_order(order)
-    for name, n in (("length", length), ("devices", devices)):
-        if not is_integer(n) or n < 1:
-            raise ValueError(f"{name} must be a positive integer, got {describe(n)}")
+    check_length("length", length, devices, order)
     parts = 2 * devices if order == "zigzag" else devices
-    if length % parts:
-        raise ValueError(
-            f"length must be a multiple of {parts} for {devices} devices in {order} order, got {length}; pad the "
-            "sequence (padding has negative segment ids, or lies past the lengths)"
-        )
     tokens = np.arange(length, dtype=np.int32)
     if order == "striped":
         return tokens.reshape(-1, devices).T.ravel()
@@ -60,6 +52,20 @@ def sequence_order(length: int, devices: int, order: Order) -> np.ndarray:
         pieces = tokens.reshape(parts, -1)
         return np.stack([pieces[:devices], pieces[::-1][:devices]], 1).ravel()
     return tokens
+
+
+def check_length(what: str, length: Any, devices: Any, order: Any) -> None:
+    """Raises unless devices can have equal shares of as many tokens. what: the length, in a message."""
+    _check_order(order)
+    for name, n in ((what, length), ("devices", devices)):
+        if not is_integer(n) or n < 1:
+            raise ValueError(f"{name} must be a positive integer, got {describe(n)}")
+    parts = 2 * devices if order == "zigzag" else devices
+    if length % parts:
+        raise ValueError(
+            f"{what} must be a multiple of {parts} for {devices} devices in {order} order, got {length}; pad the "
+            "sequence (padding has negative segment ids, or lies past the lengths)"
+        )
 
 
 def _check_order(order: Any) -> None:

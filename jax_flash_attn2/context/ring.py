@@ -72,7 +72,7 @@ def attention(ring: Ring, q: Array, k: Array, v: Array, operands: Mapping[str, A
     """
     if ring.native:
         return _finished(ring, q, _forward(ring, q, k, v, operands, within), operands)
-    return _attention(ring, q, k, v, operands, within)
+    return _everywhere(ring, q, k, v, operands, within)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -154,6 +154,7 @@ def _attention_bwd(ring: Ring, residuals, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+_everywhere = axes.outside_jit_too(_attention)
 
 
 def _of_sinks(ring: Ring, q, operands, within, o, stats, do, dlse) -> Array:

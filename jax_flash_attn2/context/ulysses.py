@@ -68,7 +68,7 @@ def attention(ulysses: Ulysses, q: Array, k: Array, v: Array, operands: Mapping[
         own["origin"] = first.reshape(1, 1, 1, 3)
     q, k, v, own = axes.vary_alike((q, k, v, own))
     if not ulysses.native:
-        return _attention(ulysses, q, k, v, own)
+        return _everywhere(ulysses, q, k, v, own)
     results = api.natively(ulysses.call, *ulysses.exchange(q, k, v), own)
     return ulysses.back(*api.results(ulysses.call, results)[:3])
 
@@ -107,6 +107,7 @@ def _attention_bwd(ulysses: Ulysses, residuals, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+_everywhere = axes.outside_jit_too(_attention)
 
 
 def _of_heads(spread: Spread, name: str, x: Array, heads: int) -> Array:

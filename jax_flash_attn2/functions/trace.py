@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax._src import source_info_util  # so that what is recorded again keeps the caller's lines
 from jax.extend.core import Literal
 
+from ..base import errors, names
 from . import views
 from .function import SCALARS, Function, callers_line, evaluated_equation, inner_of
 
@@ -64,8 +65,16 @@ def trace(function: Any, argument: str, dtype: Any, beside: Any = None) -> tuple
 
 def _traced(function: Any, argument: str, dtype: Any, result: Any, beside: Any) -> tuple[Function, list[Array]]:
     scalars = [jax.ShapeDtypeStruct((), dtype), *[jax.ShapeDtypeStruct((), jnp.int32)] * 4]
+
+    def anew(*args: Any) -> Any:  # JAX keeps what it traced, by function
+        try:
+            return function(*args)
+        except errors.UNTRACEABLE as error:
+            what = f"{argument}, {names.of_function(function)},"
+            raise errors.untraceable_error(what, "a score and indices", error) from error
+
     with jax.numpy_rank_promotion("allow"):
-        closed = jax.make_jaxpr(lambda *args: function(*args))(*scalars)  # anew: JAX keeps what it traced, by function
+        closed = jax.make_jaxpr(anew)(*scalars)
         _check(closed, argument, result, function)
         walk = _Walk()
         results = walk.beforehand(closed.jaxpr, closed.consts, [_COMPUTED] * len(SCALARS))
@@ -89,7 +98,7 @@ def _check_arity(function: Any, argument: str) -> None:
         inspect.signature(function).bind(*SCALARS)
     except TypeError as error:
         raise TypeError(
-            f"{argument} must take five arguments, (score, b, h, i, j), got {function!r}: {error}"
+            f"{argument} must take five arguments, (score, b, h, i, j), got {names.of_function(function)}: {error}"
         ) from error
     except ValueError:  # it has no signature
         pass
@@ -182,8 +191,11 @@ class _Walk:
     def again(self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], arrays: Sequence[Any]) -> Any:
         """The result, of the arguments and of the arrays in `used`."""
         self._replay, self._arrays = iter(self._found), arrays
-        (result,) = self._again(jaxpr, constants, arguments)
-        return views.plain(self._operand(result))
+        try:
+            (result,) = self._again(jaxpr, constants, arguments)
+            return views.plain(self._operand(result))
+        finally:  # tracers must not outlive their trace
+            self._replay, self._arrays = iter(()), ()
 
     def _again(self, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))

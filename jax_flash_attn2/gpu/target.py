@@ -113,9 +113,9 @@ def of_platform(platform: str) -> Target:
     """The GPU of this machine that "cuda" or "rocm" stands for.
 
     Raises:
-      ValueError: as `present`.
+      ValueError: as `present`; there is no AMD GPU.
     """
-    return present() if platform == "cuda" else Target(0)
+    return present() if platform == "cuda" else _present_amd()
 
 
 def of_default_backend() -> Target:
@@ -124,7 +124,18 @@ def of_default_backend() -> Target:
     Raises:
       ValueError: as `present`.
     """
-    return of_platform("rocm" if "rocm" in jax.extend.backend.get_backend().platform_version else "cuda")
+    return Target(0) if "rocm" in jax.extend.backend.get_backend().platform_version else present()
+
+
+def _present_amd() -> Target:
+    try:
+        jax.local_devices(backend="rocm")
+    except RuntimeError:
+        raise ValueError(
+            "lowering for rocm needs an AMD GPU on this machine, as the kernels are compiled for the one that is here, "
+            'got none; lower it there, or use implementation="xla"'
+        ) from None
+    return Target(0)
 
 
 def present() -> Target:

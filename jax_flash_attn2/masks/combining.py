@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from ..base import names
 from . import evaluation
 
 
@@ -75,7 +76,7 @@ class _Function(Predicate):
     function: Callable[[Any, Any, Any, Any], Any]
 
     def __repr__(self) -> str:
-        return repr(self.function)
+        return names.of_function(self.function)
 
     def __call__(self, b, h, i, j):
         return self.function(b, h, i, j)

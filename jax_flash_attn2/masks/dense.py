@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..base import arguments, known
+from ..base import arguments, known, scales
 from . import evaluation, predicates, weighing
 from .cache import MaskCache, build_window, causal_mask_cache
 
@@ -71,7 +71,7 @@ def dense_attention(
     size, axes = math.prod(batch), (heads, seqlen_q, seqlen_k)
     window = arguments.window(window_size, arguments.boolean("causal", causal))
     arguments.alignment(causal_alignment)
-    scale, q = arguments.scale_of(softmax_scale, q)
+    scale, q = scales.scale_of(softmax_scale, q)
     bias = None if bias is None else arguments.bias_of(bias, batch, axes)
     if isinstance(mask, Array | np.ndarray):
         mask = arguments.mask_of(mask, batch, axes)
@@ -140,7 +140,7 @@ def _of_any(mask: Any, shape: tuple[int, int, int, int]) -> Array:
             )
         return weights
     if callable(mask):
-        predicate = predicates.as_predicate(mask)
+        predicate = predicates.as_predicate(mask, "mask")
         predicate.check_shape(shape)
         return evaluation.everywhere(predicate, shape)
     raise TypeError(

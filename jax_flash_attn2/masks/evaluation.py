@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..base import arguments
+from ..base import arguments, errors, names
 from .programs import Program
 
 
@@ -76,29 +76,25 @@ def seen(predicate: Callable[..., Any], b: Any, h: Any, i: Any, j: Any) -> Array
     """The predicate's answer, checked: a 0-d bool."""
     try:
         answer = predicate(b, h, i, j)
-    except (jax.errors.TracerIntegerConversionError, jax.errors.TracerArrayConversionError) as error:
-        raise TypeError(
-            f"{predicate!r} must compute with indices that are traced, got a list or a NumPy array that is indexed by "
-            f"one, or NumPy's functions; make jnp.asarray of it, and use jnp's functions"
-        ) from error
-    except jax.errors.ConcretizationTypeError as error:
-        raise TypeError(
-            f"{predicate!r} must compute with indices that are traced, got one whose value is asked for (if, and, or, "
-            f"not, while, in, min, max, int, range); use jnp.where, &, | and ~"
-        ) from error
+    except errors.UNTRACEABLE as error:
+        raise errors.untraceable_error(_named(predicate), "indices", error) from error
     if not isinstance(answer, bool | np.bool_) and (
         not isinstance(answer, Array | np.ndarray) or answer.dtype != jnp.bool_
     ):
         raise TypeError(
-            f"{predicate!r} must return a bool, got {arguments.describe(answer)}; of a number, return x != 0"
+            f"{_named(predicate)} must return a bool, got {arguments.describe(answer)}; of a number, return x != 0"
         )
     answer = jnp.asarray(answer)
     if answer.shape != ():
         raise ValueError(
-            f"{predicate!r} must return a single bool of four 0-d indices, got shape {answer.shape}; index its arrays "
-            f"with all of (b, h, i, j) that they have axes for"
+            f"{_named(predicate)} must return a single bool of four 0-d indices, got shape {answer.shape}; index its "
+            f"arrays with all of (b, h, i, j) that they have axes for"
         )
     return answer
+
+
+def _named(predicate: Any) -> str:
+    return f"the mask function {names.of_function(predicate)}"
 
 
 def take(x: Any, where: tuple[Any, ...], beyond: Any, first_varies: bool = True) -> Array:
@@ -133,8 +129,16 @@ def check_callable(predicate: Any, name: str = "predicate") -> None:
         inspect.signature(predicate).bind("b", "h", "i", "j")
     except TypeError as error:
         raise TypeError(
-            f"{name} must take four arguments, (b, h, i, j), got {predicate!r}: {error}; of a function of a row and "
-            f"a key write lambda b, h, i, j: f(i, j)"
+            f"{name} must take four arguments, (b, h, i, j), got {names.of_function(predicate)}: {error}; "
+            f"{_instead(predicate)}"
         ) from error
     except ValueError:  # it has no signature
         pass
+
+
+def _instead(predicate: Any) -> str:
+    """What to write in place of a function that does not take four arguments."""
+    if not inspect.isfunction(predicate) or not predicate.__module__.startswith(f"{__package__}."):
+        return "of a function of a row and a key write lambda b, h, i, j: f(i, j)"
+    needed = any(p.default is p.empty for p in inspect.signature(predicate).parameters.values())
+    return f"did you mean masks.{predicate.__name__}({'...' if needed else ''})?"

@@ -37,12 +37,17 @@ def _mapped_size(operands, dims) -> int:
     return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
 
 
+def _own_length(x: Array, dim: int | None) -> int:
+    """The length of the first axis that each of the mapped calls sees; of none of them it is known too."""
+    return x.shape[1 if dim == 0 else 0]
+
+
 def _batch_forward(args, dims, *, call: Call, names):
     size = _mapped_size(args, dims)
     if "page_table" in names:
         return _batch_paged(size, args, dims, call=call, names=names)
     q, k, v = (_fold(size, x, d) for x, d in zip(args[:3], dims[:3], strict=True))
-    batch = q.shape[0] // size
+    batch = _own_length(args[0], dims[0])
     periods = _periods(call, batch, names)
     operands = (_fold_operand(size, n, x, d) for n, x, d in zip(periods, args[3:], dims[3:], strict=True))
     out = forward_p.bind(q, k, v, *operands, call=call, names=names)
@@ -59,7 +64,7 @@ def _batch_paged(size, args, dims, *, call: Call, names):
         out = jax.lax.map(at_once, mapped)
         return out, [0] * len(out)
     q = _fold(size, args[0], dims[0])
-    batch = q.shape[0] // size
+    batch = _own_length(args[0], dims[0])
     operands = [
         x if name in _OF_PAGES else _fold(size, x, dim) if name == "page_table" else _fold_operand(size, batch, x, dim)
         for name, x, dim in zip(names, args[3:], dims[3:], strict=True)
@@ -75,7 +80,7 @@ def _batch_backward(args, dims, *, call: Call, names, wanted, groups, adds):
     size, first = _mapped_size(args, dims), call.before_operands(names)
     end = first + len(names)
     arrays = [_fold(size, x, d) for x, d in zip(args[:first], dims[:first], strict=True)]
-    batch = arrays[0].shape[0] // size
+    batch = _own_length(args[0], dims[0])
     periods = _periods(call, batch, names)
     mapped = zip(periods, args[first:end], dims[first:end], strict=True)
     operands = [_fold_operand(size, n, x, d) for n, x, d in mapped]
@@ -89,8 +94,7 @@ def _batch_backward(args, dims, *, call: Call, names, wanted, groups, adds):
     results = [x.reshape(size, batch, *x.shape[1:]) for x in out[:3]]
     for x, name, n in zip(out[3:], wanted, groups, strict=True):
         i = first + names.index(name)
-        own = args[i].shape[1 if dims[i] == 0 else 0]
-        results.append(_unfolded(x, size, n, own))
+        results.append(_unfolded(x, size, n, _own_length(args[i], dims[i])))
     return results, [0] * len(results)
 
 

@@ -1,6 +1,7 @@
 """The arguments of paged and ragged calls and of `write_pages`: checked, and brought into the form that the primitives
 take. The messages are here."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -11,7 +12,8 @@ from jax import Array
 from ..base import arguments
 from ..base.arguments import describe
 from ..base.config import Config
-from ..base.known import full, is_known
+from ..base.known import full, is_known, now
+from ..base.tokens import clipped
 from ..tiles.ragged import sequence_of_rows
 
 NARROW = ("int8", "float8_e4m3fn", "float8_e5m2")
@@ -36,6 +38,7 @@ def pages_of(name: str, x: Any) -> Array:
             f"{name} must have pages of a power of two from {_LEAST_PAGE} to {_LARGEST_PAGE} tokens, got {size} (shape "
             f"{x.shape} is [num_pages, page_size, Hkv, D])"
         )
+    arguments.check_static(name, x)
     return jnp.asarray(x)
 
 
@@ -80,7 +83,7 @@ def latent_width(head_dim_v: Any, k: Array) -> int:
 
 def table_of(page_table: Any, batch: int) -> Any:
     """page_table `[B, n]` in int32."""
-    _check_int32("page_table", page_table, "[B, pages of a sequence]")
+    page_table = _int32("page_table", page_table, "[B, pages of a sequence]")
     if page_table.ndim != 2 or page_table.shape[0] != batch:
         raise ValueError(f"page_table must have shape [{batch}, pages of a sequence], got {page_table.shape}")
     return page_table
@@ -88,7 +91,7 @@ def table_of(page_table: Any, batch: int) -> Any:
 
 def lengths_of(lengths: Any, batch: int | None = None) -> Any:
     """lengths `[B]` in int32."""
-    _check_int32("lengths", lengths, "[B]")
+    lengths = _int32("lengths", lengths, "[B]")
     if lengths.ndim != 1 or batch not in (None, lengths.shape[0]):
         raise ValueError(f"lengths must have shape [{'B' if batch is None else batch}], got {lengths.shape}")
     return lengths
@@ -96,7 +99,7 @@ def lengths_of(lengths: Any, batch: int | None = None) -> Any:
 
 def starts_of(starts: Any, batch: int | None = None, name: str = "cu_q_lens") -> Any:
     """cu_q_lens or cu_k_lens `[B + 1]` in int32."""
-    _check_int32(name, starts, "[B + 1]")
+    starts = _int32(name, starts, "[B + 1]")
     if starts.ndim != 1 or not starts.size or batch not in (None, starts.shape[0] - 1):
         wanted = "" if batch is None else f" = [{batch + 1}]"
         raise ValueError(
@@ -128,9 +131,20 @@ def bad_starts(starts: Any, rows: int) -> Array:
     return (starts[0] != 0) | (jnp.diff(starts) < 0).any() | (starts[-1] > rows)
 
 
-def _check_int32(name: str, x: Any, wanted: str) -> None:
-    if not isinstance(x, Array | np.ndarray) or x.dtype != jnp.int32:
-        raise TypeError(f"{name} must be an array {wanted} of int32, got {describe(x)}; cast it: x.astype(jnp.int32)")
+def _int32(name: str, x: Any, wanted: str) -> Any:
+    """x as int32, if it is an array of integers: of those that int32 does not hold the nearest, which fit nowhere. What
+    is known stays so, under jit too."""
+    if not arguments.are_integers(x):
+        hint = "; pass jnp.asarray of it" if isinstance(x, list | tuple) else ""
+        raise TypeError(f"{name} must be an array {wanted} of integers, got {describe(x)}{hint}")
+    arguments.check_static(name, x)
+    if x.dtype == jnp.int32:
+        return x
+    if isinstance(x, np.ndarray):
+        least = max(arguments.INT32.min, np.iinfo(x.dtype).min)
+        return np.clip(x, least, min(arguments.INT32.max, np.iinfo(x.dtype).max)).astype(np.int32)
+    with now() if is_known(x) else contextlib.nullcontext():
+        return clipped(x, arguments.INT32.min)
 
 
 def page_scale(name: str, scale: Any, pages: Array) -> Array | None:
@@ -210,6 +224,7 @@ def check_values(table: Any, lengths: Any, starts: Any, rows: int, left: int | N
     check_starts(starts, rows)
     if not (is_known(table) and is_known(lengths) and is_known(starts)):
         return
+    _check_own(np.asarray(lengths), rows if starts is None else np.diff(np.asarray(starts)))
     first, end = (np.asarray(x) for x in live_pages(np, lengths, starts, rows, left, pages[1]))
     at = np.arange(width)
     numbers = np.asarray(table)
@@ -230,12 +245,7 @@ def check_writes(table: Any, lengths: Any, starts: Any, rows: int, pages: tuple[
     if not (is_known(table) and is_known(lengths) and is_known(starts)):
         return
     lengths, numbers, at = np.asarray(lengths), np.asarray(table), np.arange(table.shape[1])
-    own = np.where(lengths > 0, rows if starts is None else np.diff(np.asarray(starts)), 0)
-    if (wrong := np.flatnonzero(own > lengths)).size:
-        b = wrong[0]
-        raise ValueError(
-            f"lengths must count the new tokens too, got {lengths[b]} of sequence {b}, which has {own[b]} new ones"
-        )
+    own = _check_own(lengths, rows if starts is None else np.diff(np.asarray(starts)))
     held = at < -(-lengths // pages[1])[:, None]
     written = held & (at >= ((lengths - own) // pages[1])[:, None]) & (own > 0)[:, None]
     there = (numbers >= 0) & (numbers < pages[0])
@@ -254,6 +264,17 @@ def check_writes(table: Any, lengths: Any, starts: Any, rows: int, pages: tuple[
             f"sequence {b}, which sequence {others[0]} holds too; copy it to a page of its own, or put -1 where a "
             "window has left it behind"
         )
+
+
+def _check_own(lengths: np.ndarray, rows: Any) -> np.ndarray:
+    """How many new tokens each sequence that is there has; raises if it is shorter."""
+    own = np.where(lengths > 0, rows, 0)
+    if (wrong := np.flatnonzero(own > lengths)).size:
+        b = wrong[0]
+        raise ValueError(
+            f"lengths must count the new tokens too, got {lengths[b]} of sequence {b}, which has {own[b]} new ones"
+        )
+    return own
 
 
 def _check_lengths(lengths: Any, width: int, size: int) -> None:
@@ -339,7 +360,7 @@ def check_packed(q: Array, k: Array, v: Array, *, together: bool) -> None:
         )
 
 
-def of_forward(config: Any, splits: Any) -> dict[str, Config]:
+def of_forward(config: Any, splits: Any, implementation: Any) -> dict[str, Config]:
     """config for the one pass that there is, and how many programs share the keys of a tile of rows."""
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config must be a Config of the forward kernel, or None (tuned), got {config!r}")
@@ -348,6 +369,11 @@ def of_forward(config: Any, splits: Any) -> dict[str, Config]:
         return {"fwd": config}
     if not arguments.is_integer(splits) or not 1 <= splits <= 256:
         raise ValueError(f"splits must be from 1 to 256, or None (chosen), got {splits!r}")
+    if implementation == "xla":
+        raise ValueError(
+            'splits speaks to the Triton kernels and means nothing to implementation="xla", '
+            f"got splits={splits}; leave one of them out"
+        )
     if config.num_splits not in (None, splits):
         raise ValueError(f"splits={splits} contradicts config.num_splits={config.num_splits}; give one of them")
     return {"fwd": dataclasses.replace(config, num_splits=int(splits))}

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from .. import primitives
-from ..base import arguments, axes, names
+from ..base import arguments, axes, names, scales
 from ..base.arguments import AnyArray, Implementation, WindowSize
 from ..base.config import Config
 from ..base.spec import Rules
@@ -96,10 +96,10 @@ def paged_attention(
         float8_e4m3fn (GPUs from sm_89 on) or float8_e5m2; it need not be q's. Products are taken in q's dtype.
       v_pages: `[num_pages, page_size, Hkv, Dv]` in the dtype of k_pages. None: the first head_dim_v columns of k_pages
         (multi-head latent attention in its absorbed form, arXiv:2405.04434: D 576, head_dim_v 512, Hkv 1).
-      page_table: int32 `[B, n]`. Entries behind the last key of a sequence, or left of its window, may be anything.
-      lengths: int32 `[B]`: keys of each sequence, new ones included; 0: none, then o = 0.
-      cu_q_lens: int32 `[B + 1]`: rows `cu_q_lens[b]` to `cu_q_lens[b + 1]` of q are sequence b's, of any number each:
-        prompts and decoding in one call. Rows behind the last have o = 0.
+      page_table: integers `[B, n]`. Entries behind the last key of a sequence, or left of its window, may be anything.
+      lengths: integers `[B]`: keys of each sequence, new ones included; 0: none, then o = 0.
+      cu_q_lens: integers `[B + 1]`: rows `cu_q_lens[b]` to `cu_q_lens[b + 1]` of q are sequence b's, of any number
+        each: prompts and decoding in one call. Rows behind the last have o = 0.
       causal: a row sees keys up to its position; False: all of the sequence's.
       window_size: (left, right) or an integer for both, as in `flash_attention`.
       logits_soft_cap: c > 0: products become c * tanh(x / c).
@@ -146,10 +146,10 @@ def paged_attention(
         cu_q_lens = inputs.starts_of(cu_q_lens, lengths.shape[0])
 
     left, right = arguments.window(window_size, arguments.boolean("causal", causal))
-    rules = Rules(left, right, arguments.soft_cap(logits_soft_cap), latent=latent)
+    rules = Rules(left, right, scales.soft_cap(logits_soft_cap, q.dtype), latent=latent)
     implementation = check_implementation(implementation)
     check_dtype(implementation, q)
-    made = configs(inputs.of_forward(config, splits), block_ptr, implementation)
+    made = configs(inputs.of_forward(config, splits, implementation), block_ptr, implementation)
     check_descriptors(made, {"k_pages": k, "v_pages": v})
     call = Call(rules, made, implementation, target.named())
     arguments.boolean("return_lse", return_lse)
@@ -186,7 +186,7 @@ def _paged(call: Call, fixed_scale: Any, arrays: dict[str, Any]) -> tuple[Array,
     pages, rows, left = arrays["k"].shape[:2], q.shape[1], call.rules.left
     inputs.check_values(table, lengths, starts, rows, left, pages)
     bad = inputs.bad_sequences(table, lengths, starts, rows, left, pages)
-    scale, q = arguments.scale_of(arrays.get("scale", fixed_scale), q)
+    scale, q = scales.scale_of(arrays.get("scale", fixed_scale), q)
     lengths = jnp.clip(jnp.asarray(lengths), 0, table.shape[1] * pages[1])
     own_rows = jnp.diff(jnp.asarray(starts)) if ragged else rows
     by_sequence = {"kv_lengths": lengths, "offset": lengths - own_rows}

@@ -66,10 +66,11 @@ def write_pages(
       k: `[B, Sq, Hkv, D]`, Sq new tokens of each sequence; `[B, Hkv, D]`, one; or `[T, Hkv, D]` with cu_q_lens. Any
         floating dtype; it is cast.
       v: the same with Dv.
-      page_table: int32 `[B, n]`. Pages that a window has left behind are best named -1.
-      lengths: int32 `[B]`: tokens of each sequence, the new ones included. 0: no sequence is there, nothing is written.
-      cu_q_lens: int32 `[B + 1]`: new tokens `cu_q_lens[b]` to `cu_q_lens[b + 1]` are sequence b's; what is behind the
-        last is written nowhere.
+      page_table: integers `[B, n]`. Pages that a window has left behind are best named -1.
+      lengths: integers `[B]`: tokens of each sequence, the new ones included. 0: no sequence is there, nothing is
+        written.
+      cu_q_lens: integers `[B + 1]`: new tokens `cu_q_lens[b]` to `cu_q_lens[b + 1]` are sequence b's; what is behind
+        the last is written nowhere.
       k_scale: the dequantization scale: keys are k_pages * k_scale. A number, or (int8, float8) float32 `[num_pages,
         Hkv]`.
       v_scale: the same of v_pages.

@@ -91,10 +91,10 @@ def varlen_attention(
       q: `[T, H, D]`; float16, bfloat16, float32, or float64 (XLA path). D as there.
       k: `[Tk, Hkv, D]` in q's dtype; Hkv divides H.
       v: `[Tk, Hkv, Dv]` in q's dtype.
-      cu_q_lens: int32 `[B + 1]`: where the rows of each sequence begin, from 0, and where the last end, at most T
+      cu_q_lens: integers `[B + 1]`: where the rows of each sequence begin, from 0, and where the last end, at most T
         (`masks.cu_lens(lengths)`). Sequences may be empty. Rows behind the last are padding: o = 0, lse = -inf, no
         gradient.
-      cu_k_lens: int32 `[B + 1]`: the same of keys; cu_q_lens if left out, and then Tk = T. Keys behind the last are
+      cu_k_lens: integers `[B + 1]`: the same of keys; cu_q_lens if left out, and then Tk = T. Keys behind the last are
         padding, which nobody sees.
       causal: a row sees keys up to its position.
       window_size: (left, right) or an integer for both: a row sees keys that far from its position, and not its own
@@ -128,6 +128,7 @@ def varlen_attention(
       >>> varlen_attention(q, k, v, jnp.array([0, 5, 14]), causal=True)[:, 0, 0]
       Array([1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 0., 0.], dtype=float32)
     """
+    arguments.booleans(return_lse=return_lse, return_max_logits=return_max_logits)
     arrays = {
         **{"q": q, "k": k, "v": v, "cu_q_lens": cu_q_lens, "cu_k_lens": cu_k_lens, "sinks": sinks},
         **{"alibi_slopes": alibi_slopes, "softmax_scale": softmax_scale, "dropout_seed": dropout_seed},
