@@ -321,7 +321,7 @@ def is_number(x: Any) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
-def as_float(x: numbers.Real) -> float:
+def as_float(x: Any) -> float:
     """x as a float; an integer that no float is close to is infinite."""
     try:
         return float(x)

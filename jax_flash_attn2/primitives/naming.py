@@ -20,7 +20,7 @@ from ..base.versions import KERNELS, installed
 from ..gpu.cache import environment
 
 
-def named[T: Callable[..., Any]](function: T, name: str, params: dict[str, Any]) -> T:
+def named(function: Callable[..., Any], name: str, params: dict[str, Any]) -> Callable[..., Any]:
     """The function of arrays, in a program under this name and a digest of all that decides what it computes. params:
     of the primitive."""
 
