@@ -174,6 +174,7 @@ def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None, *, decided:
     rough, largest_logit = None, 0.0 if decided else largest_logit
     assert got.keys() == want.keys()
     eps32, count = float(jnp.finfo(jnp.float32).eps), math.prod(case.axes("bhqk"))
+    eps = float(jnp.finfo(case.dtype).eps)  # of what a gradient of logits is made of, also where a bias is fp32
     for name, x in got.items():
         assert x.shape == want[name].shape, name
         if decided and name[0] == "d" and interpret.enabled() and case.dtype != "float32":
@@ -185,10 +186,10 @@ def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None, *, decided:
         of_logits = 1 if name in ("lse", "max_logits") else size
         band = ROUNDINGS * float(jnp.finfo(dtype).eps) * size + largest_logit * eps32 * of_logits
         band += float(jnp.finfo(x.dtype).eps) * _size(want[name]) * (name in SUMS)  # rounded to its own dtype
-        band += ROUNDINGS * (float(jnp.finfo(x.dtype).eps) if cancels else eps32) * terms.get(name, 0.0)
+        band += ROUNDINGS * (eps if cancels else eps32) * terms.get(name, 0.0)
         band += float(jnp.finfo(x.dtype).smallest_subnormal) + count * float(jnp.finfo(jnp.float32).tiny)
-        if x.dtype.itemsize == 2:
-            band += float(jnp.finfo(x.dtype).eps) * ROUNDED * rounded.get(name, 0.0)
+        if jnp.dtype(case.dtype).itemsize == 2:
+            band += eps * ROUNDED * rounded.get(name, 0.0)
         if error <= band:
             continue  # whatever the plain error, which takes a second to learn
         rough = rough or plain(case, inputs or case.inputs())

@@ -59,6 +59,14 @@ def _hiding(case: Case, x: Inputs) -> Inputs:
     }
 
 
+def _far(case: Case, x: Inputs) -> Inputs:
+    """A bias, in fp32 whatever q is, by which every second row is as far below 0 as rows are that padding hides."""
+    if x["bias"] is None:
+        return x
+    rows = np.arange(x["bias"].shape[-2])[:, None]
+    return x | {"bias": x["bias"].astype(np.float32) - np.where(rows % 2, 0, 1e9).astype(np.float32)}
+
+
 def _huge(case: Case, x: Inputs) -> Inputs:
     """Logits of 1e30."""
     return x | {name: (x[name].astype(np.float32) * 1e15).astype(x[name].dtype) for name in "qk"}
@@ -84,6 +92,7 @@ VALUES: dict[str, Callable[[Case, Inputs], Inputs]] = {
     "spikes": _spikes,
     "empty": _empty,
     "hiding": _hiding,
+    "far": _far,
     "subnormal": _times("v", "do", factor=lambda case: 1e-6 if case.dtype == "float16" else 1e-39),
     "huge logits": _huge,
     "last positions": _last,

@@ -374,6 +374,7 @@ def _go_together(kind: str, options: dict[str, Any]) -> bool:
         "huge logits": options["dtype"] == "float32"
         or (options["dtype"] == "bfloat16" and (options["head_dim"] > 1 or not interpret.enabled())),
         "hiding": bool(options["bias"]),
+        "far": bool(options["bias"]),
         "empty": bool(options["lengths"]),
         "last positions": bool(options["positions"]),
     }.get(kind, True)
