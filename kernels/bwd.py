@@ -100,7 +100,7 @@ def attn_bwd_dq_kernel(
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
-    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
+    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N, SPEC.tile_keys)
     FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1
     block, _, b, h = program(tl.cdiv(sizes[1], M), SPEC.heads, SPEC.causal)
     start_m = block * M
@@ -173,7 +173,7 @@ def attn_bwd_dkdv_kernel(
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
-    EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M)
+    EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M, SPEC.tile_rows)
     EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
     FIRST: tl.constexpr = 0 if SPEC.masks else 1  # keys past the end are stored nowhere
     block, _, b, group = program(tl.cdiv(sizes[2], N), SPEC.heads // SPEC.summed, False)  # the first keys are seen most

@@ -253,7 +253,7 @@ def attn_fwd_kernel(
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
     EDGE_Q: tl.constexpr = edge(SPEC.q_lengths, SPEC.multiple_q, M // SPEC.packed)
-    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N)
+    EDGE_K: tl.constexpr = edge(SPEC.kv_lengths, SPEC.multiple_k, N, SPEC.tile_keys)
     FIRST: tl.constexpr = 0 if SPEC.masks or EDGE_K != WHOLE else 1  # else no tile needs the mask
     LIFT: tl.constexpr = lift(q.dtype.element_ty, SPEC, CFG)
     TOP: tl.constexpr = LIFT > 0 and max_out is not None  # else m, of which p is doubled, is the largest logit

@@ -20,9 +20,9 @@ def alters_logits(rules: "Rules", names: Iterable[str]) -> bool:
     return logits or not {"bias", "slopes", "tile_weights"}.isdisjoint(names)
 
 
-def _whole(multiple: int, block: int, lengths: Any) -> int:
-    """`block` if tiles of that many rows end where the sequence does, else 1."""
-    return block if lengths is None and multiple >= block else 1
+def _whole(multiple: int, lengths: Any, *tiles: int) -> int:
+    """The largest of these for which tiles of that many rows end where the sequence does, else 1."""
+    return max((rows for rows in tiles if multiple >= rows), default=1) if lengths is None else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Spec:
     operands: tuple[tuple[str, Operand], ...] = ()
     """Those of `OPERANDS` that the call has, in their order."""
     multiple_q: int = 1
-    """The largest power of two up to 128 that divides Sq: tells a kernel which edges cannot be ragged."""
+    """The largest power of two up to 128, or to a tile of the block mask, that divides Sq: tells a kernel which edges
+    cannot be ragged."""
     multiple_k: int = 1
     """The same for Sk; also the alignment of a bias row."""
     dbias: Operand | None = None
@@ -158,8 +159,8 @@ class Spec:
             v_dim=rules.v_dim(v),
             rules=rules,
             operands=where,
-            multiple_q=1 if "cu_q_lens" in operands else math.gcd(q.shape[1], 128),
-            multiple_k=math.gcd(length_of_keys(k, operands), 128),
+            multiple_q=1 if "cu_q_lens" in operands else math.gcd(q.shape[1], max((128, *(rules.tiles or ())))),
+            multiple_k=math.gcd(length_of_keys(k, operands), max((128, *(rules.tiles or ())))),
             page_size=k.shape[1] if "page_table" in operands else 0,
         )
 
@@ -171,8 +172,8 @@ class Spec:
         aligned: a load is 16 bytes at most, so beyond 16 elements it makes no difference.
         """
         axes = [operand for name, operand in self.operands if name not in BLOCK_LISTS] + [self.dbias]
-        multiple_q = _whole(self.multiple_q, config.block_m // self.packed, self.q_lengths)
-        multiple_k = _whole(self.multiple_k, config.block_n, self.kv_lengths)
+        multiple_q = _whole(self.multiple_q, self.q_lengths, config.block_m // self.packed, self.tile_rows)
+        multiple_k = _whole(self.multiple_k, self.kv_lengths, config.block_n, self.tile_keys)
         if any(operand is not None and operand.cols for operand in axes):
             multiple_k = max(multiple_k, min(self.multiple_k, 16))
         return dataclasses.replace(self, multiple_q=multiple_q, multiple_k=multiple_k)
