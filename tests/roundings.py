@@ -62,6 +62,8 @@ def of(case: Case, inner, given, cotangents, o):
         """Over all that an element of x is broadcast to."""
         return jax.linear_transpose(lambda x: jnp.broadcast_to(function(x), squares.shape), x)(squares)[0]
 
+    # What a product of q and k was rounded by, of which it may be a small rest.
+    products = jnp.sqrt(jnp.einsum("...qhd,...khd->...hqk", q**2, by_query_head(k, q) ** 2))
     keys = scale * by_query_head(k, q)
     to_dq = lambda ds: jnp.einsum("...hqk,...khd->...qhd", ds, keys**2)
     to_dk = lambda ds: summed(
@@ -78,7 +80,7 @@ def of(case: Case, inner, given, cotangents, o):
         "dv": to_dv,
         "dq": to_dq(through_score),
         "dk": to_dk(through_score),
-        "dscale": jnp.sum(through_score * qk**2),
+        "dscale": jnp.sum(through_score * (qk**2 + products**2)),
     }
     if "read" in inner:
         by_read = lambda *place: jax.grad(lambda x: SCORES[case.score](x)(*place))(inner["read"])
@@ -98,9 +100,8 @@ def of(case: Case, inner, given, cotangents, o):
         terms["dsinks"] = summed(lambda x: x[:, None], inner["sinks"], apart)
     s = logits(q, k, None, scale, ahead, case.soft_cap, inner.get("alibi_slopes"), arrays.get("score_mod"), seen)
     s = jnp.where(jnp.isfinite(s), abs(s), 0)
-    # What a product was rounded by, of which it may be a small rest, is multiplied by a soft cap and a score function.
-    products = scale * jnp.sqrt(jnp.einsum("...qhd,...khd->...hqk", q**2, by_query_head(k, q) ** 2))
-    s = jnp.maximum(s, jnp.where(seen, jnp.maximum(abs(scale * qk), products) * abs(whole), 0))
+    # What a product was rounded by is multiplied by a soft cap and a score function.
+    s = jnp.maximum(s, jnp.where(seen, jnp.maximum(abs(scale * qk), scale * products) * abs(whole), 0))
     largest = jnp.max(s, initial=0.0) * math.log2(math.e)
     root = lambda squares: {name: jnp.sqrt(jnp.max(x, initial=0.0)) for name, x in squares.items()}
     return largest, root(terms), root(rounded)
