@@ -18,8 +18,8 @@ WHOLE, RAGGED, CUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.constexpr_function
 def edge(lengths, multiple, rows, met=0):
-    """How tiles of `rows` rows may end, where a sequence is a multiple of `multiple` long and may have lengths. met: the
-    rows of a block mask's tiles, where these are met part by part: one may lie behind the end."""
+    """How tiles of `rows` rows may end, where a sequence is a multiple of `multiple` long and may have lengths. met:
+    the rows of a block mask's tiles, where these are met part by part: one may lie behind the end."""
     return 2 if lengths is not None else int(multiple < max(rows, met))
 
 

@@ -250,6 +250,8 @@ def _options() -> list[Case]:
         case("window_bottom_right_many_rows", 50, 20, window=(9, 3), **low),
         *(case(f"mask_{axes}", 50, 40, mask=axes, **two) for axes in ("-", "hq", "bk", "h")),
         case("block_mask", 70, 100, mask="block:qk", **two),
+        case("block_mask_past_the_rows", 16, 70, mask="block:qk", **two),  # a half of a tile, where blocks are halves
+        case("block_mask_past_the_keys", 70, 48, mask="block:qk", **two),
         case("block_mask_by_head", 100, 70, mask="block:hqk", heads=4, kv_heads=2, batch=(2, 1), block=(32, 16)),
         case("block_mask_weights", 50, 70, mask="block_weights:bqk", causal=True, **two),
         case("mask_weights", 40, 50, mask="weights:hqk", bias="q", **two),
