@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep
-from .fwd import load_scale, logits, scaled
+from .fwd import logits
 from .mask import distance, key_span, phase, place_of, query_span, tile_at
 from .place import place
 from .rounding import joined
@@ -33,6 +33,7 @@ from .tile import (
     tile,
     tile_indices,
 )
+from .units import counted, exponential, load_scale
 
 # What dq tells the other kernels of each row (`row_constants`).
 SHIFT, DELTA, NORM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -108,7 +109,8 @@ def attn_bwd_dq_kernel(
     k = keys(opened(k, b, here.seqlen_k, N, SPEC.k_rows, CFG), here, x, SPEC)
     v = keys(opened(v, b, here.seqlen_k, N, SPEC.v_rows, CFG), here, x, SPEC)
     q_tile = tile(queries(own[0], here), start_m, M, SPEC.q_rows, EDGE_Q)  # [M, D]
-    q_scaled = scaled(q_tile, x, b, SPEC, CFG)
+    scale = load_scale(x, b, SPEC)
+    q_counted = counted(q_tile, scale, SPEC, CFG)
     do_tile = tile(queries(own[1], here), start_m, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
     o_tile = tile(queries(own[2], here), start_m, M, SPEC.o_rows, EDGE_Q).to(tl.float32)
     if lost is not None:
@@ -122,7 +124,6 @@ def attn_bwd_dq_kernel(
     store_constants(constants, delta, 0.0, here, start_m, DELTA, SPEC)
     if SPEC.alters_logits:
         store_constants(constants, norm, 1.0, here, start_m, NORM, SPEC)
-    scale_log2 = load_scale(x, b, SPEC, CFG)
     acc = tl.zeros([M, SPEC.block_d], tl.float32)
     slope_acc = tl.zeros([M], tl.float32)
     span = key_span(block, start_m, here, x, SPEC, CFG)
@@ -133,9 +134,9 @@ def attn_bwd_dq_kernel(
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             v_tile = tile(v, n, N, SPEC.v_rows, WHOLE if BARE else EDGE_K)  # [N, Dv]
             s, unit, capped, scores = logits(
-                q_scaled, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG
+                q_counted, tl.trans(k_tile), x, here, start_m, n, part, scale, False, not BARE, SPEC, CFG
             )  # [M, N]
-            p = tl.exp2(s * unit - shift[:, None])
+            p = exponential(s, unit, shift[:, None], SPEC)
             if SPEC.alters_logits:
                 p *= norm[:, None]
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)  # [M, N]
@@ -154,8 +155,8 @@ def attn_bwd_dq_kernel(
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=CFG.precision)
     if dbias is not None:
         zero_unmet(dbias, here, start_m, span, SPEC, CFG)
-    scale = load_scalar(x, b, h, SPEC.scale, SPEC).to(tl.float32)
-    store_tile(queries(dq, here), acc * scale, start_m, SPEC.q_rows)
+    factor = load_scalar(x, b, h, SPEC.scale, SPEC).to(tl.float32)
+    store_tile(queries(dq, here), acc * factor, start_m, SPEC.q_rows)
     if dscale is not None:  # s = scale * q k, so sum(ds * q k) = sum((ds k) * q)
         store_vector(dscale, tl.sum(acc * q_tile.to(tl.float32), 1), here, start_m, SPEC)
     if dslopes is not None:
@@ -181,9 +182,9 @@ def attn_bwd_dkdv_kernel(
     here = place(x, b, group * SPEC.summed, sizes, SPEC)
     q = opened(q, b, here.seqlen_q, M, SPEC.q_rows, CFG)
     do = opened(do, b, here.seqlen_q, M, SPEC.o_rows, CFG)
-    k_tile = scaled(tile(keys(k, here, x, SPEC), start_n, N, SPEC.k_rows, EDGE_K), x, b, SPEC, CFG)  # [N, D]
+    scale = load_scale(x, b, SPEC)
+    k_tile = counted(tile(keys(k, here, x, SPEC), start_n, N, SPEC.k_rows, EDGE_K), scale, SPEC, CFG)  # [N, D]
     v_tile = tile(keys(v, here, x, SPEC), start_n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
-    scale_log2 = load_scale(x, b, SPEC, CFG)
     dk_acc = tl.zeros([N, SPEC.block_d], tl.float32)
     dv_acc = tl.zeros([N, SPEC.block_dv], tl.float32)
     for g in range(SPEC.summed):
@@ -196,9 +197,9 @@ def attn_bwd_dkdv_kernel(
                 q_tile = tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q)  # [M, D]
                 do_tile = tile(queries(do, here), i, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
                 s, unit, capped, scores = logits(
-                    k_tile, tl.trans(q_tile), x, here, i, start_n, part, scale_log2, True, not BARE, SPEC, CFG
+                    k_tile, tl.trans(q_tile), x, here, i, start_n, part, scale, True, not BARE, SPEC, CFG
                 )  # [N, M]
-                p = tl.exp2(s * unit - load_constants(constants, here, i, M, SHIFT, SPEC)[None, :])
+                p = exponential(s, unit, load_constants(constants, here, i, M, SHIFT, SPEC)[None, :], SPEC)
                 if SPEC.alters_logits:
                     p *= load_constants(constants, here, i, M, NORM, SPEC)[None, :]
                 if (
@@ -222,8 +223,8 @@ def attn_bwd_dkdv_kernel(
                 if SPEC.score is not None and SPEC.score.slope is not None:
                     ds = through_score(ds, p, scores, x, here, i, start_n, M, N, True, SPEC.score.slope, SPEC)
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=CFG.precision)
-    scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32)
-    store_tile(rows_of(dk, b, group, here.seqlen_k, here.end_k), dk_acc * scale, start_n, SPEC.dk_rows)
+    factor = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32)
+    store_tile(rows_of(dk, b, group, here.seqlen_k, here.end_k), dk_acc * factor, start_n, SPEC.dk_rows)
     store_tile(rows_of(dv, b, group, here.seqlen_k, here.end_k), dv_acc, start_n, SPEC.dv_rows)
 
 
@@ -271,11 +272,11 @@ def attn_bwd_dbias_kernel(
         b_end = pid + 1
     acc = tl.zeros([M, N], tl.float32)
     for b in range(b_begin, b_end):
-        scale_log2 = load_scale(x, b, SPEC, CFG)
+        scale = load_scale(x, b, SPEC)
         for h in range(h_begin, h_end):
             here = place(x, b, h, sizes, SPEC)
             for i in range(m_begin, m_end, M):
-                q_tile = scaled(tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q), x, b, SPEC, CFG)  # [M, D]
+                q_tile = counted(tile(queries(q, here), i, M, SPEC.q_rows, EDGE_Q), scale, SPEC, CFG)  # [M, D]
                 do_tile = tile(queries(do, here), i, M, SPEC.o_rows, EDGE_Q)  # [M, Dv]
                 shift = load_constants(constants, here, i, M, SHIFT, SPEC)
                 delta = load_constants(constants, here, i, M, DELTA, SPEC)
@@ -290,9 +291,9 @@ def attn_bwd_dbias_kernel(
                         k_tile = tile(keys(k, here, x, SPEC), n, N, SPEC.k_rows, EDGE_K)  # [N, D]
                         v_tile = tile(keys(v, here, x, SPEC), n, N, SPEC.v_rows, EDGE_K)  # [N, Dv]
                         s, unit, capped, scores = logits(
-                            q_tile, tl.trans(k_tile), x, here, i, n, part, scale_log2, False, True, SPEC, CFG
+                            q_tile, tl.trans(k_tile), x, here, i, n, part, scale, False, True, SPEC, CFG
                         )  # [M, N]
-                        p = tl.exp2(s * unit - shift[:, None]) * norm[:, None]
+                        p = exponential(s, unit, shift[:, None], SPEC) * norm[:, None]
                         if SPEC.score is not None and EDGE_Q != WHOLE:  # of rows that there are not
                             p = tl.where(shift[:, None] == float("inf"), 0.0, p)
                         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=CFG.precision)

@@ -26,56 +26,7 @@ from .tile import (
     tile_indices,
     vector_at,
 )
-
-TINY = tl.constexpr(1e-20)
-"""A scale below this counts as 0: what it leaves of a product is lost in the rounding of any logit."""
-
-
-@triton.constexpr_function
-def divides(spec, config):
-    """Whether products start from a bias, which is then divided by the scale."""
-    return config.starts and spec.bias is not None and spec.rules.soft_cap is None and spec.score is None
-
-
-@triton.constexpr_function
-def lift(dtype, spec, config):
-    """How many times p is doubled, which cancels in o. fp16 has no numbers below 2^-24, and keys beside one that has
-    nearly all of the attention would be lost. Up to 2^16 it has: four doublings are left for p that is above 1, as a
-    large logit, less its maximum, may be by an FMA. Not where p is scaled by what may be large, nor in a split, whose
-    m is a largest logit."""
-    lifts = spec.v_scale is None and not spec.drops and config.num_splits == 1
-    return 12 if dtype == tl.float16 and lifts else 0
-
-
-@triton.jit
-def lowered(largest, LIFT: tl.constexpr):
-    """What logits are taken less, of which this is the largest, for p to be doubled LIFT times: none at all where fp32
-    would round the difference to more or to less."""
-    if LIFT > 0:
-        return largest - tl.where(tl.abs(largest) < 2.0**25, LIFT, 0.0)
-    else:
-        return largest
-
-
-@triton.jit
-def load_scale(x, b, SPEC: tl.constexpr, CFG: tl.constexpr):
-    """The softmax scale times log2(e). Callers make it non-negative; a zero must not turn -inf into NaN, and what is
-    added to logits is divided by it: it becomes 1, and `scaled` makes the products 0."""
-    scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32) * LOG2E
-    if divides(SPEC, CFG):
-        return tl.where(scale < TINY, 1.0, scale)
-    else:
-        return tl.where(scale < 1e-37, 1e-37, scale)  # a maximum would pass over a NaN
-
-
-@triton.jit
-def scaled(operand, x, b, SPEC: tl.constexpr, CFG: tl.constexpr):
-    """One operand of q kᵀ: as it is, unless the scale is 0."""
-    if divides(SPEC, CFG):
-        scale = load_scalar(x, b, 0, SPEC.scale, SPEC).to(tl.float32) * LOG2E
-        return (operand.to(tl.float32) * tl.where(scale < TINY, 0.0, 1.0)).to(operand.dtype)
-    else:
-        return operand
+from .units import counted, divides, exact_logit, exact_unit, exponential, in_true_unit, lift, load_scale, lowered
 
 
 @triton.jit
@@ -84,19 +35,21 @@ def tanh(y):
     t = tl.exp2(tl.abs(y) * (-2.0 * LOG2E))
     far = (1.0 - t) / (1.0 + t)
     z = y * y
-    near = 1.0 + z * (-1 / 3 + z * (2 / 15 + z * (-17 / 315 + z * (62 / 2835 - z * (1382 / 155925)))))
+    near = tl.fma(z, tl.fma(z, tl.fma(z, -1382 / 155925, 62 / 2835), -17 / 315), 2 / 15)
+    near = tl.fma(z, tl.fma(z, near, -1 / 3), 1.0)
     return tl.where(tl.abs(y) < 0.3, y * near, tl.where(y < 0.0, -far, far))
 
 
 @triton.jit
 def start(
-    x, here, start_m, start_n, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, SPEC: tl.constexpr, CFG: tl.constexpr
+    x, here, start_m, start_n, inverse, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, SPEC: tl.constexpr,
+    CFG: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of base-2 logits starts from: the bias, and -inf where the mask hides."""
+    """What a tile of logits starts from: the bias, and -inf where the mask hides. inverse: of their unit."""
     i, j = tile_indices(CFG.block_m, CFG.block_n, TRANSPOSED, SPEC.packed)
     s = 0.0
     if SPEC.bias is not None:
-        s = load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * LOG2E
+        s = load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * (LOG2E * inverse)
     if MASKED and SPEC.mask is not None:
         s = tl.where(shown_by_mask(x, here, start_m + i, start_n + j, SPEC), s, float("-inf"))
     return s
@@ -104,24 +57,24 @@ def start(
 
 @triton.jit
 def logits(
-    first, second, x, here, start_m, start_n, part, scale_log2, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr,
+    first, second, x, here, start_m, start_n, part, scale, TRANSPOSED: tl.constexpr, MASKED: tl.constexpr,
     SPEC: tl.constexpr, CFG: tl.constexpr, others=None, key_rows=None,
 ):  # fmt: skip
     """A tile of logits, the unit that makes them base-2 logits, the tanh of the soft cap, and the scores that a score
     function was given.
 
-    exp2(s * unit - m) is one FMA and one EX2. What is loaded, a bias or a mask, is where the product starts from, if
-    the config says so: added to the product, Triton may compute all up to exp2 in both layouts. A tile is the product
-    of first and second, [M, N], or [N, M] if TRANSPOSED, plus others, if there are any. part: its element mask
-    (`tile_at`). key_rows: the `Rows` whose pages have a scale, if they do.
+    What is loaded, a bias or a mask, is where the product starts from, if the config says so: added to the product,
+    Triton may compute all up to exp2 in both layouts. A tile is the product of first and second, [M, N], or [N, M] if
+    TRANSPOSED, plus others, if there are any. part: its element mask (`tile_at`). key_rows: the `Rows` whose pages have
+    a scale, if they do.
     """
     M: tl.constexpr = CFG.block_m
     N: tl.constexpr = CFG.block_n
     LOADS: tl.constexpr = SPEC.bias is not None or (MASKED and SPEC.mask is not None)
-    STARTS: tl.constexpr = LOADS and CFG.starts and (divides(SPEC, CFG) or not SPEC.alters_logits)
-    unit, inverse, capped, scores = scale_log2, 1.0 / scale_log2, 0.0, 0.0
+    STARTS: tl.constexpr = LOADS and CFG.starts and (divides(SPEC) or not SPEC.alters_logits)
+    unit, inverse, capped, scores = scale.unit, 1.0 / scale.unit, 0.0, 0.0
     if STARTS:
-        s = start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG) * inverse
+        s = start(x, here, start_m, start_n, inverse, TRANSPOSED, MASKED, SPEC, CFG)
         s = tl.broadcast_to(s, [N, M] if TRANSPOSED else [M, N])
         s = tl.dot(first, second, s, input_precision=CFG.precision)
     else:
@@ -132,22 +85,24 @@ def logits(
         if SPEC.k_scale is not None:
             s *= load_page_scale(x, key_rows, start_n, N, SPEC.k_scale, SPEC.k_rows)
         if SPEC.score is not None:
-            scores = s * (scale_log2 * LN2)
+            scores = s * (scale.unit * LN2)
             b, h, i, j = place_of(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
             s = tl.broadcast_to(SPEC.score.value(scores, b, h, i, j, x[SPEC.score.at :]), scores.shape)
             unit, inverse = LOG2E, LN2
-        elif SPEC.alters_logits:
-            s *= scale_log2
+        elif SPEC.alters_logits and not divides(SPEC):
+            s *= scale.unit
             unit, inverse = 1.0, 1.0
         if SPEC.rules.soft_cap is not None:
             s, capped = soft_cap(s, SPEC.rules.soft_cap * (LOG2E if SPEC.score is None else 1.0))
-        if LOADS:
-            s += start(x, here, start_m, start_n, TRANSPOSED, MASKED, SPEC, CFG) * inverse
+        if divides(SPEC):
+            s = tl.fma(s, scale.counts, start(x, here, start_m, start_n, inverse, TRANSPOSED, MASKED, SPEC, CFG))
+        elif LOADS:
+            s += start(x, here, start_m, start_n, inverse, TRANSPOSED, MASKED, SPEC, CFG)
     if SPEC.slopes is not None:
         slope = load_scalar(x, here.b, here.h, SPEC.slopes, SPEC) * LOG2E
-        s -= slope * inverse * distance(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC)
+        s = tl.fma(distance(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC), -slope * inverse, s)
     if MASKED and SPEC.tile_weights is not None:
-        s -= log_weights(x, start_m, start_n, part, M, N, TRANSPOSED, SPEC) * (LOG2E * inverse)
+        s = tl.fma(log_weights(x, start_m, start_n, part, M, N, TRANSPOSED, SPEC), -LOG2E * inverse, s)
     if MASKED:
         s = tl.where(visible(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC), s, float("-inf"))
     return s, unit, capped, scores
@@ -207,6 +162,7 @@ def finish(
     and the sum l of 2^(s - m); and, if wanted, its largest logit, which is top, without the sink, and what o loses when
     it is rounded."""
     _, rows = vector_at(here, start_m, M, SPEC)
+    m, top = in_true_unit(m, x, here.b, SPEC), in_true_unit(top, x, here.b, SPEC)
     if max_out is not None:
         largest = tl.where(l == l, top * LN2, float("nan"))  # a maximum passes over a NaN, a sum does not
         store_vector(max_out, tl.where(rows < here.end_q, largest, float("-inf")), here, start_m, SPEC)
@@ -269,11 +225,11 @@ def attn_fwd_kernel(
     k = keys(opened(k, last_b, length, N, SPEC.k_rows, CFG), here, x, SPEC)
     if SPEC.rest is not None or not SPEC.latent:
         v = keys(opened(v, last_b, length, N, SPEC.v_rows, CFG), here, x, SPEC)
-    q_tile = scaled(tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q), x, here.b, SPEC, CFG)  # [M, D]
+    scale = load_scale(x, here.b, SPEC)
+    q_tile = counted(tile(queries(q, here), start_m, M, SPEC.q_rows, EDGE_Q), scale, SPEC, CFG)  # [M, D]
     rest = 0.0
     if SPEC.rest is not None:
-        rest = scaled(tile(queries(q, here), start_m, M, SPEC.rest, EDGE_Q), x, here.b, SPEC, CFG)
-    scale_log2 = load_scale(x, here.b, SPEC, CFG)
+        rest = counted(tile(queries(q, here), start_m, M, SPEC.rest, EDGE_Q), scale, SPEC, CFG)
     m = tl.full([M], float("-inf"), tl.float32)
     l, top = tl.zeros([M], tl.float32), m
     acc = tl.zeros([M, SPEC.block_dv], tl.float32)
@@ -291,8 +247,8 @@ def attn_fwd_kernel(
             k_tile = tile(k, n, N, SPEC.k_rows, WHOLE if BARE else EDGE_K)  # [N, D]
             if SPEC.page_size:
                 k_tile = k_tile.to(q_tile.dtype)
-            s, unit, _, _ = logits(  # [M, N]
-                q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale_log2, False, not BARE, SPEC, CFG,
+            s, product, _, _ = logits(  # [M, N]
+                q_tile, tl.trans(k_tile), x, here, start_m, n, part, scale, False, not BARE, SPEC, CFG,
                 other_columns(rest, v, n, WHOLE if BARE else EDGE_K, SPEC, CFG), k,
             )  # fmt: skip
             if CFG.overlaps and BARE:  # runs while this tile's p is computed
@@ -300,16 +256,18 @@ def attn_fwd_kernel(
                 acc = plus_product(
                     acc, alpha_before, p_before, v, before, WHOLE if BARE else EDGE_K, q_tile.dtype, SPEC, CFG
                 )
-            largest = tl.max(s, 1) * unit
+            largest, unit = exact_logit(tl.max(s, 1), product, SPEC)
             if TOP:
                 top = tl.maximum(top, largest)
             m_new = tl.maximum(m, lowered(largest, LIFT))
             pivot = m_new  # finite, as the first tile shows every row a key
             if HIDES:
                 pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s * unit - pivot[:, None])  # [M, N]
+            if CFG.overlaps:  # takes an instruction more, and no register
+                unit = exact_unit(pivot, product, SPEC)
+            p = exponential(s, unit if SPEC.alters_logits else unit[:, None], pivot[:, None], SPEC)  # [M, N]
             alpha = tl.exp2(m - pivot)
-            l = l * alpha + tl.sum(p, 1)
+            l = tl.fma(l, alpha, tl.sum(p, 1))
             if SPEC.drops:
                 p = drop(p, keep(x, here, start_m, n, M, N, False, SPEC), SPEC)
             if SPEC.v_scale is not None:

@@ -60,11 +60,12 @@ def _hiding(case: Case, x: Inputs) -> Inputs:
 
 
 def _far(case: Case, x: Inputs) -> Inputs:
-    """A bias, in fp32 whatever q is, by which every second row is as far below 0 as rows are that padding hides."""
+    """A bias, in fp32 whatever q is, by which every second row is as far below 0 as rows are that padding hides; or as
+    far as numbers go."""
     if x["bias"] is None:
         return x
-    rows = np.arange(x["bias"].shape[-2])[:, None]
-    return x | {"bias": x["bias"].astype(np.float32) - np.where(rows % 2, 0, 1e9).astype(np.float32)}
+    rows, far = np.arange(x["bias"].shape[-2])[:, None], 1e9 if case.seqlen_q % 2 else 1e30
+    return x | {"bias": x["bias"].astype(np.float32) - np.where(rows % 2, 0, far).astype(np.float32)}
 
 
 def _huge(case: Case, x: Inputs) -> Inputs:

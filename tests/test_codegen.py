@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 
@@ -158,12 +159,14 @@ def test_what_was_read_is_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("arch", "version"), [(80, "8.5"), (90, "8.6"), (100, "8.8")])
 def test_ptx_is_the_oldest_that_will_do(arch, version, monkeypatch):
-    """Whatever Triton's own ptxas could read: JAX's may be older."""
+    """Whatever Triton's own ptxas could read: JAX's may be older. And neither may fuse what the kernels do not."""
     written = []
     monkeypatch.setattr(sass, "assemble", lambda ptx, *rest: written.append(ptx.text) or CODE)
     config = Tuned(64, 32, 4, 2, block_ptr=arch >= 90)
     assert compile.compile_point(Point(arch, "fwd", 64, False, config), anew=True).loops == CODE.loops
     assert f".version {version}\n" in written[0]
+    assert "fma.rn.f32" in written[0]
+    assert not re.search(r"(mul|add|sub)\.f32", written[0])
 
 
 def test_what_ptxas_refuses_is_told(tmp_path):

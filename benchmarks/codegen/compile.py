@@ -70,7 +70,7 @@ def compile_point(point: Point, *, anew: bool = False, ptxas: str | None = None)
         "CFG": config,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    options |= tuning.compiler_options(config, Target(point.arch))
+    options |= tuning.compiler_options(config, Target(point.arch), spec)
     kept, key = store.Store(KEPT, 64 * 2**20), _key(kernel, signature, constants, point.arch, options)
     meta, parts = (None if key is None or anew else kept.get(key)) or (None, {})
     if meta is not None:

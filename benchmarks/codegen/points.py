@@ -188,10 +188,12 @@ def read(text: str) -> Tuned:
 def points() -> list[Point]:
     """Every row of the table, causal and not, and what is chosen for each extra on some chips."""
     plain = [
-        Point(r.arch, r.name, r.width, causal, r.config, _extra(r))
+        Point(r.arch, r.name, r.width, causal, r.config, "mla" if r.v_width else "")
         for r in tuning.ROWS
-        for causal in ((True,) if r.name == "dbias" or r.arch == 89 else (False, True))  # sm_89 gets sm_86's code
+        if r.name != "dbias"
+        for causal in ((True,) if r.arch == 89 else (False, True))  # sm_89 gets sm_86's code
     ]
+    plain += [_tuned(r.arch, r.name, r.width, True, "dbias") for r in tuning.ROWS if r.name == "dbias"]
     tuned = list(dict.fromkeys((p.arch, p.name, p.head_dim) for p in plain if not p.extra))
     chips = {"bias": (80, 86, 90, 100), "blocks": (80, 86, 90, 100)}
     apart = ("fp32", "dbias", "ds", "dtable", *DECODING)
@@ -234,13 +236,6 @@ def _decoding() -> list[tuple[int, str, int, str]]:
     found += [(arch, "fwd", 128, extra) for arch in (80, 90) for extra in others]
     found += [(arch, "fwd", 128, extra) for arch, extra in ((90, "paged-fp8"), (100, "paged-fp8"), (100, "latent"))]
     return found + [(arch, "combine", 128, extra) for arch in (80, 90) for extra in ("decode", "decode-options")]
-
-
-def _extra(row: tuning.Row) -> str:
-    """With what a row is compiled, as a point of the table."""
-    if row.name == "dbias":
-        return "dbias"
-    return "mla" if row.v_width else ""
 
 
 def _tuned(arch: int, name: str, head_dim: int, causal: bool, extra: str, wanted: Config | None = None) -> Point:

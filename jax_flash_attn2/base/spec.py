@@ -282,6 +282,12 @@ class Spec:
         return self.score is not None or alters_logits(self.rules, [name for name, _ in self.operands])
 
     @property
+    def small_logits(self) -> bool:
+        """Whether a soft cap keeps logits so small that it does not matter how kernels round them."""
+        alone = {"bias", "slopes", "tile_weights"}.isdisjoint(name for name, _ in self.operands)
+        return self.rules.soft_cap is not None and self.rules.soft_cap < 2**16 and alone
+
+    @property
     def by_function(self) -> bool:
         """Whether a function says who sees whom."""
         return self.rules.mask is not None or self.mask_function is not None

@@ -63,7 +63,7 @@ def run(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             compute_capability=target.capability or None,
-            backend_options=tuning.compiler_options(config, target),
+            backend_options=tuning.compiler_options(config, target, spec),
             SPEC=spec,
             CFG=config,
             **absent,

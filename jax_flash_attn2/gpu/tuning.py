@@ -200,10 +200,13 @@ PROGRAMS_EACH = 2
 """Programs for each multiprocessor that keep it busy."""
 
 
-def compiler_options(config: Tuned, target: Target) -> dict[str, Any]:
-    """What Triton's backend is given besides warps and stages."""
-    # Triton 3.9 warns when the first is left unset and 3.10 turns it off, at 13% more instructions in the hot loop.
-    options: dict[str, Any] = {"enable_fp_fusion": True}
+def compiler_options(config: Tuned, target: Target, spec: Spec) -> dict[str, Any]:
+    """What Triton's backend is given besides warps and stages.
+
+    Kernels say themselves what is one FMA (`kernels/units.py`): the compiler might make one in one kernel of a call and
+    not in another. Where that does not matter it may, for fewer instructions.
+    """
+    options: dict[str, Any] = {"enable_fp_fusion": spec.small_logits}
     if target.ptx_version is not None:
         options["ptx_version"] = target.ptx_version
     if config.maxnreg is not None:
@@ -213,15 +216,15 @@ def compiler_options(config: Tuned, target: Target) -> dict[str, Any]:
 
 def _starts(name: str, spec: Spec, arch: int) -> bool:
     """Where a product that starts from the bias or mask takes fewer instructions: not on sm_100, where it would go
-    through tensor memory, but for the forward pass; nor where nothing is computed in two layouts anyway, or the loop
-    would spill."""
+    through tensor memory, but for the forward pass; nor where the loop would spill."""
     if spec.bias is None and spec.mask is None:
         return False
-    width = max(spec.block_d, spec.block_dv)
-    if name == "fwd" and arch == 90 and width > 128 and spec.rules.gives_lost:
-        return False
-    narrow = width <= 64
-    return name == "fwd" or (arch < 100 and name != "dbias" and not (name == "dkdv" and narrow))
+    width, bias = max(spec.block_d, spec.block_dv), spec.bias is not None
+    if name == "fwd":
+        return not (arch == 90 and width > 128 and spec.rules.gives_lost)
+    if name == "dbias":
+        return bias and arch < 100 and (arch == 90 or width <= 128)
+    return arch < 100 and (name == "dq" or width > 64 or (bias and arch == 90))
 
 
 def _can_overlap(name: str, spec: Spec, row: Tuned) -> bool:
