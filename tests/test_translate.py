@@ -115,6 +115,7 @@ def test_source_can_be_read():
     assert source.startswith("def alibi(score, b, h, i, j, x):\n")
     assert "tl.load(x[0] + t" in source
     assert all("score_functions.py:" in line for line in source.splitlines()[1:-1])
+    assert "tl.fma(" in source  # a product that is added to something, which nothing else would fuse
     assert translate.jitted(source) is translate.jitted(source)
 
 

@@ -63,6 +63,8 @@ class Scalar:
     dtype: np.dtype
     number: Any = None
     """Itself, if it is known while translating."""
+    factors: tuple[str, str] | None = None
+    """Of what it is the product, in fp32, if it is one: added to something, it is one FMA, as in what XLA compiles."""
 
 
 def number(value: Any) -> Scalar:
@@ -110,12 +112,24 @@ def expression(name: str, params: Mapping[str, Any], inputs: Sequence[Scalar]) -
             inverse = np.float32(1) / np.float32(inputs[1].number)
         if np.isfinite(inverse):
             return f"({inputs[0].text} * {number(inverse).text})"
+    if name in ("add", "sub", "add_any") and (fused := _fused(name == "sub", *inputs)) is not None:
+        return fused
     own = _OWN.get(dtype)
     template = None if own is None else own.get(name) or _ANY.get(name)
     if template is None:
         return None
     helper = template.partition("(")[0] in HELPERS
     return template.format(*(_typed(x) if helper else x.text for x in inputs))
+
+
+def _fused(less: bool, a: Scalar, b: Scalar) -> str | None:
+    """A product and something else as one FMA, if either is one: a + b, or a - b."""
+    sign = "-" if less else ""
+    if a.factors is not None:
+        return f"tl.fma({a.factors[0]}, {a.factors[1]}, {sign}{b.text})"
+    if b.factors is not None:
+        return f"tl.fma({sign}{b.factors[0]}, {b.factors[1]}, {a.text})"
+    return None
 
 
 def _typed(x: Scalar) -> str:

@@ -146,7 +146,11 @@ class _Writer:
             return [self.element(eqn, inputs)]
         if any(_shape(x) != () for x in inputs):
             return [self.each(eqn, inputs)]
-        return [self.line(eqn, self.expression(eqn, [*map(self.scalar, inputs)]))]
+        scalars = [*map(self.scalar, inputs)]
+        made = self.line(eqn, self.expression(eqn, scalars))
+        if name == "mul" and made.dtype == np.float32:
+            made = dataclasses.replace(made, factors=(scalars[0].text, scalars[1].text))
+        return [made]
 
     def line(self, eqn: Any, text: str, out: int = 0) -> Scalar:
         """A name for an expression, one of an equation's results."""
