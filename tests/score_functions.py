@@ -30,6 +30,7 @@ class Spec:
 
     function: Any
     heads: int = H
+    small_logits: bool = False
 
 
 @triton.jit
