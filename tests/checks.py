@@ -30,7 +30,9 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes", "read
 SUMS = ("dscale", "dsinks", "dalibi_slopes", "dread")
 """A few numbers each, with no neighbours whose largest would be a fair measure: the terms that they sum are."""
 TIMES, ROUNDINGS = 2, 4
-ROUNDED = 1.0 if interpret.enabled() or jax.default_backend() == "gpu" else float(jnp.finfo(jnp.bfloat16).eps)
+KERNELS = interpret.enabled() or jax.default_backend() == "gpu"
+"""Whether it is kernels that may be called."""
+ROUNDED = 1.0 if KERNELS else float(jnp.finfo(jnp.bfloat16).eps)
 """How often, in half precision, `roundings.of`'s `rounded` counts: in kernels p is rounded before it meets v, and ds
 before k and q; on the XLA path nothing is but what o loses, when that is kept."""
 BLOCK = 32
@@ -177,7 +179,7 @@ def assert_near(case: Case, got: dict[str, np.ndarray], inputs=None, *, decided:
     eps = float(jnp.finfo(case.dtype).eps)  # of what a gradient of logits is made of, also where a bias is fp32
     for name, x in got.items():
         assert x.shape == want[name].shape, name
-        if decided and name[0] == "d" and interpret.enabled() and case.dtype != "float32":
+        if decided and name[0] == "d" and KERNELS and case.dtype != "float32":
             continue  # docs/limits.md: beyond 10^7
         error, cancels = _error(x, want[name]), name == "dbias" and "k" not in case.bias
         dtype, size = (case.dtype, terms[name]) if name in SUMS else (x.dtype, _size(want[name]))
@@ -319,6 +321,21 @@ def assert_positions_go_to_the_last(flash) -> None:
         wide = dataclasses.replace(case, window=None)  # 2^32 - 1 apart
         got = flash(wide, x | ends)
         np.testing.assert_allclose(got["lse"], -(x["alibi_slopes"] * 2.0**32)[:, None] + 0 * got["lse"], rtol=1e-6)
+
+
+def assert_far_rows_are_alike(attend, dtype: str, far: float, *, rows: int, keys: int, width: int) -> None:
+    """Rows that a bias takes far below 0, beside which products are lost: all keys count the same, in every kernel."""
+    q, do = (jax.random.normal(jax.random.key(n), (1, rows, 1, width), dtype) for n in range(2))
+    k, v = (jax.random.normal(jax.random.key(n), (1, keys, 1, width), dtype) for n in range(2, 4))
+    o, vjp = jax.vjp(attend, q, k, v, -jnp.float32(far) * (1 + jnp.arange(rows)[:, None] / 7))
+    got = (np.asarray(x, np.float64) for x in (o, *vjp(do)))
+    q, k, v, do = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v, do))
+    dp = do @ v.T
+    ds = (dp - dp.mean(1, keepdims=True)) / keys
+    dv = np.tile(do.sum(0) / keys, (keys, 1))
+    want = np.tile(v.mean(0), (rows, 1)), ds @ k * width**-0.5, ds.T @ q * width**-0.5, dv, np.zeros((rows, 1))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x.reshape(y.shape), y, atol=1e-5 if dtype == "float32" else 0.01)
 
 
 def assert_nan_stays(flash) -> None:

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import paged_cases
 from cases import FACTORS, Case, possible
-from checks import assert_near, assert_same_bits, compiled, definition, flash_function, in_float64, operands, results
+from checks import (
+    KERNELS,
+    assert_near,
+    assert_same_bits,
+    compiled,
+    definition,
+    flash_function,
+    in_float64,
+    operands,
+    results,
+)
 from fuzz_values import VALUES, Inputs
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -372,7 +382,7 @@ def _go_together(kind: str, options: dict[str, Any]) -> bool:
         "largest": options["dtype"] == "float16",
         # For kernels not where two keys are equal: then log(2) is lost beside lse (docs/limits.md).
         "huge logits": options["dtype"] == "float32"
-        or (options["dtype"] == "bfloat16" and (options["head_dim"] > 1 or not interpret.enabled())),
+        or (options["dtype"] == "bfloat16" and (options["head_dim"] > 1 or not KERNELS)),
         "hiding": bool(options["bias"]),
         "far": bool(options["bias"]),
         "empty": bool(options["lengths"]),

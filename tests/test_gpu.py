@@ -9,7 +9,7 @@ import numpy as np
 import paged_cases
 import pytest
 from cases import CASES, Case
-from checks import assert_near, assert_same_bits, flash
+from checks import assert_far_rows_are_alike, assert_near, assert_same_bits, flash
 
 from jax_flash_attn2 import Config, flash_attention
 
@@ -122,6 +122,22 @@ def test_bitwise_repeatable(case):
     first = flash(case, implementation="triton")
     for _ in range(5):
         assert_same_bits(first, flash(case, implementation="triton"))
+
+
+@VARIANTS
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize(("dtype", "far"), [("bfloat16", 1e9), ("bfloat16", 1e30), ("float16", 1e9), ("float32", 1e30)])
+def test_far_rows_are_alike(dtype, far, width, block_ptr):
+    attend = functools.partial(flash_attention, implementation="triton", block_ptr=block_ptr)
+    assert_far_rows_are_alike(attend, dtype, far, rows=300, keys=500, width=width)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_largest_logits(width, dtype):
+    case = Case("largest", 300, 500, (), 2, 1, width, max_logits=True, scale=1e25, dtype=dtype, block=(None, None))
+    x = case.inputs()
+    assert_near(case, flash(case, x, implementation="triton"), x, decided=True)
 
 
 def test_nan_behind_the_end():

@@ -17,6 +17,7 @@ from cases import CASES, Case, drawn
 from checks import (
     SETTINGS,
     assert_documents_are_apart,
+    assert_far_rows_are_alike,
     assert_nan_stays,
     assert_near,
     assert_padding_is_not_read,
@@ -238,30 +239,22 @@ def test_rows_far_below_zero(dtype, far):
 @pytest.mark.parametrize("starting", ["", "fwd", "dq dkdv", "fwd dq dkdv dbias"])
 @pytest.mark.parametrize(("dtype", "far"), [("float32", 1e9), ("float32", 1e30), ("bfloat16", 1e10), ("float16", 1e9)])
 def test_kernels_round_a_logit_alike(starting, dtype, far, monkeypatch):
-    """Which kernels start products from the bias is a matter of speed. Logits of a row that a bias takes far below 0
-    are a rounding apart, or the same: if some kernel rounded them otherwise, p would be infinite there, or 0."""
+    """Which kernels start products from the bias is a matter of speed. If some rounded a logit otherwise, it would be a
+    rounding larger than the largest, or less, and p infinite, or 0."""
     monkeypatch.setattr(tuning, "_starts", lambda name, spec, arch: name in starting.split())
-    keys = 24 + len(starting)  # nothing of another case is used again
-    q, do = (jax.random.normal(jax.random.key(n), (1, 40, 1, 24), dtype) for n in range(2))
-    k, v = (jax.random.normal(jax.random.key(n), (1, keys, 1, 24), dtype) for n in range(2, 4))
-    bias = -jnp.float32(far) * (1 + jnp.arange(40)[:, None] / 7)
     attend = functools.partial(flash_attention, implementation="triton", config=Config(16, 16))
-    o, vjp = jax.vjp(attend, q, k, v, bias)
-    q, k, v, do_ = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v, do))
-    dp = do_ @ v.T
-    ds = (dp - dp.mean(1, keepdims=True)) / keys  # p is the same for all keys
-    want = np.tile(v.mean(0), (40, 1)), ds @ k * 24**-0.5, ds.T @ q * 24**-0.5, np.tile(do_.sum(0) / keys, (keys, 1))
-    for x, y in zip((o, *vjp(do)), (*want, np.zeros((40, 1))), strict=True):
-        atol = 1e-5 if dtype == "float32" else 0.01
-        np.testing.assert_allclose(np.asarray(x, np.float64).reshape(y.shape), y, atol=atol)
+    keys = 24 + len(starting)  # nothing of another case is used again
+    assert_far_rows_are_alike(attend, dtype, far, rows=40, keys=keys, width=24)
 
 
+@pytest.mark.parametrize(("rows", "splits"), [(40, 1), (1, 3)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_largest_logits(dtype):
-    """exp2(s - m) is one FMA, which leaves what m was rounded by: 2^75 of logits of 1e30, but for their unit."""
-    case = Case("largest", 40, 70, heads=2, kv_heads=1, block=(16, 16), dtype=dtype, max_logits=True, scale=1e25)
-    x = case.inputs()
-    assert_near(case, interpreted(case, x), x, decided=True)
+def test_largest_logits(dtype, rows, splits):
+    """exp2(s - m) is one FMA, which leaves what m was rounded by: 2^60 of logits of 1e25, but for their unit."""
+    case = Case("largest", rows, 70, heads=2, kv_heads=1, block=(16, 16), dtype=dtype, max_logits=True, scale=1e25)
+    x, config = case.inputs(), Config(16, 16)
+    config = {name: config for name in ("dq", "dkdv")} | {"fwd": dataclasses.replace(config, num_splits=splits)}
+    assert_near(case, interpreted(case, x, config=config), x, decided=True)
 
 
 @pytest.mark.parametrize(("cap", "dtype"), [(None, "float32"), (3.0, "float32"), (3.0, "float16")])
