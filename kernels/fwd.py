@@ -49,7 +49,7 @@ def start(
     i, j = tile_indices(CFG.block_m, CFG.block_n, TRANSPOSED, SPEC.packed)
     s = 0.0
     if SPEC.bias is not None:
-        s = load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * (LOG2E * inverse)
+        s = load_operand(x, here, start_m + i, start_n + j, SPEC.bias, SPEC).to(tl.float32) * (inverse * LOG2E)
     if MASKED and SPEC.mask is not None:
         s = tl.where(shown_by_mask(x, here, start_m + i, start_n + j, SPEC), s, float("-inf"))
     return s
@@ -102,7 +102,7 @@ def logits(
         slope = load_scalar(x, here.b, here.h, SPEC.slopes, SPEC) * LOG2E
         s = tl.fma(distance(x, here, start_m, start_n, M, N, TRANSPOSED, SPEC), -slope * inverse, s)
     if MASKED and SPEC.tile_weights is not None:
-        s = tl.fma(log_weights(x, start_m, start_n, part, M, N, TRANSPOSED, SPEC), -LOG2E * inverse, s)
+        s = tl.fma(log_weights(x, start_m, start_n, part, M, N, TRANSPOSED, SPEC), inverse * -LOG2E, s)
     if MASKED:
         s = tl.where(visible(x, here, start_m, start_n, part, M, N, TRANSPOSED, SPEC), s, float("-inf"))
     return s, unit, capped, scores

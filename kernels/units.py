@@ -77,7 +77,7 @@ def exact_logit(largest, unit, SPEC: tl.constexpr):
     """What a row's largest logit is times `unit`, in base 2, and that unit: where this is large, a power of two, for
     products with it are exact. Logits that differ do so by 16 or more there, in either: p is 1 or next to nothing."""
     if not SPEC.alters_logits:
-        unit = tl.where(tl.abs(largest) < LARGE / unit, unit, power_above(unit))
+        unit = tl.where(tl.abs(largest) < 1.0 / unit * LARGE, unit, power_above(unit))
     return largest * unit, unit
 
 
