@@ -412,6 +412,7 @@ CASES = [
     Case("wide_v", 50, 50, head_dim=24, v_dim=72, causal=True),
     Case("scale_large", 64, 64, scale=3.0),
     Case("products_cancel_in_fp32", 1, 1, batch=(), heads=1, kv_heads=1, head_dim=59, max_logits=True, block=(16, 16)),
+    Case("saturated_cap_b", 10, 25, (), 1, 1, scale=400.0, causal=True, soft_cap=2.0, score="rows"),
     Case("scale_zero", 40, 50, scale=0.0, causal=True),
     Case("scale_zero_bias", 40, 50, scale=0.0, causal=True, bias="bhqk", mask="k"),
     Case("scale_negative", 40, 50, scale=-0.4, causal=True),

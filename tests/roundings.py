@@ -22,8 +22,9 @@ def of(case: Case, inner, given, cotangents, o):
     some roundings of the root of the sum of the squares of p * (|dp| + |delta| + |do| |o| + |dlse|), each times the
     derivative of its logit: `terms`. (dp is 0 where dropout hides it, and for a sink.)
 
-    The slope of a soft cap or a score function is rounded by as much as the largest of them is, 1 - tanh^2 where it is
-    nearly 0, and moves as the logit does that it is taken at: ds is off by as many roundings of itself times these.
+    The slope of a score function is rounded by as much as the largest of them is, that of a soft cap, 1 - tanh^2, by as
+    much as 1 is, and both move as the logit does that they are taken at: ds is off by as many roundings of itself times
+    these.
 
     In half precision, moreover, ds is rounded before it meets k or q, and delta is made of an o whose p was, as much as
     o itself would be if there were one key: `rounded` has what one rounding of each leaves of dq, dk and dbias.
@@ -49,6 +50,7 @@ def of(case: Case, inner, given, cotangents, o):
     if case.soft_cap is not None:
         of_cap = jax.grad(lambda s: capped(s, case.soft_cap))
         slope, apart = _slope(lambda s, *place: of_cap(s), made, seen)
+        apart = jnp.maximum(apart, 1.0)  # 1 - tanh^2, whatever the largest of them is
         through_cap, ds, by_o = squares * slope**2 + (ds * apart) ** 2, ds * slope, by_o * slope
         whole = slope
     through_score = through_cap
