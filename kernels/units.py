@@ -1,6 +1,6 @@
 """Units of logits, and which of their sums are rounded: alike in all kernels of a call, else p is not what it was.
 
-The compiler fuses nothing (`tuning.compiler_options`): what is one FMA is written as one.
+The compiler fuses nothing, unless it does not matter (`tuning.compiler_options`): what is one FMA is written as one.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,8 @@ TINY = tl.constexpr(1e-20)
 """A scale below this counts as 0: what it leaves of a product is lost in the rounding of any logit."""
 LARGE = tl.constexpr(2.0**28)
 """Base-2 logits from here on are 16 or more apart in fp32."""
+ITS_OWN = tl.constexpr(1.5 * 2.0**28)
+"""An `exact_logit` from here on is in a unit of its own, by which it is twice `LARGE` or more."""
 
 
 class Scale(NamedTuple):
@@ -85,7 +87,7 @@ def exact_logit(largest, unit, SPEC: tl.constexpr):
 def exact_unit(m, unit, SPEC: tl.constexpr):
     """The unit that came with an `exact_logit`."""
     if not SPEC.alters_logits:
-        unit = tl.where(tl.abs(m) < 1.5 * LARGE, unit, power_above(unit))
+        unit = tl.where(tl.abs(m) < ITS_OWN, unit, power_above(unit))
     return unit
 
 
@@ -96,7 +98,7 @@ def in_true_unit(m, x, b, SPEC: tl.constexpr):
         return m
     else:
         unit = load_scale(x, b, SPEC).unit
-        return m / exact_unit(m, unit, SPEC) * unit
+        return tl.where(tl.abs(m) < ITS_OWN, m, m / power_above(unit) * unit)  # others are not to be rounded again
 
 
 @triton.constexpr_function

@@ -257,6 +257,17 @@ def test_largest_logits(dtype, rows, splits):
     assert_near(case, interpreted(case, x, config=config), x, decided=True)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_scores_far_below_zero(splits):
+    """A score function's logits are in no other unit, whoever brings their largest together."""
+    q, k = (jax.random.normal(jax.random.key(n), (1, length, 1, 16), "bfloat16") for n, length in ((0, 1), (1, 70)))
+    options = {"config": {"fwd": Config(16, 16, num_splits=splits)}, "return_lse": True, "return_max_logits": True}
+    o, *rest = flash_attention(q, k, k, score_mod=lambda s, *_: s - 1e9, implementation="triton", **options)
+    np.testing.assert_allclose(np.float32(o), np.float32(k).mean(1, keepdims=True), atol=0.01)
+    for x in rest:
+        np.testing.assert_allclose(x, -1e9, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("cap", "dtype"), [(None, "float32"), (3.0, "float32"), (3.0, "float16")])
 def test_halves_of_the_keys_merge(cap, dtype):
     """As devices bring their shares together: what is left of a row besides o and lse is in the kernels' own base."""

@@ -17,7 +17,11 @@ def alters_logits(rules: "Rules", names: Iterable[str]) -> bool:
     exponential, and a maximum may be so large that log2 of the sum is lost beside it; or whether they are to be treated
     as if they were."""
     logits = rules.soft_cap is not None or rules.score is not None or rules.precise
-    return logits or not {"bias", "slopes", "tile_weights"}.isdisjoint(names)
+    return logits or not _ADDED.isdisjoint(names)
+
+
+_ADDED = {"bias", "slopes", "tile_weights"}
+"""The operands that are added to logits."""
 
 
 def _whole(multiple: int, lengths: Any, *tiles: int) -> int:
@@ -284,7 +288,7 @@ class Spec:
     @property
     def small_logits(self) -> bool:
         """Whether a soft cap keeps logits so small that it does not matter how kernels round them."""
-        alone = {"bias", "slopes", "tile_weights"}.isdisjoint(name for name, _ in self.operands)
+        alone = _ADDED.isdisjoint(name for name, _ in self.operands)
         return self.rules.soft_cap is not None and self.rules.soft_cap < 2**16 and alone
 
     @property

@@ -102,8 +102,9 @@ def forward(run: Run, spec: Spec, config: Tuned, q, k, v, operands: Mapping[str,
 
 
 def combined(spec: Spec) -> Spec:
-    """The spec for the kernel that merges splits, without the fields that it does not read: fewer are compiled."""
-    rules = dataclasses.replace(spec.rules, left=None, right=None, tiles=None)
+    """The spec for the kernel that merges splits, without the fields that it does not read: fewer are compiled. That
+    logits are more than products, as a score function says, it is to know."""
+    rules = dataclasses.replace(spec.rules, left=None, right=None, tiles=None, precise=spec.alters_logits)
     return dataclasses.replace(
         spec, rules=rules, score=None, mask_function=None, multiple_q=1, multiple_k=1, packed=1, page_size=0
     )
